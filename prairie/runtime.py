@@ -1,0 +1,135 @@
+"""The machine as a value: device, dtype, threads, seed, progress. Built once by the command and passed on, never global.
+
+torch is imported inside the functions, so that commands that do not compute answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Progress:
+    """Long work shows itself: one line of rate, figures and ETA on stderr, rewritten in place on a terminal."""
+
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False, every_s: float | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.quiet = quiet
+        self.live = self.stream.isatty()
+        self.every_s = every_s if every_s is not None else (0.2 if self.live else 10.0)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            print(("\r\033[K" if self.live else "") + text, file=self.stream, flush=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, unit: str = "step", start: int = 0) -> Iterator[Bar]:
+        """A bar over `total` units of work, `start` of them already done by an earlier process."""
+        bar = Bar(self, title, total, unit, start)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+@dataclass
+class Bar:
+    """One running piece of work; `update` is cheap and prints at most every `progress.every_s` seconds."""
+
+    progress: Progress
+    title: str
+    total: int
+    unit: str
+    done: int
+    started: float = field(default_factory=time.monotonic)
+    shown: float = field(default_factory=time.monotonic)
+    figures: dict[str, Any] = field(default_factory=dict)
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        self.first = self.done
+
+    def update(self, count: int = 1, **figures: Any) -> None:
+        self.done += count
+        self.figures.update(figures)
+        now = time.monotonic()
+        if now - self.shown >= self.progress.every_s:
+            self.shown = now
+            self._show(end="")
+
+    def close(self) -> None:
+        self._show(end="\n")
+
+    def line(self) -> str:
+        """The text that is shown: share, rate, ETA, figures."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = (self.done - self.first) / seconds
+        left_s = (self.total - self.done) / rate if rate > 0 else float("inf")
+        eta = "" if self.done >= self.total else f"  ETA {left_s:.0f}s" if left_s != float("inf") else ""
+        figures = "  ".join(f"{k} {_short(v)}" for k, v in self.figures.items())
+        share = self.done / self.total if self.total else 1.0
+        return f"{self.title:<14} {share:4.0%}  {self.done}/{self.total} {self.unit}  {_short(rate)}/s{eta}  {figures}"
+
+    def _show(self, end: str) -> None:
+        p = self.progress
+        if p.quiet:
+            return
+        if p.live:
+            print("\r\033[K" + self.line(), end=end, file=p.stream, flush=True)
+        else:
+            print(self.line(), file=p.stream, flush=True)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a computation runs."""
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Dtype of the forward pass; weights and optimiser state stay float32."""
+    threads: int = 1
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def detect(cls, *, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Runtime:
+        """Looks at the machine: CUDA if torch sees one, else the CPU with all cores this process may use."""
+        import torch
+
+        count = threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(count)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(device=device, threads=count, seed=seed, progress=progress or Progress())
+
+    def seed_all(self, offset: int = 0) -> None:
+        """Seeds every generator that training may draw from."""
+        import numpy
+        import torch
+
+        seed = self.seed + offset
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
