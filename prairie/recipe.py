@@ -1,0 +1,498 @@
+"""A run is a file: named stages with typed keys, read from YAML, changed by `key=value`, hashed.
+
+    name: tiny
+    params: {data: null}
+    stages:
+      chats: {kind: prepare, source: file, path: "${data}"}
+      sft:   {kind: train, objective: causal_lm, start: base, data: chats, epochs: 3}
+
+A stage names the stages it needs by their names; `Recipe.order()` is the order in which they run. A key that does not
+exist is an error that names the nearest one. Not here: what a stage does (`pipeline/`, `flywheel/`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prairie.errors import RecipeError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class _Stage(_Strict):
+    """What every stage has: a kind, and the stages it reads."""
+
+    def reads(self) -> list[str]:
+        """Names of the stages whose products this one needs."""
+        return []
+
+
+class Prepare(_Stage):
+    """Text, conversations or preferences, cleaned and split, from the interpreter, from tasks or from a file."""
+
+    kind: Literal["prepare"]
+    source: Literal["interpreter", "tasks", "file"]
+    megabytes: float = Field(8.0, gt=0)
+    """interpreter: how much text to take."""
+    tasks: list[str] = []
+    """tasks: which of `tasks/`."""
+    rows: int = Field(2000, gt=0)
+    """tasks: training conversations of each task."""
+    wordings: list[str] = []
+    """tasks: how the answers are worded; empty = all wordings evenly."""
+    path: str | None = None
+    """file: JSONL, JSON, .gz, Parquet or text."""
+    want: Literal["text", "chat", "preference"] | None = None
+    """file: what the rows shall be read as; empty = as they are."""
+    format: str | None = None
+    """file: the name of a format, when the detected one is wrong."""
+    limit: int | None = Field(None, gt=0)
+    """file: at most so many rows."""
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the rows kept for judging, chosen by the hash of the row."""
+    max_refused: float = Field(0.5, ge=0, le=1)
+    """A larger share of refused rows stops the run."""
+
+    @model_validator(mode="after")
+    def _needs(self) -> Prepare:
+        if self.source == "file" and not self.path:
+            raise ValueError("source `file` needs `path`")
+        if self.source == "tasks" and not self.tasks:
+            raise ValueError("source `tasks` needs `tasks`")
+        return self
+
+
+class TrainTokenizer(_Stage):
+    """A byte-level BPE over the training rows of the named stages."""
+
+    kind: Literal["tokenizer"]
+    data: list[str]
+    vocab_size: int = Field(2048, ge=260)
+    template: str = "chatml"
+
+    def reads(self) -> list[str]:
+        return self.data
+
+
+class Import(_Stage):
+    """An open model from a Hugging Face folder."""
+
+    kind: Literal["import"]
+    path: str
+    template: str | None = None
+    """A built-in chat template instead of the model's own."""
+
+
+class Shape(_Strict):
+    """The size of a new Llama-shaped model. `depth` alone is enough: width = 32 x depth, heads of 32, as in the docs."""
+
+    depth: int = Field(4, gt=0)
+    dim: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    kv_heads: int | None = Field(None, gt=0)
+    ffn_dim: int | None = Field(None, gt=0)
+    context: int = Field(512, gt=0)
+
+
+class AdapterShape(_Strict):
+    """A LoRA (arXiv 2106.09685)."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+
+
+class Learning(_Strict):
+    """The keys that every training has, whoever starts it."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    tokens_per_batch: int = Field(4096, gt=0)
+    micro_batches: int = Field(1, gt=0)
+    lr: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    max_tokens: int = Field(256, gt=1)
+    """Longest row."""
+    on_long: Literal["refuse", "truncate"] = "refuse"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: AdapterShape | None = None
+    beta: float = Field(0.1, gt=0)
+    """dpo: the pull towards the reference."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """dpo: which member of the family."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo: the share of pairs taken to be the wrong way round."""
+    sft_weight: float = Field(0.0, ge=0)
+    """dpo: how much of the chosen answer's own loss is added."""
+
+    @model_validator(mode="after")
+    def _length(self) -> Learning:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give `epochs` or `steps`, one of them")
+        return self
+
+
+class Train(_Stage, Learning):
+    """A model or an adapter from data: causal_lm on text or conversations, dpo on preferences (arXiv 2305.18290)."""
+
+    kind: Literal["train"]
+    objective: Literal["causal_lm", "dpo"] = "causal_lm"
+    data: str | list[str]
+    start: str | None = None
+    """The stage whose model is trained on; none = a new model of `shape` with the tokenizer of stage `tokenizer`."""
+    tokenizer: str | None = None
+    shape: Shape | None = None
+
+    @model_validator(mode="after")
+    def _origin(self) -> Train:
+        if self.start is None and (self.tokenizer is None or self.shape is None):
+            raise ValueError("give `start`, or `tokenizer` and `shape` for a new model")
+        if self.start is not None and self.shape is not None:
+            raise ValueError("`shape` is for a new model and does not go with `start`")
+        if self.start is None and self.adapter is not None:
+            raise ValueError("an adapter needs `start`, the model it stands on")
+        return self
+
+    def sources(self) -> list[str]:
+        """The stages that give the rows."""
+        return [self.data] if isinstance(self.data, str) else self.data
+
+    def reads(self) -> list[str]:
+        return [name for name in (self.start, self.tokenizer, *self.sources()) if name]
+
+
+class Sample(_Stage):
+    """Preferences from a model's own answers: a right one over a wrong one, as the tasks' checks say."""
+
+    kind: Literal["sample"]
+    model: str
+    tasks: list[str]
+    prompts: int = Field(200, gt=0)
+    """Training prompts of each task."""
+    answers: int = Field(4, gt=1)
+    """Answers sampled for each prompt."""
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(48, gt=0)
+    pairs_per_prompt: int = Field(2, gt=0)
+
+    def reads(self) -> list[str]:
+        return [self.model]
+
+
+class Evaluate(_Stage):
+    """Held-out task accuracy with intervals, held-out loss and held-out preference accuracy, for some models."""
+
+    kind: Literal["evaluate"]
+    models: list[str]
+    tasks: list[str] = []
+    items: int = Field(100, gt=0)
+    """Held-out items of each task."""
+    max_tokens: int = Field(48, gt=0)
+    text: list[str] = []
+    """Stages whose held-out rows are scored by loss: text as bits per byte, conversations as loss per answer token."""
+    preferences: list[str] = []
+    """Stages whose held-out pairs are scored by the share where the chosen answer is likelier than at `reference`."""
+    reference: str | None = None
+    row_tokens: int = Field(256, gt=1)
+
+    def reads(self) -> list[str]:
+        return [*self.models, *self.text, *self.preferences, *([self.reference] if self.reference else [])]
+
+
+class Publish(_Stage):
+    """Registers a model as a version of a line and makes it the line's champion."""
+
+    kind: Literal["publish"]
+    line: str
+    model: str
+
+    def reads(self) -> list[str]:
+        return [self.model]
+
+
+class Serve(_Stage):
+    """Starts the server for the stages that follow; it stays open at the end unless told otherwise."""
+
+    kind: Literal["serve"]
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, lt=65536)
+    """0 takes any free port."""
+    after: list[str] = []
+    """The stages that must have been published first."""
+
+    def reads(self) -> list[str]:
+        return self.after
+
+
+class Users(_Strict):
+    """Simulated people. Their hidden preference decides their votes; training never sees it."""
+
+    count: int = Field(24, gt=0)
+    prompts: int = Field(12, gt=0)
+    """Questions that each asks."""
+    noise: float = Field(0.1, ge=0, le=1)
+    """Share of votes cast by a coin."""
+    poisoned: float = Field(0.0, ge=0, le=1)
+    """Share of users who vote at random or against."""
+    preference: str = "sentence"
+    """The wording that they like best among right answers."""
+
+
+class GateRules(_Strict):
+    """When a candidate is promoted."""
+
+    users: int = Field(24, gt=1)
+    """Held-out users who compare candidate and champion."""
+    prompts: int = Field(8, gt=0)
+    """Held-out questions that each compares."""
+    margin: float = Field(0.05, ge=0, lt=1)
+    """The most that a task's accuracy may fall, beyond its noise."""
+    items: int = Field(60, gt=0)
+    """Held-out items of each task in the frozen suite."""
+
+
+class Turn(_Stage):
+    """One turn of the wheel: people talk and vote, a candidate learns, the gate judges, the champion changes or stays."""
+
+    kind: Literal["turn"]
+    line: str
+    start: str
+    """The stage that made the champion: a publish or an earlier turn."""
+    server: str
+    tasks: list[str]
+    users: Users = Users()
+    learn: Learning
+    gate: GateRules = GateRules()
+
+    def reads(self) -> list[str]:
+        return [self.start, self.server]
+
+
+class Report(_Stage):
+    """`report.html`: every figure, plots, samples, lineage."""
+
+    kind: Literal["report"]
+    of: list[str]
+    samples: int = Field(12, ge=0)
+
+    def reads(self) -> list[str]:
+        return self.of
+
+
+Stage = Annotated[
+    Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | Report,
+    Field(discriminator="kind"),
+]
+KINDS: dict[str, type[_Stage]] = {
+    "prepare": Prepare,
+    "tokenizer": TrainTokenizer,
+    "import": Import,
+    "train": Train,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "publish": Publish,
+    "serve": Serve,
+    "turn": Turn,
+    "report": Report,
+}
+AnyStage = Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | Report
+
+
+class Recipe(_Strict):
+    """A whole run. `params` are the knobs a user is meant to turn; `${name}` in a stage stands for one."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    about: str = ""
+    seed: int = 0
+    params: dict[str, Any] = {}
+    stages: dict[str, Stage]
+
+    def order(self) -> list[str]:
+        """Stage names so that each comes after those it reads, otherwise as written. Raises RecipeError on a circle."""
+        done: list[str] = []
+        waiting: list[str] = []
+
+        def visit(name: str, asked_by: str) -> None:
+            if name in done:
+                return
+            if name not in self.stages:
+                raise RecipeError(
+                    f"stage `{asked_by}` of recipe `{self.name}` reads an unknown stage",
+                    got=f"`{name}`",
+                    wanted=_known(name, self.stages),
+                )
+            if name in waiting:
+                raise RecipeError(
+                    f"stages of recipe `{self.name}` wait for each other", got=" -> ".join([*waiting, name])
+                )
+            waiting.append(name)
+            for read in self.stages[name].reads():
+                visit(read, name)
+            waiting.pop()
+            done.append(name)
+
+        for name in self.stages:
+            visit(name, name)
+        return done
+
+    def hash(self) -> str:
+        """sha256 of the resolved recipe."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json", by_alias=True)).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON that is equal for equal values: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `key=value` overrides.
+
+    Raises RecipeError: no such file, not YAML, an unknown key, a value of the wrong type, a `${param}` without a value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", got=str(path), wanted="a YAML file of stages") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read", got=str(error)) from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path} is not YAML", got=" ".join(str(error).split())) from None
+    return resolve_recipe(tree, overrides, where=str(path))
+
+
+def resolve_recipe(tree: object, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """A recipe from parsed YAML. Raises RecipeError as `load_recipe` does."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
+        raise RecipeError(f"{where} is not a recipe", got=type(tree).__name__, wanted="a mapping with `name` and `stages`")
+    for override in overrides:
+        _apply(tree, override, where)
+    params = tree.get("params") or {}
+    for name, stage in tree["stages"].items():
+        if not isinstance(stage, dict) or stage.get("kind") not in KINDS:
+            kind = stage.get("kind") if isinstance(stage, dict) else stage
+            raise RecipeError(
+                f"{where}: stage `{name}` has an unknown kind", got=repr(kind), wanted=_known(str(kind), KINDS)
+            )
+    tree = {**tree, "stages": _substitute(tree["stages"], params, where)}
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first(error, tree)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str, where: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError("an override is not `key=value`", got=repr(override), wanted="for example sft.lr=0.001")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    path = key.split(".")
+    top: dict[str, Any]
+    if len(path) == 1 and path[0] in ("name", "seed", "about"):
+        top = tree
+    elif len(path) == 1:
+        top = tree.setdefault("params", {})
+        if path[0] not in top:
+            raise RecipeError(f"{where}: no parameter `{key}`", wanted=_known(key, [*top, "seed", "name"]))
+    else:
+        top = tree["stages"]
+        if path[0] not in top:
+            raise RecipeError(f"{where}: no stage `{path[0]}`", wanted=_known(path[0], top))
+    for part in path[:-1]:
+        below = top.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise RecipeError(f"{where}: `{key}` goes through a value that has no keys", got=repr(below))
+        top = below
+    top[path[-1]] = value
+
+
+def _substitute(value: Any, params: Mapping[str, Any], where: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _substitute(v, params, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_substitute(v, params, where) for v in value]
+    if not isinstance(value, str):
+        return value
+    whole = re.fullmatch(r"\$\{(\w+)\}", value)
+    if whole:
+        return _param(whole[1], params, where)
+    return re.sub(r"\$\{(\w+)\}", lambda m: str(_param(m[1], params, where)), value)
+
+
+def _param(name: str, params: Mapping[str, Any], where: str) -> Any:
+    if name not in params:
+        raise RecipeError(f"{where}: `${{{name}}}` is not a parameter", wanted=_known(name, params))
+    if params[name] is None:
+        raise RecipeError(f"{where} needs a value for `{name}`", mend=f"add {name}=VALUE to the command")
+    return params[name]
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listing = "one of " + ", ".join(f"`{n}`" for n in names) if names else "nothing, there are none"
+    return listing + (f" (did you mean `{near[0]}`?)" if near else "")
+
+
+def _first(error: ValidationError, tree: dict[str, Any]) -> str:
+    """The first complaint of pydantic as one sentence of ours."""
+    fault = error.errors()[0]
+    where = [str(part) for part in fault["loc"]]
+    if where[:1] == ["stages"]:
+        kind = where[2] if len(where) > 2 and where[2] in KINDS else None
+        path = [where[1], *where[3:]] if kind else where[1:]
+    else:
+        kind, path = None, where
+    dotted = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        keys = _keys_beside(kind, path)
+        return f"unknown key `{dotted}`, wanted {_known(path[-1], keys)}"
+    if fault["type"] == "missing":
+        return f"`{dotted}` is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(fault.get("input"), dict) else f", got {fault.get('input')!r}"
+    return f"`{dotted}`: {message}{got}"
+
+
+def _keys_beside(kind: str | None, path: list[str]) -> list[str]:
+    model: type[BaseModel] = KINDS[kind] if kind else Recipe
+    for part in path[1:-1]:
+        field = model.model_fields.get(part)
+        inner = [t for t in _types_in(field.annotation if field else None) if issubclass(t, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _types_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [t for part in getattr(annotation, "__args__", ()) for t in _types_in(part)]
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors and checks."""
+    return Recipe.model_json_schema(by_alias=True)
