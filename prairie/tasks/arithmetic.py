@@ -1,8 +1,8 @@
 """Sums, differences and the times table, in words: "What is seven plus twelve?", 十七加八等于几?
 
 Held out: for + and - one family in ten, a family being a, b and their sum (b + a, sum - a and sum - b go with it, in
-both languages). The times table has too few facts to guess an unseen one, so there a held-out product is one whose other
-order was taught: 8 times 3 after 3 times 8. Not here: negative results, division, digits in the question.
+both languages). The times table has too few facts to guess an unseen one, so there a held-out product is one whose
+other order was taught: 8 times 3 after 3 times 8. Not here: negative results, division, digits in the question.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ _DAYS = {
     "zh": [f"星期{day}" for day in "一二三四五六日"],
 }
 _MONTHS = {
-    "en": ["January", "February", "March", "April", "May", "June"]
-    + ["July", "August", "September", "October", "November", "December"],
+    "en": [
+        *("January", "February", "March", "April", "May", "June"),
+        *("July", "August", "September", "October", "November", "December"),
+    ],
     "zh": [f"{month}月" for month in range(1, 13)],
 }
 _FIRST_YEAR, _LAST_YEAR = 1900, 2099
