@@ -1,8 +1,8 @@
-"""A corpus that every machine has: the text of the running Python interpreter (PSF licence), read where it is installed.
+"""A corpus that every machine has: the text of the running Python interpreter (PSF licence), read where it lies.
 
 Three kinds of documents: the language reference's topics (`pydoc_data.topics`), a module's docstrings as one page of
-prose, and a module's source. Files are parsed, never imported or run. The same Python version gives the same documents in
-the same order. Not here: anything from site-packages, tests of the standard library, the web.
+prose, and a module's source. Files are parsed, never imported or run. The same Python version gives the same documents
+in the same order. Not here: anything from site-packages, tests of the standard library, the web.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOT_PROSE = {
     "pydoc_data",
     "encodings",
     "turtledemo",
-    "ensurepip",
+    "distutils",
 }
 
 
@@ -43,7 +43,7 @@ def interpreter_texts(
     """Documents of at most `limit_bytes` of UTF-8 in all (fewer where the interpreter has no more), shuffled by `seed`.
 
     Held out is one document in `one_in`, chosen by a hash of its name whatever the seed and the limit; a module's
-    docstrings and its source always fall on the same side. Raises DataError when the interpreter's library cannot be read.
+    docstrings and its source fall on the same side. Raises DataError when the interpreter's library cannot be read.
     """
     if limit_bytes <= 0:
         raise DataError("a corpus needs room", got=f"limit_bytes {limit_bytes}", wanted="a positive number of bytes")
