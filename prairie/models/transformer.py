@@ -1,0 +1,143 @@
+"""The decoder: one definition for training and serving and for every family of the table.
+
+It works on flat tokens and knows neither rows nor caches: an `Attend` object does positions and attention. Adapters
+stand outside; their deltas are added to the outputs of the linear layers they name. Weights that read the same input
+are fused (q, k, v; gate, up); the names on disk stay Hugging Face's (`families.weight_table`).
+Not here: losses (`ops.loss`), files (`weights`).
+
+Legend: N tokens of all rows, D width, H query heads, K key/value heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prairie.models.config import ModelConfig
+from prairie.models.families import Part, Weight, fused_parts, weight_table
+from prairie.ops.attention import Attend, rotary_angles, rotate
+
+if TYPE_CHECKING:
+    from prairie.models.lora import AdapterRows
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """(D/2,) turns per token in radians, scaled as the config says ("llama3": Llama 3.1's rule, arXiv 2407.21783)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_max_context / wavelengths - low) / (high - low)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+class Block(nn.Module):
+    """The weights of one layer; the arithmetic is in `Transformer.forward`, where it can be read in one go."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape))
+
+        self.attention_norm = parameter(c.dim)
+        self.qkv = parameter(c.qkv_dim, c.dim)
+        self.qkv_bias = parameter(c.qkv_dim) if c.qkv_bias else None
+        self.q_norm = parameter(c.head_dim) if c.qk_norm else None
+        self.k_norm = parameter(c.head_dim) if c.qk_norm else None
+        self.o = parameter(c.dim, c.q_dim)
+        self.o_bias = parameter(c.dim) if c.o_bias else None
+        self.mlp_norm = parameter(c.dim)
+        self.gate_up = parameter(2 * c.ffn_dim, c.dim)
+        self.gate_up_bias = parameter(2 * c.ffn_dim) if c.mlp_bias else None
+        self.down = parameter(c.dim, c.ffn_dim)
+        self.down_bias = parameter(c.dim) if c.mlp_bias else None
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model. Parameters are not set until `init_weights` or `weights.load_model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.Parameter(torch.empty(config.dim))
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.parts: dict[str, tuple[Part, ...]] = fused_parts(config)
+        self.table: list[Weight] = weight_table(config)
+        self.frequencies = rope_frequencies(config)
+        self.loaded_hash: str | None = None
+        """Hash of the file the weights came from; `weights.hash_of` trusts it while `loaded_versions` still hold."""
+        self.loaded_versions: tuple[int, ...] = ()
+
+    def init_weights(self, seed: int | torch.Generator = 0) -> Transformer:
+        """Sets every parameter by a seed: normal, std 0.02, less where a layer adds to the residual (GPT-2's rule)."""
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.layers)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                kind = name.rsplit(".", 1)[-1]
+                if parameter.ndim == 1:
+                    parameter.fill_(0.0 if kind.endswith("bias") else 1.0)
+                else:
+                    std = residual_std if kind in ("o", "down") else 0.02
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        self.loaded_hash = None
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D) the matrix that turns hidden states into logits: the embedding when tied."""
+        return self.embed if self.head is None else self.head
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V)."""
+        return F.linear(hidden_ND, self.head_weight)
+
+    def forward(self, tokens_N: Tensor, attend: Attend, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        """hidden_ND after the final norm, of flat tokens whose context `attend` knows."""
+        c = self.config
+        cos, sin = rotary_angles(attend.positions_N, self.frequencies.to(tokens_N.device))
+        x_ND = F.embedding(tokens_N, self.embed)
+        for index, block in enumerate(self.layers):
+            assert isinstance(block, Block)
+            y_ND = F.rms_norm(x_ND, (c.dim,), block.attention_norm, c.norm_eps)
+            qkv = self._linear(y_ND, block.qkv, block.qkv_bias, index, "qkv", adapters)
+            q_NHD, k_NKD, v_NKD = qkv.view(len(qkv), -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
+            if block.q_norm is not None:
+                q_NHD = F.rms_norm(q_NHD, (c.head_dim,), block.q_norm, c.norm_eps)
+                k_NKD = F.rms_norm(k_NKD, (c.head_dim,), block.k_norm, c.norm_eps)
+            o_NHD = attend(index, rotate(q_NHD, cos, sin), rotate(k_NKD, cos, sin), v_NKD)
+            x_ND = x_ND + self._linear(o_NHD.flatten(1), block.o, block.o_bias, index, "o", adapters)
+            y_ND = F.rms_norm(x_ND, (c.dim,), block.mlp_norm, c.norm_eps)
+            gate, up = self._linear(y_ND, block.gate_up, block.gate_up_bias, index, "gate_up", adapters).chunk(2, -1)
+            x_ND = x_ND + self._linear(F.silu(gate) * up, block.down, block.down_bias, index, "down", adapters)
+        return F.rms_norm(x_ND, (c.dim,), self.norm, c.norm_eps)
+
+    def _linear(
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        layer: int,
+        group: str,
+        adapters: Sequence[AdapterRows],
+    ) -> Tensor:
+        """One fused linear layer with the deltas of the adapters that name it."""
+        y_NO = F.linear(x_NI, weight_OI, bias_O)
+        for adapter in adapters:
+            y_NO = adapter.lora.add_to(y_NO, x_NI, layer, group, self.parts[group], adapter.rows)
+        return y_NO
