@@ -1,0 +1,370 @@
+"""Text to token ids and back: a byte-level BPE of our own, or the `tokenizer.json` of a model folder.
+
+Text of users never becomes a special token: `encode` reads a literal `<|im_end|>` as plain text unless the caller says
+`special=True`, which only templates do. Every id stands for known bytes, so streams of ids decode without guesswork.
+
+Not here: what a conversation looks like (`chat_template`), rows and batches (`loader`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from prairie.errors import TokenizerError
+
+CHATML_SPECIALS: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+_CJK = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
+# GPT-2's words with GPT-4's contractions and line ends; every digit alone, so that numbers are read digit by digit;
+# runs of Han and kana apart from other letters, so that 你好world never becomes one word.
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    rf"|[{_CJK}]+"
+    rf"| ?(?:(?![{_CJK}])[\p{{L}}\p{{M}}])+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+Place = Literal["start", "after_special", "after_text"]
+"""Where a piece of text stands; only tokenizers that put a space before the first word tell the places apart."""
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins of the 256 bytes (Radford et al. 2019, `bytes_to_unicode`), reversed."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+class Tokenizer:
+    """A vocabulary with its encoder. Make one by `train_bpe` or `load`; it is immutable."""
+
+    def __init__(self, spec: dict[str, Any], config: dict[str, Any]) -> None:
+        """`spec` is the content of `tokenizer.json`, `config` that of `tokenizer_config.json`."""
+        self.config = config
+        named = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        spec = copy.deepcopy(spec)
+        # A row cut in silence by a length that some trainer left in the file is a wrong row.
+        spec["truncation"] = spec["padding"] = None
+        for added in spec.get("added_tokens") or []:
+            added["special"] = bool(added.get("special")) or added.get("content") in named.values()
+        self._spec = spec
+        self._backend = _backend(spec)
+        self._bare = _backend(_without_prefix_space(spec)) if _without_prefix_space(spec) != spec else self._backend
+        self._prefix_after_special = self._bare is not self._backend and not _prefix_only_first(spec)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self._added = {int(added["id"]): added for added in spec.get("added_tokens") or []}
+        self.special_tokens: dict[str, int] = {a["content"]: i for i, a in self._added.items() if a["special"]}
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token = named.values()
+        for key, token in named.items():
+            if token is not None and token not in vocabulary:
+                raise TokenizerError(f"`{key}` is not in the vocabulary", got=repr(token), wanted="a token of it")
+        self.bos_id: int | None = vocabulary[self.bos_token] if self.bos_token is not None else None
+        self.eos_id: int | None = vocabulary[self.eos_token] if self.eos_token is not None else None
+        self.pad_id: int | None = vocabulary[self.pad_token] if self.pad_token is not None else None
+        self.adds_bos: bool = self.bos_id is not None and self._document_starts_with_bos()
+        canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True, separators=(",", ":"))
+        self.hash: str = hashlib.sha256(canonical.encode()).hexdigest()
+        self._kind = _decoder_kind(spec)
+        self._strips_first_space = _strips_first_space(spec)
+
+    @classmethod
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = CHATML_SPECIALS
+    ) -> Tokenizer:
+        """Learns a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) of at most `vocab_size` tokens.
+
+        The special tokens get the first ids; the first of them ends a document and pads. A small text gives a
+        smaller vocabulary. The same texts give the same bytes. Raises TokenizerError if `vocab_size` is too small.
+        """
+        least = 256 + len(special_tokens)
+        if vocab_size < least or len(set(special_tokens)) != len(special_tokens):
+            raise TokenizerError("this vocabulary cannot be learnt", got=vocab_size, wanted=f"{least} tokens or more")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(PRETOKENIZE), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(special_tokens),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if special_tokens:
+            config |= {"eos_token": special_tokens[0], "pad_token": special_tokens[0]}
+            config["additional_special_tokens"] = list(special_tokens[1:])
+        return cls(json.loads(backend.to_str()), config)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Tokenizer:
+        """Reads `tokenizer.json` and `tokenizer_config.json`, or GPT-2's `vocab.json` and `merges.txt`.
+
+        Raises TokenizerError if the files are missing, damaged, or of a kind whose tokens do not stand for bytes.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if (folder / "tokenizer.json").is_file():
+            spec = _read_json(folder / "tokenizer.json")
+            return cls(spec, config)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return cls(*_gpt2(folder, config))
+        raise TokenizerError(
+            f"{folder} has no tokenizer",
+            got="no tokenizer.json",
+            wanted="tokenizer.json (a fast tokenizer), or vocab.json and merges.txt",
+            mend="convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers.AutoTokenizer reads too."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        config = {key: value for key, value in self.config.items() if key != "chat_template"}
+        if path.is_file() and "chat_template" in (old := _read_json(path)):
+            config["chat_template"] = old["chat_template"]  # ChatTemplate.save came first
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def encode(self, text: str, *, special: bool = False, place: Place = "start") -> list[int]:
+        """Ids of `text`; never adds bos or eos. With `special`, literal special tokens become their ids."""
+        if not special:
+            return list(self._backend_at(place).encode(_sound(text), add_special_tokens=False).ids)
+        ids: list[int] = []
+        for piece, at in self.pieces(text, place):
+            ids += [piece] if isinstance(piece, int) else self.encode(piece, place=at)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], *, place: Place = "start") -> list[list[int]]:
+        """`encode` of many texts at once, on all cores."""
+        encodings = self._backend_at(place).encode_batch_fast([_sound(t) for t in texts], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def pieces(self, text: str, place: Place = "start") -> list[tuple[int | str, Place]]:
+        """Cuts at literal special tokens: ids of special tokens and the text between them, each with its place."""
+        found: list[tuple[int | str, Place]] = []
+        end = 0
+        for match in self.special_pattern.finditer(text) if self.special_tokens else ():
+            if text[end : match.start()]:
+                found.append((text[end : match.start()], place))
+            found.append((self.special_id(match), "after_special"))
+            place, end = "after_special", match.end()
+        if text[end:]:
+            found.append((text[end:], place))
+        return found
+
+    def special_id(self, match: re.Match[str]) -> int:
+        """Id of the special token that `special_pattern` found; some swallow the white space beside them."""
+        text = match.group()
+        return self.special_tokens[text if text in self.special_tokens else text.strip()]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Like transformers, a first prefix space is dropped."""
+        special = self._special_ids if skip_special else frozenset()
+        data = b"".join(self.token_bytes(token) for token in ids if token not in special)
+        if self._strips_first_space and data.startswith(b" "):
+            data = data[1:]
+        return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for. Raises TokenizerError for an id outside the vocabulary."""
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError("no such token", got=token_id, wanted=f"0 to {self.vocab_size - 1}")
+        return self._bytes[token_id]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The content of `tokenizer.json`."""
+        spec: dict[str, Any] = json.loads(self._backend.to_str())
+        return spec
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._spec, self.config)
+
+    def _backend_at(self, place: Place) -> tokenizers.Tokenizer:
+        prefixed = place == "start" or (place == "after_special" and self._prefix_after_special)
+        return self._backend if prefixed else self._bare
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Longest token first, as the `tokenizers` library does."""
+        forms = []
+        for text, token_id in sorted(self.special_tokens.items(), key=lambda item: (-len(item[0]), item[0])):
+            added = self._added[token_id]
+            left, right = (r"\s*" if added.get(side) else "" for side in ("lstrip", "rstrip"))
+            edge = (r"(?<!\w)", r"(?!\w)") if added.get("single_word") else ("", "")
+            forms.append(left + edge[0] + re.escape(text) + edge[1] + right)
+        return re.compile("|".join(forms))
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        byte_of = _byte_of_char()
+        for text, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+            if token_id in self._added:
+                table[token_id] = text.encode()
+            elif self._kind == "bytes":
+                known = all(char in byte_of for char in text)
+                table[token_id] = bytes(byte_of[char] for char in text) if known else text.encode()
+            elif fallback := _BYTE_FALLBACK.match(text):
+                table[token_id] = bytes([int(fallback.group(1), 16)])
+            else:
+                table[token_id] = text.replace("▁", " ").encode()
+        return table
+
+    def _document_starts_with_bos(self) -> bool:
+        if isinstance(told := self.config.get("add_bos_token"), bool):
+            return told
+        return self.bos_id in self._backend.encode("", add_special_tokens=True).ids[:1]
+
+
+class Detokenizer:
+    """Text of a stream of ids: `push` gives what is new and whole, `finish` the rest. Special tokens give no text.
+
+    All pushed text joined equals `decode` of all ids, except that a continuation keeps its first prefix space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continuation: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip = tokenizer._strips_first_space and not continuation
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._tokenizer._special_ids:
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._strip and data:
+            data, self._strip = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What an unfinished character leaves: nothing, or U+FFFD."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _sound(text: str) -> str:
+    """Lone surrogates are no Unicode text and cannot be encoded; they become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _content(token: object) -> str | None:
+    """A special token in `tokenizer_config.json` is a string, an AddedToken as an object, or null."""
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _backend(spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError("tokenizer.json cannot be read", got=str(error), wanted="a fast tokenizer") from None
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read", got=str(error), wanted="a JSON object") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} cannot be read", got=type(value).__name__, wanted="a JSON object")
+    return value
+
+
+def _gpt2(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """GPT-2's two files as a `tokenizer.json`."""
+    try:
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:
+        raise TokenizerError(f"{folder} cannot be read", got=str(error), wanted="vocab.json and merges.txt") from None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    if backend.token_to_id(end) is not None:
+        backend.add_special_tokens([tokenizers.AddedToken(end, special=True, normalized=False)])
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end} | config
+    return json.loads(backend.to_str()), config
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as a flat list."""
+    if not part:
+        return []
+    inner = part.get("normalizers") or part.get("pretokenizers") or part.get("decoders")
+    return [step for child in inner for step in _steps(child)] if inner else [part]
+
+
+def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for text in the middle of a text, where no space is put before the first word."""
+    spec = copy.deepcopy(spec)
+    normalizers = _steps(spec.get("normalizer"))
+    if any(step["type"] == "Prepend" for step in normalizers):
+        rest = [step for step in normalizers if step["type"] != "Prepend"]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": rest} if rest else None
+    for step in _steps(spec.get("pre_tokenizer")):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    return spec
+
+
+def _prefix_only_first(spec: dict[str, Any]) -> bool:
+    """Whether only the start of a text gets the space, and not the text after a special token."""
+    if any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"))):
+        return False
+    return any(step.get("prepend_scheme") == "first" for step in _steps(spec.get("pre_tokenizer")))
+
+
+def _decoder_kind(spec: dict[str, Any]) -> Literal["bytes", "pieces"]:
+    kinds = {step["type"] for step in _steps(spec.get("decoder"))}
+    if "ByteLevel" in kinds:
+        return "bytes"
+    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        return "pieces"
+    raise TokenizerError(
+        "the tokens of this tokenizer do not stand for bytes",
+        got=f"the decoder {', '.join(sorted(kinds)) or 'none'}",
+        wanted="ByteLevel (GPT-2, Llama 3, Qwen) or ByteFallback and Metaspace (Llama 2, Mistral)",
+    )
+
+
+def _strips_first_space(spec: dict[str, Any]) -> bool:
+    return any(
+        (step["type"] == "Strip" and step.get("content") == " " and step.get("start", 0) > 0)
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in _steps(spec.get("decoder"))
+    )
