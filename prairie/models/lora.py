@@ -241,7 +241,8 @@ class LoRA(nn.Module):
         present = [pair for pair in pairs if pair is not None]
         if not present:
             return None
-        if torch.is_grad_enabled() and any(p.requires_grad for pair in present for p in pair):
+        if any(p.requires_grad for pair in present for p in pair):
+            self._served.clear()  # in training; fused optimisers do not count their changes in `_version`
             return self._fuse(parts, pairs)
         version = sum(p._version for pair in present for p in pair)
         kept = self._served.get((layer, group))

@@ -79,9 +79,8 @@ class Transformer(nn.Module):
         self.parts: dict[str, tuple[Part, ...]] = fused_parts(config)
         self.table: list[Weight] = weight_table(config)
         self.frequencies = rope_frequencies(config)
-        self.loaded_hash: str | None = None
-        """Hash of the file the weights came from; `weights.hash_of` trusts it while `loaded_versions` still hold."""
-        self.loaded_versions: tuple[int, ...] = ()
+        self.loaded_hashes: tuple[str, str] | None = None
+        """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
     def init_weights(self, seed: int | torch.Generator = 0) -> Transformer:
         """Sets every parameter by a seed: normal, std 0.02, less where a layer adds to the residual (GPT-2's rule)."""
@@ -95,7 +94,6 @@ class Transformer(nn.Module):
                 else:
                     std = residual_std if kind in ("o", "down") else 0.02
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-        self.loaded_hash = None
         return self
 
     @property

@@ -41,11 +41,12 @@ def named_state(model: Transformer) -> dict[str, Tensor]:
 
 
 def hash_of(model: Transformer) -> str:
-    """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype they are
-    computed), else computed from the parameters."""
-    if model.loaded_hash is not None and model.loaded_versions == _versions(model):
-        return model.loaded_hash
-    return weights_hash(named_state(model))
+    """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype), else
+    theirs. Always computed anew: fused optimisers change weights without counting it in the tensor's version."""
+    found = weights_hash(named_state(model))
+    if model.loaded_hashes is not None and model.loaded_hashes[1] == found:
+        return model.loaded_hashes[0]
+    return found
 
 
 def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transformer:
@@ -101,7 +102,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             wanted=str(claimed)[:12],
             mend="restore the folder from where it was made",
         )
-    model.loaded_hash, model.loaded_versions = found, _versions(model)
+    model.loaded_hashes = found, found if dtype is None else weights_hash(named_state(model))
     return model
 
 
@@ -151,10 +152,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _versions(model: Transformer) -> tuple[int, ...]:
-    return tuple(p._version for p in model.parameters())
 
 
 def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:

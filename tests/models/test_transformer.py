@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from prairie.models.config import ModelConfig
-from prairie.models.families import read_config
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, save_model
 from prairie.ops.attention import PackedDocuments
@@ -21,35 +20,35 @@ transformers = pytest.importorskip("transformers")
 STORIES = Path(__file__).parents[3] / "shared/data/models"
 LENGTHS = [7, 19, 1, 12, 19, 33]
 
-SIZES: dict[str, Any] = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=72,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    initializer_range=0.2,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    factor=4.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-    rope_theta=1000.0,
-)
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1000.0,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
-    "llama tied": ("Llama", dict(tie_word_embeddings=True)),
-    "llama without groups": ("Llama", dict(num_key_value_heads=4)),
-    "llama one kv head, wide heads": ("Llama", dict(num_key_value_heads=1, head_dim=16)),
-    "llama with every bias": ("Llama", dict(attention_bias=True, mlp_bias=True)),
-    "llama3 rope": ("Llama", dict(rope_parameters=LLAMA3)),
-    "linear rope": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=500.0))),
-    "mistral": ("Mistral", dict(sliding_window=None)),
+    "llama tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama without groups": ("Llama", {"num_key_value_heads": 4}),
+    "llama one kv head, wide heads": ("Llama", {"num_key_value_heads": 1, "head_dim": 16}),
+    "llama with every bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}}),
+    "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
 

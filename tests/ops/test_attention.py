@@ -1,0 +1,77 @@
+"""The fast packed attention against the plain form, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prairie.ops.attention import PackedDocuments, attention_reference, buckets_of, rotary_angles, rotate
+
+
+def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    shapes = [(count, heads, size), (count, kv_heads, size), (count, kv_heads, size)]
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [1], [1, 30, 2, 29, 28, 11, 1], [50, 3]])
+def test_packed_equals_reference(lengths: list[int], heads: int, kv_heads: int) -> None:
+    ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
+    got = PackedDocuments(lengths)(0, *ours)
+    wanted = attention_reference(*plain, lengths)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
+    (got * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_any_lengths_equal_reference(lengths: list[int]) -> None:
+    q, k, v = (x.detach() for x in inputs(sum(lengths), 2, 1))
+    packed = PackedDocuments(lengths)
+    torch.testing.assert_close(packed(0, q, k, v), attention_reference(q, k, v, lengths), rtol=1e-5, atol=1e-5)
+    assert packed.positions_N.tolist() == [p for length in lengths for p in range(length)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60))
+def test_buckets_hold_every_row_once_with_little_padding(lengths: list[int]) -> None:
+    buckets = buckets_of(lengths)
+    assert sorted(row for bucket in buckets for row in bucket) == list(range(len(lengths)))
+    padded = sum(len(bucket) * max(lengths[r] for r in bucket) for bucket in buckets)
+    assert padded <= 1.5 * sum(lengths) + 16 * len(lengths)
+
+
+def test_a_row_sees_neither_its_neighbour_nor_its_future() -> None:
+    lengths = [5, 9, 5, 2]
+    q, k, v = (x.detach() for x in inputs(sum(lengths), 2, 2))
+    before = PackedDocuments(lengths)(0, q, k, v)
+    for x in (k, v):
+        x[9] = 100.0  # the fifth token of row 1
+    after = PackedDocuments(lengths)(0, q, k, v)
+    changed = (before != after).flatten(1).any(1).nonzero()[:, 0].tolist()
+    assert changed == [9, 10, 11, 12, 13]
+
+
+def test_empty_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        PackedDocuments([3, 0])
+
+
+def test_rotation_depends_on_distance_only() -> None:
+    frequencies = 1.0 / 100.0 ** (torch.arange(0, 8, 2) / 8)
+    q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+
+    def product(i: int, j: int) -> float:
+        turned = [rotate(x, *rotary_angles(torch.tensor([p]), frequencies)) for x, p in ((q, i), (k, j))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert product(3, 1) == pytest.approx(product(12, 10), abs=1e-4)
+    assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-4)
+    assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
