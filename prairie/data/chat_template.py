@@ -151,11 +151,16 @@ class ChatTemplate:
         """A whole conversation. Raises TemplateError if the template refuses it or cannot be trained on."""
         return self.encode_many([messages])[0]
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[Rendered]:
-        """`encode` of many conversations; all their text is tokenised in one batch on all cores."""
+    def encode_many(self, conversations: Sequence[Sequence[Message]], *, prompt: bool = False) -> list[Rendered]:
+        """`encode` of many conversations (with `prompt`: up to where the assistant speaks); all their text is
+        tokenised in one batch on all cores."""
+        self.check_trainable()
+        return self._assemble([self._segments(messages, prompt) for messages in conversations])
+
+    def check_trainable(self) -> None:
+        """Raises TemplateError if rows of this template would differ from what is served with it."""
         if self._untrainable:
             raise TemplateError(self._untrainable, mend="use a builtin template: " + " | ".join(BUILTIN))
-        return self._assemble([self._segments(messages, False) for messages in conversations])
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The conversation up to where the assistant speaks: an exact prefix of `encode` of it with the answer."""

@@ -121,9 +121,7 @@ def test_foreign_tokenizers_equal_transformers(folder: Path) -> None:
     if folder is STORIES:
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
     else:
-        theirs = transformers.GPT2TokenizerFast(
-            vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")
-        )
+        theirs = transformers.GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     corpus = (SHARED / "corpora" / "tinyshakespeare_train.txt").read_text()[:40000].split("\n\n")
     for text in [*TEXTS, *corpus, "a</s>b <s> c", "x<|endoftext|>y"]:
         if "\ufeff" not in text:

@@ -1,0 +1,399 @@
+"""Records to rows of tokens, and rows to batches: what a training step eats, resumable to the exact row.
+
+A dataset is three flat arrays: `ids` and `mask` of all rows one after the other, `offsets` of the rows. Batches are
+flat too (no padding). Nothing is dropped in silence: a row that cannot be learnt from is refused, counted and listed.
+
+Legend: N = all tokens of a batch. Not here: reading files (`sources`), attention between the tokens of a row (`ops`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from prairie.data.chat_template import ChatTemplate, Rendered
+from prairie.data.records import Chat, Message, Preference, Text
+from prairie.data.tokenizer import Tokenizer
+from prairie.errors import DataError, TemplateError, TrainingError
+
+if TYPE_CHECKING:
+    import torch
+
+OnLong = Literal["refuse", "truncate"]
+_CHUNK = 2048
+"""Records tokenised at once: enough to feed all cores, few enough to keep memory flat."""
+_LISTED = 1000
+"""Refused rows listed in the figures; all are counted."""
+_T = TypeVar("_T")
+
+
+class TokenDataset:
+    """Rows of tokens. `group` rows that belong together lie side by side: 2 for preferences (chosen, rejected)."""
+
+    def __init__(
+        self,
+        ids: npt.NDArray[np.uint32],
+        mask: npt.NDArray[np.bool_],
+        offsets: npt.NDArray[np.int64],
+        *,
+        group: int = 1,
+        figures: dict[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """`ids`, `mask`: (tokens,); `offsets`: (rows + 1,), row i is `ids[offsets[i]:offsets[i + 1]]`."""
+        rows = len(offsets) - 1
+        if rows < group or rows % group or len(ids) != len(mask) or int(offsets[-1]) != len(ids):
+            raise DataError(
+                "this dataset has no whole rows", got=f"{rows} rows, {len(ids)} tokens", wanted=f"groups of {group}"
+            )
+        self.ids, self.mask, self.offsets, self.group = ids, mask, offsets, group
+        self.figures: dict[str, Any] = {
+            "rows": rows,
+            "tokens": len(ids),
+            "supervised_tokens": int(np.count_nonzero(mask)),
+            "longest_row": int(np.diff(offsets).max()),
+            "truncated_rows": 0,
+            "refused_rows": 0,
+            "refused": [],
+        } | (figures or {})
+        self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group)
+
+    @classmethod
+    def from_texts(cls, records: Iterable[Text], tokenizer: Tokenizer, row_tokens: int) -> TokenDataset:
+        """Documents, each ended by eos (and begun by bos where the tokenizer does so), cut in rows of at most
+        `row_tokens`; all tokens but a row's first are learnt. Raises DataError if nothing is left."""
+        if row_tokens < 3:
+            raise DataError("rows are too short to learn from", got=row_tokens, wanted="row_tokens of 3 or more")
+        rows = _Rows()
+        begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        count = 0
+        for chunk in _chunks(records):
+            for text_ids in tokenizer.encode_batch([record.text for record in chunk]):
+                if text_ids:
+                    rows.add_document(np.array(begin + text_ids + end, np.uint32), row_tokens, count)
+                else:
+                    rows.refuse(count, "the document has no text")
+                count += 1
+        return rows.dataset(1, "texts")
+
+    @classmethod
+    def from_chats(
+        cls, records: Iterable[Chat], template: ChatTemplate, max_tokens: int, *, on_long: OnLong = "refuse"
+    ) -> TokenDataset:
+        """One row a conversation; assistants' turns and their stop tokens are learnt.
+
+        A row without an assistant's turn, or longer than `max_tokens`, is refused and listed; with
+        `on_long="truncate"` it is cut and counted instead. Raises DataError if nothing is left.
+        """
+        rows = _Rows()
+        count = 0
+        for chunk in _chunks(records):
+            for rendered in _render(template, [record.messages for record in chunk]):
+                row = rendered if isinstance(rendered, str) else _fit(rendered, max_tokens, on_long)
+                rows.add(count, [row])
+                count += 1
+        return rows.dataset(1, "conversations")
+
+    @classmethod
+    def from_preferences(
+        cls, records: Iterable[Preference], template: ChatTemplate, max_tokens: int, *, on_long: OnLong = "refuse"
+    ) -> TokenDataset:
+        """Two rows a preference, chosen then rejected, side by side; only what comes after the prompt is learnt.
+
+        Refused as in `from_chats` if either side is, and if both sides are the same tokens.
+        """
+        rows = _Rows()
+        count = 0
+        for chunk in _chunks(records):
+            sides = [side for r in chunk for side in ((*r.prompt, *r.chosen), (*r.prompt, *r.rejected))]
+            prompts = _render(template, [record.prompt for record in chunk], prompt=True)
+            rendered = _render(template, sides)
+            for i, prompt in enumerate(prompts):
+                pair = [_after(prompt, side, max_tokens, on_long) for side in rendered[2 * i : 2 * i + 2]]
+                chosen, rejected = pair
+                if isinstance(chosen, _Row) and isinstance(rejected, _Row) and chosen.ids == rejected.ids:
+                    pair = ["chosen and rejected are the same tokens"]
+                rows.add(count, pair)
+                count += 1
+        return rows.dataset(2, "preferences")
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        return (len(self.offsets) - 1) // self.group
+
+    def row(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
+        """Ids and mask of row i."""
+        start, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        return self.ids[start:end], self.mask[start:end]
+
+    def save(self, folder: Path | str) -> None:
+        """Three `.npy` files and `dataset.json`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("ids", "mask", "offsets"):
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+        about = {"group": self.group, "fingerprint": self.fingerprint, "figures": self.figures}
+        (folder / "dataset.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str, *, verify: bool = False) -> TokenDataset:
+        """Memory-maps what `save` wrote; `verify` reads it all and compares the fingerprint. Raises DataError."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            arrays = [
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("ids", "mask", "offsets")
+            ]
+            group, fingerprint, figures = int(about["group"]), str(about["fingerprint"]), dict(about["figures"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} holds no dataset", got=str(error), wanted="what TokenDataset.save wrote"
+            ) from None
+        ids, mask, offsets = arrays
+        if verify and _fingerprint(ids, mask, offsets, group) != fingerprint:
+            raise DataError(f"the dataset in {folder} is damaged", got="another fingerprint", wanted=fingerprint[:12])
+        return cls(ids, mask, np.asarray(offsets), group=group, figures=figures, fingerprint=fingerprint)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows one after the other, without padding."""
+
+    tokens_N: torch.Tensor
+    """int64."""
+    labels_N: torch.Tensor
+    """int64: the next token of the same row where it is learnt, else -100."""
+    lengths: list[int]
+    rows: list[int]
+    """Row numbers in the dataset."""
+
+    @property
+    def supervised(self) -> int:
+        """Number of labels."""
+        return int((self.labels_N != -100).sum())
+
+
+def batch_of(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
+    """The batch of these rows, in this order."""
+    import torch
+
+    index = np.asarray(rows, np.int64)
+    starts = dataset.offsets[index]
+    lengths = dataset.offsets[index + 1] - starts
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+    tokens = dataset.ids[positions].astype(np.int64)
+    learnt = np.where(dataset.mask[positions], tokens, -100)
+    labels = np.full(total, -100, np.int64)
+    labels[:-1] = learnt[1:]
+    labels[ends[lengths > 0] - 1] = -100  # a row's last token does not predict the next row
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist())
+
+
+class Loader:
+    """Endless batches: a seeded permutation of the groups per epoch, filled greedily up to `tokens_per_batch`.
+
+    A batch holds whole groups of one epoch. Only a single group longer than the limit makes a batch exceed it.
+    """
+
+    def __init__(self, dataset: TokenDataset, *, tokens_per_batch: int, seed: int, shuffle: bool = True) -> None:
+        if tokens_per_batch < 1:
+            raise TrainingError("a batch needs tokens", got=tokens_per_batch, wanted="tokens_per_batch of 1 or more")
+        self.dataset, self.tokens_per_batch, self.seed, self.shuffle = dataset, tokens_per_batch, seed, shuffle
+        self._group_tokens = np.diff(dataset.offsets[:: dataset.group])
+        self._epoch, self._cursor = 0, 0
+        self._start_epoch()
+
+    def next_step(self, micro_batches: int = 1) -> list[Batch]:
+        """The next `micro_batches` batches."""
+        return [batch_of(self.dataset, self._next_rows()) for _ in range(micro_batches)]
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self._epoch + self._cursor / len(self.dataset)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one pass (exact for the current epoch, near that for others)."""
+        cursor = batches = 0
+        while cursor < len(self.dataset):
+            cursor = self._fill(cursor)
+            batches += 1
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch starts; JSON."""
+        return {
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "fingerprint": self.dataset.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken. Raises TrainingError if the data or their order are others."""
+        for key, mine in (("fingerprint", self.dataset.fingerprint), ("seed", self.seed), ("shuffle", self.shuffle)):
+            if state.get(key) != mine:
+                raise TrainingError(
+                    f"this run cannot go on: the {'data' if key == 'fingerprint' else key} changed since it was saved",
+                    got=mine,
+                    wanted=state.get(key),
+                    mend="restore it, or start a new run",
+                )
+        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        count = len(self.dataset)
+        if self.shuffle:
+            self._order = np.random.Generator(np.random.PCG64([self.seed, self._epoch])).permutation(count)
+        else:
+            self._order = np.arange(count)
+        self._tokens_until = np.concatenate([[0], np.cumsum(self._group_tokens[self._order])])
+
+    def _fill(self, cursor: int) -> int:
+        """End of the batch that starts at group `cursor` of the permutation."""
+        limit = self._tokens_until[cursor] + self.tokens_per_batch
+        return max(int(np.searchsorted(self._tokens_until, limit, side="right")) - 1, cursor + 1)
+
+    def _next_rows(self) -> list[int]:
+        if self._cursor >= len(self.dataset):
+            self._epoch, self._cursor = self._epoch + 1, 0
+            self._start_epoch()
+        end = self._fill(self._cursor)
+        groups, size = self._order[self._cursor : end], self.dataset.group
+        self._cursor = end
+        rows: list[int] = (groups[:, None] * size + np.arange(size)).ravel().tolist()
+        return rows
+
+
+@dataclass(slots=True)
+class _Row:
+    ids: list[int]
+    mask: list[bool]
+    truncated: bool = False
+
+
+class _Rows:
+    """Rows while a dataset is made."""
+
+    def __init__(self) -> None:
+        self.ids: list[npt.NDArray[np.uint32]] = []
+        self.mask: list[npt.NDArray[np.bool_]] = []
+        self.lengths: list[int] = []
+        self.truncated = 0
+        self.refused: list[dict[str, Any]] = []
+        self.refused_count = 0
+
+    def refuse(self, row: int, reason: str) -> None:
+        self.refused_count += 1
+        if len(self.refused) < _LISTED:
+            self.refused.append({"row": row, "reason": reason})
+
+    def add(self, number: int, group: Sequence[_Row | str]) -> None:
+        """One group of rows, or why not: a group is kept whole or refused."""
+        reason = next((row for row in group if isinstance(row, str)), None)
+        if reason is not None:
+            self.refuse(number, reason)
+            return
+        for row in group:
+            assert isinstance(row, _Row)
+            self.ids.append(np.array(row.ids, np.uint32))
+            self.mask.append(np.array(row.mask, np.bool_))
+            self.lengths.append(len(row.ids))
+            self.truncated += row.truncated
+
+    def add_document(self, ids: npt.NDArray[np.uint32], row_tokens: int, number: int) -> None:
+        if len(ids) < 2:
+            self.refuse(number, "the document has one token and nothing to predict")
+            return
+        cuts = list(range(row_tokens, len(ids), row_tokens))
+        if cuts and len(ids) - cuts[-1] == 1:  # a lone last token would predict nothing: give it company
+            cuts[-1] -= 1
+        lengths = np.diff([0, *cuts, len(ids)])
+        mask = np.ones(len(ids), np.bool_)
+        mask[[0, *cuts]] = False
+        self.ids.append(ids)
+        self.mask.append(mask)
+        self.lengths += lengths.tolist()
+
+    def dataset(self, group: int, what: str) -> TokenDataset:
+        if not self.lengths:
+            first = f"; the first: row {self.refused[0]['row']}, {self.refused[0]['reason']}" if self.refused else ""
+            raise DataError(
+                f"no row is left of these {what}",
+                got=f"{self.refused_count} rows, all refused{first}",
+                wanted="one row",
+            )
+        offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        figures = {"truncated_rows": self.truncated, "refused_rows": self.refused_count, "refused": self.refused}
+        return TokenDataset(np.concatenate(self.ids), np.concatenate(self.mask), offsets, group=group, figures=figures)
+
+
+def _chunks(records: Iterable[_T]) -> Iterator[list[_T]]:
+    iterator = iter(records)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _render(
+    template: ChatTemplate, conversations: Sequence[Sequence[Message]], *, prompt: bool = False
+) -> list[Rendered | str]:
+    """Tokens of each conversation, or why the template refuses it. Raises TemplateError if it refuses all training."""
+    try:
+        return list(template.encode_many(conversations, prompt=prompt))
+    except TemplateError:
+        template.check_trainable()
+    results: list[Rendered | str] = []
+    for messages in conversations:
+        try:
+            results += template.encode_many([messages], prompt=prompt)
+        except TemplateError as error:
+            results.append(str(error))
+    return results
+
+
+def _fit(rendered: Rendered, max_tokens: int, on_long: OnLong) -> _Row | str:
+    """The row, cut if it may be, or why it is refused."""
+    ids, mask = rendered.ids, rendered.mask
+    if not any(mask[1:]):
+        return "no assistant turn, so no supervised token"
+    if len(ids) <= max_tokens:
+        return _Row(ids, mask)
+    if on_long == "refuse":
+        return f"{len(ids)} tokens, more than the {max_tokens} allowed"
+    if not any(mask[1:max_tokens]):
+        return f"no supervised token is left after cutting {len(ids)} tokens to {max_tokens}"
+    return _Row(ids[:max_tokens], mask[:max_tokens], truncated=True)
+
+
+def _after(prompt: Rendered | str, side: Rendered | str, max_tokens: int, on_long: OnLong) -> _Row | str:
+    """One side of a preference with only the tokens after the prompt supervised."""
+    if isinstance(prompt, str) or isinstance(side, str):
+        return prompt if isinstance(prompt, str) else str(side)
+    length = len(prompt.ids)
+    if side.ids[:length] != prompt.ids:
+        return "an answer does not begin with an assistant turn"
+    return _fit(Rendered(side.ids, [False] * length + side.mask[length:]), max_tokens, on_long)
+
+
+def _fingerprint(
+    ids: npt.NDArray[np.uint32], mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64], group: int
+) -> str:
+    digest = hashlib.sha256(f"{group} {len(ids)} {len(offsets)}".encode())
+    for array in (ids, mask, offsets):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
