@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +138,21 @@ def test_gradients_through_rows_equal_those_of_the_rows_alone() -> None:
 
 def test_a_served_adapter_follows_changes_of_its_weights() -> None:
     model = base()
-    lora = trained(model)
-    first = logits(model, AdapterRows(lora))
+    lora = trained(model).requires_grad_(False)
+    seen = [logits(model, AdapterRows(lora))]
     with torch.no_grad():
         for b in lora.b.values():
             b.mul_(2)
-    assert (logits(model, AdapterRows(lora)) - first).abs().max() > 0.01
+    seen.append(logits(model, AdapterRows(lora)))
+    lora.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=0.1, fused=True)
+    for _ in range(2):  # evaluated while it trains, and served again afterwards
+        model(TOKENS, PackedDocuments(LENGTHS), [AdapterRows(lora)]).square().sum().backward()
+        optimizer.step()
+        seen.append(logits(model, AdapterRows(lora)))
+    close(logits(model, AdapterRows(lora.requires_grad_(False))), seen[-1])
+    for before, after in pairwise(seen):
+        assert (after - before).abs().max() > 0.01
 
 
 def test_merging_gives_equal_logits_and_another_base(tmp_path: Path) -> None:
@@ -201,7 +211,7 @@ def test_a_foreign_adapter_must_fit(tmp_path: Path) -> None:
     lora = trained(base())
     lora.base_hash = None
     wider = Transformer(ModelConfig(50, 32, 2, 4, 4, 48)).init_weights(1)
-    with pytest.raises(AdapterError, match="does not fit model.layers.0.self_attn.k_proj"):
+    with pytest.raises(AdapterError, match=r"does not fit model\.layers\.0\.self_attn\.k_proj"):
         lora.require_base(wider)
     shallow = Transformer(ModelConfig(50, 32, 1, 4, 2, 48)).init_weights(1)
     with pytest.raises(AdapterError, match=r"model\.layers\.1.*does not have"):
