@@ -1,0 +1,297 @@
+"""One database, opened, migrated and written so that an acknowledged write survives `kill -9` and a power cut.
+
+SQLite by default: WAL, `synchronous=FULL` (a commit returns after the disk has it), foreign keys, a busy timeout, and
+`BEGIN IMMEDIATE` for writes, so that two writers wait for each other instead of failing half-way. Any other SQLAlchemy
+URL gets the same calls without SQLite's settings.
+
+Writes of many threads share a commit: each enters its work in a queue, one of them does all that waits in one
+transaction (every work in a savepoint of its own), and nobody returns before the commit that holds their work. One disk
+sync then acknowledges many votes, and a lone vote waits for nobody. Not here: the tables (`schema`), their meaning
+(`registry`, `feedback`, `keys`).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+
+from prairie.errors import BusyError, StorageFullError, StoreError
+from prairie.store import schema
+from prairie.store.disk import disk_errors, sync_file
+from prairie.store.locks import locked
+
+BUSY_TIMEOUT_S = 20.0
+WORKS_PER_COMMIT = 256
+CHEAP_CHECK_BYTES = 16 * 2**20
+"""Up to this size the whole file is checked at every open; above it only after a shutdown that left a WAL behind."""
+
+T = TypeVar("T")
+
+
+class _Work(Generic[T]):
+    """One caller's part of a shared commit."""
+
+    def __init__(self, call: Callable[[Connection], T]) -> None:
+        self.call = call
+        self.done = False
+        self.error: BaseException | None = None
+        self.value: T
+
+    def result(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Database:
+    """A store's database. Threads may share it; processes open their own.
+
+    Raises StoreError when the file is damaged, is no database of ours or is newer than this code; StorageFullError when
+    the disk is full or read-only; BusyError when another process blocks it for longer than the busy timeout.
+    """
+
+    def __init__(self, where: Path | str, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
+        """`where`: path of an SQLite file (made when missing) or an SQLAlchemy URL."""
+        self.path = where if isinstance(where, Path) else None
+        self.url: URL = URL.create("sqlite", database=str(where)) if isinstance(where, Path) else make_url(where)
+        if (
+            self.path is None
+            and self.url.get_backend_name() == "sqlite"
+            and self.url.database not in (None, ":memory:")
+        ):
+            self.path = Path(str(self.url.database))
+        self.name = str(self.path or self.url.render_as_string(hide_password=True))
+        self._busy_timeout_s = busy_timeout_s
+        self._queue: deque[_Work[Any]] = deque()
+        self._queue_lock = threading.Lock()
+        self._commit_lock = threading.Lock()
+        self._engine = create_engine(self.url, json_serializer=_to_json, pool_pre_ping=self.path is None)
+        if self.url.get_backend_name() == "sqlite":
+            event.listen(self._engine, "connect", self._set_up_connection)
+            event.listen(self._engine, "begin", _begin)
+        try:
+            self._open()
+        except BaseException:
+            self._engine.dispose()
+            raise
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Runs `work` in a write transaction and returns its result once the commit is on the disk.
+
+        What `work` raises undoes its own writes only. It may share the commit with other threads' works; it must not
+        commit by itself.
+        """
+        mine = _Work(work)
+        with self._queue_lock:
+            self._queue.append(mine)
+        with self._commit_lock:
+            # Whoever comes in first commits for all who wait; the others find their work done when it is their turn.
+            while not mine.done:
+                with self._queue_lock:
+                    batch = [self._queue.popleft() for _ in range(min(WORKS_PER_COMMIT, len(self._queue)))]
+                self._commit(batch)
+        return mine.result()
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection that sees one unchanging state of the database."""
+        with self._errors(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    def scrub(self, wait_s: float = 5.0) -> bool:
+        """Empties the write-ahead log, so that what was deleted cannot be read from it either.
+
+        False when another process read all that time: then the log goes at its next checkpoint.
+        """
+        if self.url.get_backend_name() != "sqlite":
+            return True
+        deadline = time.monotonic() + wait_s
+        while True:
+            with self._errors(), self._engine.connect() as connection:
+                (busy, _, _) = connection.connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy or time.monotonic() >= deadline:
+                return not busy
+            time.sleep(0.05)
+
+    def backup(self, target: Path) -> None:
+        """A consistent copy of an SQLite database, also while it is written to."""
+        with self._errors(), disk_errors(f"{target} cannot be written"), self._engine.connect() as connection:
+            copy = sqlite3.connect(target)
+            try:
+                source = connection.connection.driver_connection
+                assert isinstance(source, sqlite3.Connection), "only SQLite is copied as a file"
+                source.backup(copy)
+            finally:
+                copy.close()
+            sync_file(target)
+
+    def close(self) -> None:
+        """Closes every connection; the last process to do so folds the write-ahead log into the file."""
+        self._engine.dispose()
+
+    def _commit(self, batch: list[_Work[Any]]) -> None:
+        """Runs a batch in one transaction. Every work of it is done afterwards, with a value or an error."""
+        try:
+            with (
+                self._errors(),
+                self._engine.connect().execution_options(prairie_writes=True) as connection,
+                connection.begin(),
+            ):
+                for work in batch:
+                    try:
+                        with connection.begin_nested():
+                            work.value = work.call(connection)
+                    except Exception as error:
+                        # An error of the database itself may have ended the transaction: nobody's work counts then.
+                        if isinstance(error, DBAPIError) and not _transaction_lives(connection):
+                            raise
+                        work.error = self._sentence(error) if isinstance(error, DBAPIError) else error
+        except Exception as error:
+            for work in batch:
+                work.error = work.error or error
+        except BaseException:
+            # Ctrl-C is this thread's own matter; the others only learn that nothing is certain.
+            for work in batch:
+                work.error = StoreError(f"writing to {self.name} was interrupted", mend="send it again")
+            raise
+        finally:
+            for work in batch:
+                work.done = True
+
+    def _open(self) -> None:
+        if self.path is None:
+            with self._errors():
+                self._migrate()
+            return
+        with disk_errors(f"the store {self.path.parent} cannot be made"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.with_name(self.path.name + ".lock")
+        with locked(lock, f"the opening of {self.name}", wait_s=self._busy_timeout_s), self._errors():
+            new = not self.path.exists()
+            unclean = self.path.with_name(self.path.name + "-wal").exists()
+            with self._engine.connect() as connection:
+                cursor = connection.connection.cursor()
+                if not new and (unclean or self.path.stat().st_size <= CHEAP_CHECK_BYTES):
+                    (verdict,) = cursor.execute("PRAGMA quick_check(1)").fetchone()
+                    if verdict != "ok":
+                        raise self._damaged(verdict)
+                (mode,) = cursor.execute("PRAGMA journal_mode=WAL").fetchone()
+                if mode.lower() != "wal":
+                    raise StoreError(
+                        f"{self.name} cannot keep a write-ahead log", got=mode, mend="put --home on a local disk"
+                    )
+            self._migrate()
+            if new:
+                with disk_errors(f"{self.path.parent} cannot be written"):
+                    sync_file(self.path.parent)
+
+    def _migrate(self) -> None:
+        """Brings the tables to `schema.LATEST`: all missing steps or none. The caller holds the opening lock."""
+        with self.read() as connection:
+            tables = set(inspect(connection).get_table_names())
+            if schema.SCHEMA_STEPS.name in tables:
+                at = connection.execute(select(func.max(schema.SCHEMA_STEPS.c.number))).scalar() or 0
+            elif tables:
+                raise StoreError(
+                    f"{self.name} is not a database of Prairie",
+                    got=f"tables {', '.join(sorted(tables)[:5])}",
+                    mend="name another folder with --home",
+                )
+            else:
+                at = 0
+        if at > schema.LATEST:
+            raise StoreError(
+                f"{self.name} was written by a newer Prairie",
+                got=f"schema {at}",
+                wanted=f"at most {schema.LATEST}",
+                mend="update Prairie, or name another folder with --home",
+            )
+        steps = [step for step in schema.MIGRATIONS if step[0] > at]
+        if not steps:
+            return
+        if at and self.path is not None:
+            self.backup(self.path.with_name(f"{self.path.name}.schema-{at}"))
+
+        def run(connection: Connection) -> None:
+            for number, about, step in steps:
+                step(connection)
+                row = {"number": number, "about": about, "applied": time.time()}
+                connection.execute(schema.SCHEMA_STEPS.insert().values(row))
+
+        self.write(run)
+
+    def _set_up_connection(self, connection: sqlite3.Connection, _record: object) -> None:
+        # The driver's own transactions stay off: it would begin them late and deferred. `_begin` does it instead.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout={int(self._busy_timeout_s * 1000)}")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        # What is forgotten is overwritten, not only unlinked.
+        cursor.execute("PRAGMA secure_delete=ON")
+        cursor.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise self._sentence(error) from error
+        except sqlite3.Error as error:
+            raise self._sentence(error) from error
+
+    def _sentence(self, error: DBAPIError | sqlite3.Error) -> Exception:
+        """The error of ours that a driver's error means."""
+        original = error.orig if isinstance(error, DBAPIError) else error
+        name = getattr(original, "sqlite_errorname", "") or ""
+        text = str(original)
+        if name.startswith("SQLITE_FULL") or "disk is full" in text:
+            return StorageFullError(
+                f"{self.name} cannot be written: the disk is full", mend="free some space and try again"
+            )
+        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            return StorageFullError(
+                f"{self.name} cannot be written", got=text, mend="give --home a folder that this user may write"
+            )
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return BusyError(
+                f"{self.name} is blocked by another process for more than {self._busy_timeout_s:g} s",
+                mend="stop that process or try again",
+            )
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            return self._damaged(text)
+        return StoreError(f"{self.name} failed", got=" ".join(text.split()) or type(original).__name__)
+
+    def _damaged(self, text: str) -> StoreError:
+        return StoreError(
+            f"{self.name} is damaged",
+            got=" ".join(text.split()),
+            mend=f"move it away and put a backup in its place, or save what is readable with "
+            f"`sqlite3 {self.name} .recover | sqlite3 mended.db`",
+        )
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("prairie_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _transaction_lives(connection: Connection) -> bool:
+    """False when SQLite has rolled the whole transaction back by itself (disk full, I/O error)."""
+    driver = connection.connection.driver_connection
+    return driver.in_transaction if isinstance(driver, sqlite3.Connection) else True
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

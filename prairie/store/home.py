@@ -1,0 +1,115 @@
+"""One folder that holds all that Prairie remembers: the database, the artifacts, work in progress.
+
+HOME/prairie.db, HOME/artifacts/<id>/, HOME/work/<id>/ (checkpoints of unfinished work), HOME/tmp/, HOME/locks/.
+Not here: what stands in them (`database`, `artifacts`, `registry`, `feedback`, `keys`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prairie.errors import RequestError
+from prairie.store.disk import disk_errors
+from prairie.store.locks import locked
+
+if TYPE_CHECKING:
+    from prairie.store.artifacts import ArtifactStore
+    from prairie.store.database import Database
+    from prairie.store.feedback import FeedbackStore
+    from prairie.store.keys import KeyStore
+    from prairie.store.registry import Registry
+
+
+def default_home() -> Path:
+    """PRAIRIE_HOME, else ~/.prairie."""
+    named = os.environ.get("PRAIRIE_HOME")
+    return Path(named).expanduser() if named else Path.home() / ".prairie"
+
+
+class Home:
+    """A store's folder. Made when missing, readable by its owner only (it holds people's conversations).
+
+    Raises StoreError or StorageFullError when the folder cannot be made.
+    """
+
+    def __init__(self, root: Path | str | None = None, url: str | None = None) -> None:
+        """`url`: an SQLAlchemy URL in place of HOME/prairie.db."""
+        self.root = Path(root).expanduser().absolute() if root is not None else default_home().absolute()
+        self.url = url
+        with disk_errors(f"the home {self.root} cannot be made"):
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("artifacts", "work", "tmp", "locks"):
+                (self.root / name).mkdir(exist_ok=True)
+
+    @cached_property
+    def database(self) -> Database:
+        """Opened at first use."""
+        from prairie.store.database import Database
+
+        return Database(self.url or self.root / "prairie.db")
+
+    @cached_property
+    def artifacts(self) -> ArtifactStore:
+        from prairie.store.artifacts import ArtifactStore
+
+        return ArtifactStore(self)
+
+    @cached_property
+    def registry(self) -> Registry:
+        from prairie.store.registry import Registry
+
+        return Registry(self)
+
+    @cached_property
+    def feedback(self) -> FeedbackStore:
+        from prairie.store.feedback import FeedbackStore
+
+        return FeedbackStore(self)
+
+    @cached_property
+    def keys(self) -> KeyStore:
+        from prairie.store.keys import KeyStore
+
+        return KeyStore(self)
+
+    def work(self, id: str) -> Path:
+        """The folder where unfinished work keeps its checkpoints; made when missing, kept after a crash."""
+        folder = self.root / "work" / _file_name(id)
+        with disk_errors(f"the work folder {folder} cannot be made"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def clear_work(self, id: str) -> None:
+        """Removes a work folder once its artifact stands."""
+        with disk_errors(f"the work folder of {id} cannot be removed"):
+            shutil.rmtree(self.root / "work" / _file_name(id), ignore_errors=True)
+
+    def lock(self, name: str, wait_s: float = 0.0) -> AbstractContextManager[None]:
+        """One process at a time holds `name`. Raises BusyError naming the holder's pid; the dead hold nothing."""
+        return locked(self.root / "locks" / f"{_file_name(name)}.lock", f"`{name}` of {self.root}", wait_s)
+
+    def close(self) -> None:
+        """Closes the database if it was opened."""
+        if "database" in self.__dict__:
+            self.database.close()
+            for name in ("database", "registry", "feedback", "keys", "artifacts"):
+                self.__dict__.pop(name, None)
+
+    def __enter__(self) -> Home:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _file_name(name: str) -> str:
+    """A name as a file name; a colon (of `line:vertical`) is written as `~`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@-]*", name):
+        raise RequestError("a name cannot be used as a file name", got=repr(name), wanted="letters, digits, . _ : @ -")
+    return name.replace(":", "~")

@@ -1,0 +1,378 @@
+"""Which model has which name: lines of numbered versions, one champion a line, and how it came to be that.
+
+A line is `spark`, or `spark:poet` for a vertical (an adapter that stands on a base). A version is an artifact under a
+number. `promote` and `rollback` are one transaction each and append to the history; nothing else changes the champion.
+`generation()` grows with each of them, so that servers watch one number. Not here: whether a candidate deserves it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, func, select, update
+
+from prairie.errors import ConflictError, NotFoundError, RequestError
+from prairie.store.home import Home
+from prairie.store.schema import LINES, REGISTRY_EVENTS, TURNS, VERSIONS
+
+LINE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}(:[a-z0-9][a-z0-9._-]{0,99})?")
+
+
+@dataclass(frozen=True)
+class Version:
+    """An artifact under a line's number."""
+
+    line: str
+    number: int
+    artifact_id: str
+    base_artifact_id: str | None
+    """The model that an adapter stands on."""
+    kind: str
+    weights_hash: str | None
+    figures: dict[str, Any]
+    lineage: dict[str, Any]
+    created: float
+    """UNIX seconds."""
+
+    @property
+    def name(self) -> str:
+        """As a user writes it: spark@3."""
+        return f"{self.line}@{self.number}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RegistryEvent:
+    """One change of a champion."""
+
+    id: int
+    line: str
+    action: str
+    """promote or rollback"""
+    number: int
+    """The champion afterwards."""
+    previous: int | None
+    who: str | None
+    why: str | None
+    verdict: dict[str, Any] | None
+    created: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn of a line's wheel came to; the artifact ids of champion, candidate and dataset."""
+
+    line: str
+    number: int
+    champion: str | None
+    candidate: str | None
+    dataset: str | None
+    verdict: dict[str, Any]
+    promoted: bool
+    created: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Registry:
+    """The registry of a home. Threads and processes may share it."""
+
+    def __init__(self, home: Home | Path | str | None = None) -> None:
+        self.home = home if isinstance(home, Home) else Home(home)
+
+    def register(
+        self,
+        line: str,
+        artifact_id: str,
+        *,
+        kind: str,
+        base: str | None = None,
+        lineage: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Any] | None = None,
+        weights_hash: str | None = None,
+    ) -> Version:
+        """Gives an artifact the line's next number; an artifact that has one already keeps it.
+
+        `base` is the artifact id of the model that an adapter stands on. Raises NotFoundError when an artifact is
+        missing, RequestError for a line's name, ConflictError when the same artifact stood on another base.
+        """
+        if not LINE_NAME.fullmatch(line):
+            raise RequestError(
+                "a line cannot have this name", got=repr(line),
+                wanted="small letters, digits, . _ -, and one colon before a vertical, as spark or spark:poet",
+            )  # fmt: skip
+        artifact = self.home.artifacts.get(artifact_id)
+        if base is not None:
+            base = self.home.artifacts.get(base).id
+        row = {
+            "line": line,
+            "artifact_id": artifact.id,
+            "base_artifact_id": base,
+            "kind": kind,
+            "weights_hash": weights_hash or _weights_hash(artifact.path),
+            "figures": dict(figures or {}),
+            "lineage": dict(lineage or {}),
+            "created": time.time(),
+        }
+
+        def run(connection: Connection) -> Version:
+            if connection.execute(select(LINES.c.name).where(LINES.c.name == line).with_for_update()).first() is None:
+                connection.execute(LINES.insert().values(name=line, champion=None, created=row["created"]))
+            of_line = select(VERSIONS).where(VERSIONS.c.line == line)
+            known = connection.execute(of_line.where(VERSIONS.c.artifact_id == artifact.id)).mappings().first()
+            if known is not None:
+                if known["base_artifact_id"] != base:
+                    raise ConflictError(
+                        f"artifact {artifact.id} is {line}@{known['number']} already, on another base",
+                        got=base, wanted=known["base_artifact_id"],
+                    )  # fmt: skip
+                return _version(known)
+            last = connection.execute(select(func.max(VERSIONS.c.number)).where(VERSIONS.c.line == line)).scalar() or 0
+            connection.execute(VERSIONS.insert().values(number=last + 1, **row))
+            return _version(_one(connection, line, last + 1))
+
+        return self.home.database.write(run)
+
+    def promote(
+        self,
+        version: Version | str,
+        verdict: Mapping[str, Any] | None = None,
+        *,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> Version:
+        """Makes a version its line's champion. Promoting the champion again changes nothing and is not recorded."""
+        chosen = self.resolve(version) if isinstance(version, str) else version
+
+        def run(connection: Connection) -> Version:
+            row = _one(connection, chosen.line, chosen.number)
+            previous = _champion_number(connection, chosen.line)
+            if previous != chosen.number:
+                _set_champion(connection, chosen.line, "promote", chosen.number, previous, who, why, verdict)
+            return _version(row)
+
+        return self.home.database.write(run)
+
+    def rollback(self, line: str, *, who: str | None = None, why: str | None = None) -> Version:
+        """Makes the champion before the present one champion again; twice goes two back. NotFoundError if none."""
+
+        def run(connection: Connection) -> Version:
+            present = _champion_number(connection, line)
+            if present is None:
+                raise NotFoundError(f"line {line} has no champion to roll back")
+            throne = _succession(connection, line)
+            if len(throne) < 2:
+                raise NotFoundError(
+                    f"line {line} has no champion before {line}@{present}",
+                    mend=f"choose a version with `prairie models promote {line}@NUMBER`",
+                )
+            _set_champion(connection, line, "rollback", throne[-2], present, who, why, None)
+            return _version(_one(connection, line, throne[-2]))
+
+        return self.home.database.write(run)
+
+    def champion(self, line: str) -> Version | None:
+        """The version served under the line's name, None when none was promoted. NotFoundError: no such line."""
+        with self.home.database.read() as connection:
+            number = _champion_number(connection, line)
+            return None if number is None else _version(_one(connection, line, number))
+
+    def resolve(self, name: str) -> Version:
+        """`spark` (its champion), `spark@3`, `spark@<start of an artifact id>`, `spark@newest`; `spark:poet` likewise.
+
+        Raises NotFoundError, which lists what there is.
+        """
+        line, at, which = name.partition("@")
+        if not at:
+            champion = self.champion(line)
+            if champion is None:
+                raise NotFoundError(
+                    f"line {line} has no champion", mend=f"promote a version: `prairie models promote {line}@1`"
+                )
+            return champion
+        versions = self.versions(line)
+        if which == "newest" and versions:
+            return versions[-1]
+        numbered = [v for v in versions if which.isdecimal() and v.number == int(which)]
+        begun = [v for v in versions if len(which) >= 4 and v.artifact_id.startswith(which)]
+        matching = numbered or begun
+        if len(matching) != 1:
+            raise NotFoundError(
+                f"`{name}` names {'no version' if not matching else 'several versions'}",
+                wanted="one of " + ", ".join(f"{v.name} ({v.artifact_id})" for v in (matching or versions[-8:])),
+            )
+        return matching[0]
+
+    def lines(self) -> list[str]:
+        """Names of all lines, sorted."""
+        with self.home.database.read() as connection:
+            return list(connection.execute(select(LINES.c.name).order_by(LINES.c.name)).scalars())
+
+    def versions(self, line: str) -> list[Version]:
+        """All versions of a line, oldest first. Raises NotFoundError."""
+        with self.home.database.read() as connection:
+            _champion_number(connection, line)
+            query = select(VERSIONS).where(VERSIONS.c.line == line).order_by(VERSIONS.c.number)
+            return [_version(row) for row in connection.execute(query).mappings()]
+
+    def versions_of(self, artifact_id: str) -> list[Version]:
+        """Every version, of whatever line, that is this artifact or an adapter on it."""
+        with self.home.database.read() as connection:
+            query = select(VERSIONS).where(
+                (VERSIONS.c.artifact_id == artifact_id) | (VERSIONS.c.base_artifact_id == artifact_id)
+            )
+            rows = connection.execute(query.order_by(VERSIONS.c.line, VERSIONS.c.number)).mappings()
+            return [_version(row) for row in rows]
+
+    def history(self, line: str) -> list[RegistryEvent]:
+        """Every promotion and rollback of a line, oldest first. Raises NotFoundError."""
+        with self.home.database.read() as connection:
+            _champion_number(connection, line)
+            query = select(REGISTRY_EVENTS).where(REGISTRY_EVENTS.c.line == line).order_by(REGISTRY_EVENTS.c.id)
+            return [RegistryEvent(**row) for row in connection.execute(query).mappings()]
+
+    def generation(self) -> int:
+        """A number that grows whenever any line's champion changes; one indexed read."""
+        with self.home.database.read() as connection:
+            return connection.execute(select(func.max(REGISTRY_EVENTS.c.id))).scalar() or 0
+
+    def lineage(self, version: Version | str) -> dict[str, Any]:
+        """All that a version was made from, down to datasets and the feedback events in them.
+
+        A tree of `{"id", "kind", "name", "created", "figures", "events", "inputs": [...]}`. What was shown before is
+        `{"id", "kind", "name", "repeated": True}`, what is no longer there `{"id", "missing": True}`.
+        """
+        chosen = self.resolve(version) if isinstance(version, str) else version
+        shown: set[str] = set()
+        tree = {**chosen.to_json(), "artifact": self._node(chosen.artifact_id, shown)}
+        if chosen.base_artifact_id is not None:
+            tree["base"] = self._node(chosen.base_artifact_id, shown)
+        return tree
+
+    def record_turn(
+        self,
+        line: str,
+        number: int,
+        champion: str | None,
+        candidate: str | None,
+        dataset: str | None,
+        verdict: Mapping[str, Any],
+        promoted: bool,
+    ) -> Turn:
+        """Appends a turn; the same again changes nothing. ConflictError when the number holds another outcome."""
+        row = {
+            "line": line,
+            "number": number,
+            "champion": champion,
+            "candidate": candidate,
+            "dataset": dataset,
+            "verdict": json.loads(json.dumps(dict(verdict))),
+            "promoted": promoted,
+        }
+
+        def run(connection: Connection) -> Turn:
+            query = select(TURNS).where(TURNS.c.line == line, TURNS.c.number == number)
+            known = connection.execute(query).mappings().first()
+            if known is None:
+                connection.execute(TURNS.insert().values(created=time.time(), **row))
+                known = connection.execute(query).mappings().one()
+            elif {key: known[key] for key in row} != row:
+                raise ConflictError(f"turn {number} of line {line} is recorded already, with another outcome")
+            return Turn(**known)
+
+        return self.home.database.write(run)
+
+    def turns(self, line: str) -> list[Turn]:
+        """All turns of a line, oldest first."""
+        with self.home.database.read() as connection:
+            query = select(TURNS).where(TURNS.c.line == line).order_by(TURNS.c.number)
+            return [Turn(**row) for row in connection.execute(query).mappings()]
+
+    def _node(self, id: str, shown: set[str]) -> dict[str, Any]:
+        artifact = self.home.artifacts.find(id)
+        if artifact is None:
+            return {"id": id, "missing": True}
+        short = {"id": id, "kind": artifact.kind, "name": artifact.name}
+        if id in shown:
+            return {**short, "repeated": True}
+        shown.add(id)
+        return {
+            **short,
+            "created": artifact.created,
+            "figures": artifact.figures,
+            "events": artifact.events,
+            "inputs": [self._node(below, shown) for below in artifact.inputs],
+        }
+
+
+def _version(row: RowMapping) -> Version:
+    return Version(**row)
+
+
+def _one(connection: Connection, line: str, number: int) -> RowMapping:
+    query = select(VERSIONS).where(VERSIONS.c.line == line, VERSIONS.c.number == number)
+    row = connection.execute(query).mappings().first()
+    if row is None:
+        raise NotFoundError(f"no version {line}@{number}")
+    return row
+
+
+def _champion_number(connection: Connection, line: str) -> int | None:
+    row = connection.execute(select(LINES.c.champion).where(LINES.c.name == line).with_for_update()).first()
+    if row is None:
+        names = list(connection.execute(select(LINES.c.name).order_by(LINES.c.name)).scalars())
+        raise NotFoundError("no such model", got=f"`{line}`", wanted=", ".join(names) or "none is registered yet")
+    return row.champion
+
+
+def _set_champion(
+    connection: Connection,
+    line: str,
+    action: str,
+    number: int,
+    previous: int | None,
+    who: str | None,
+    why: str | None,
+    verdict: Mapping[str, Any] | None,
+) -> None:
+    """The champion's row and the history's row; both in the caller's transaction or neither."""
+    connection.execute(update(LINES).where(LINES.c.name == line).values(champion=number))
+    connection.execute(
+        REGISTRY_EVENTS.insert().values(
+            line=line, action=action, number=number, previous=previous, who=who, why=why,
+            verdict=dict(verdict) if verdict is not None else None, created=time.time(),
+        )
+    )  # fmt: skip
+
+
+def _succession(connection: Connection, line: str) -> list[int]:
+    """The champions from the first to the present one, without those that were rolled back."""
+    query = select(REGISTRY_EVENTS.c.action, REGISTRY_EVENTS.c.number).where(REGISTRY_EVENTS.c.line == line)
+    throne: list[int] = []
+    for action, number in connection.execute(query.order_by(REGISTRY_EVENTS.c.id)):
+        if action == "promote":
+            throne.append(number)
+        else:
+            throne.pop()
+    return throne
+
+
+def _weights_hash(folder: Path) -> str | None:
+    """The hash that the model's own prairie.json states, if it has one."""
+    try:
+        stated = json.loads((folder / "prairie.json").read_text(encoding="utf-8")).get("weights_hash")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(stated) if stated else None
