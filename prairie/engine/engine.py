@@ -1,0 +1,330 @@
+"""Requests -> tokens. `Engine.step` is one turn: schedule, run, accept.
+
+An engine is for one thread. It holds one base and many adapters; weights never change under it: a new version is a new
+adapter hash or a new engine. The same requests in the same order give the same answers. Sampled with a seed, an answer
+depends on its neighbours only through rounding in the logits: products of another shape may differ in the last bit.
+Not here: HTTP (`serve`), text prompts and chats as a library (`language_model`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from prairie.data.chat_template import ChatTemplate
+from prairie.data.records import Message
+from prairie.data.tokenizer import Tokenizer
+from prairie.engine.kv_cache import KVCache, root_hash
+from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
+from prairie.engine.runner import Runner
+from prairie.engine.sampler import Sampled, Sampler
+from prairie.engine.scheduler import Scheduler, Step
+from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError
+from prairie.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from prairie.models.lora import LoRA
+
+KV_BYTES = 1 << 30
+"""Memory for keys and values unless `kv_tokens` says otherwise; on a CPU it is committed only as it is used."""
+
+
+class Engine:
+    """One base model with its adapters, answering many requests at once."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        weights_hash: str,
+        kv_tokens: int | None = None,
+        max_batch: int = 64,
+        max_context: int | None = None,
+        step_tokens: int = 1024,
+        block_size: int = 16,
+        prefix_reuse: bool = True,
+    ) -> None:
+        """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`)."""
+        config = model.config
+        context = min(max_context or config.max_context, config.max_context)
+        weight = model.head_weight
+        if kv_tokens is None:
+            each = KVCache.bytes_per_token(config.layers, config.kv_heads, config.head_dim, weight.dtype)
+            kv_tokens = max(context + block_size, min(max_batch * context, KV_BYTES // each))
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.weights_hash = weights_hash
+        self.adapters: dict[str, LoRA] = {}
+        self.max_batch = max_batch
+        self.cache = KVCache(
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            tokens=kv_tokens,
+            max_batch=max_batch,
+            block_size=block_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self.cache.reuse = prefix_reuse
+        self.max_context = min(context, self.cache.tokens)
+        self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
+        vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+        self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device))
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+
+    # ---- adapters
+
+    def add_adapter(self, adapter_hash: str, lora: LoRA) -> None:
+        """From now on requests may name this adapter. Raises AdapterError if it stands on another base, or if the name
+        is not the hash of its content and is taken."""
+        lora.require_base(self.model, adapter_hash[:12])
+        known = self.adapters.get(adapter_hash)
+        if known is not None and known is not lora and known.weights_hash != lora.weights_hash:
+            raise AdapterError(
+                "another adapter already has this hash",
+                got=adapter_hash[:12],
+                wanted="the content hash of the adapter",
+                mend="pass lora.weights_hash",
+            )
+        self.adapters.setdefault(adapter_hash, lora.to(self.model.head_weight.device))
+
+    def remove_adapter(self, adapter_hash: str) -> None:
+        """New requests cannot name it; requests under way finish with it. Unknown names are ignored."""
+        self.adapters.pop(adapter_hash, None)
+
+    # ---- requests
+
+    def chat_request(
+        self,
+        request_id: str,
+        messages: Seq[Message],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        stream: bool = True,
+    ) -> Request:
+        """A conversation as a request: rendered by the template, with the template's stop strings."""
+        if self.template.stop_strings and not params.ignore_eos:
+            params = replace(params, stop=(*params.stop, *self.template.stop_strings))
+        return Request(request_id, self.template.encode_prompt(messages), params, adapter, salt, stream)
+
+    def text_request(
+        self,
+        request_id: str,
+        prompt: str,
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        salt: str = "",
+        stream: bool = True,
+    ) -> Request:
+        """A raw prompt to be continued; starts with bos where the tokenizer's documents do."""
+        return Request(request_id, self.prompt_ids(prompt), params, adapter, salt, stream)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of the beginning of a document."""
+        ids = self.tokenizer.encode(text)
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if self.tokenizer.adds_bos and bos is not None else ids
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises ContextLengthError if the prompt leaves no room for one token, AdapterError for an unknown adapter,
+        RequestError for an empty prompt, unknown token ids or an id that is in use.
+        """
+        self._add(request, request.params.seed if request.params.seed is not None else secrets.randbits(64))
+
+    def cancel(self, request_id: str) -> Completion | None:
+        """Stops a request; its blocks are free at once. Returns what was generated; None for an unknown id."""
+        sequence = self._sequences.get(request_id)
+        return self._finish(sequence, "cancelled").completion if sequence is not None else None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    # ---- the loop
+
+    def step(self) -> list[Output]:
+        """One turn: some sequences compute some tokens. Returns what is new, the last output with the completion.
+
+        If the forward pass raises, the requests are still there and a later step computes them from the start.
+        """
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        try:
+            ready, sampled = self.runner.run(step)
+        except BaseException:
+            self.scheduler.start_over()
+            raise
+        return self._accept(step, ready, sampled)
+
+    def generate(
+        self, requests: Seq[Request], *, on_done: Callable[[Completion], object] | None = None
+    ) -> list[Completion]:
+        """Answers all requests, in their order. The same list gives the same answers: a request without a seed gets
+        its place in the list as seed. `on_done` hears of each answer as it is finished.
+
+        Raises what `add` raises, before anything is computed; ModelError if the logits of a request are not finite.
+        """
+        if self.has_work:
+            raise RequestError("the engine is busy with other requests", mend="use add and step, or wait")
+        done: dict[str, Completion] = {}
+        try:
+            for place, request in enumerate(requests):
+                seed = request.params.seed
+                self._add(replace(request, stream=False), place if seed is None else seed)
+            while self.has_work:
+                for output in self.step():
+                    if output.completion is not None:
+                        done[output.request_id] = output.completion
+                        if output.finish_reason == "error":
+                            raise ModelError(
+                                "the model gave logits that are not finite",
+                                got=f"request {output.request_id}",
+                                mend="check the weights; they may come from a run that diverged",
+                            )
+                        if on_done is not None:
+                            on_done(output.completion)
+        finally:
+            for request_id in list(self._sequences):
+                self.cancel(request_id)
+        return [done[request.id] for request in requests]
+
+    def figures(self) -> dict[str, int]:
+        """Counts for a metrics page."""
+        pool = self.cache.pool
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "kv_blocks": pool.blocks,
+            "kv_blocks_held": pool.blocks - pool.available,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "preemptions": self.scheduler.preemptions,
+        }
+
+    # ---- inside
+
+    def _add(self, request: Request, seed: int) -> None:
+        params = request.params
+        self._check(request)
+        stop_ids = params.stop_ids if params.ignore_eos else (*params.stop_ids, *self.template.stop_ids)
+        sequence = Sequence(
+            request,
+            arrival=self._arrivals,
+            seed=seed & (2**64 - 1),
+            max_length=min(len(request.prompt_ids) + params.max_tokens, self.max_context),
+            stop_ids=frozenset(stop_ids),
+            stream=TextStream(self.tokenizer, params.stop) if request.stream or params.stop else None,
+            root_hash=root_hash(self.weights_hash, request.adapter, self.template.hash, request.salt),
+            lora=self.adapters[request.adapter] if request.adapter is not None else None,
+        )
+        self._arrivals += 1
+        self._sequences[request.id] = sequence
+        self.scheduler.add(sequence)
+
+    def _check(self, request: Request) -> None:
+        prompt, vocab_size = request.prompt_ids, self.model.config.vocab_size
+        if request.id in self._sequences:
+            raise RequestError("a request with this id is under way", got=request.id, wanted="a new id")
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise AdapterError("no such adapter is loaded", got=request.adapter[:12], mend="add_adapter first")
+        if not len(prompt):
+            raise RequestError("the prompt is empty", wanted="at least one token", param="prompt")
+        if len(prompt) >= self.max_context:
+            raise ContextLengthError(
+                "the prompt leaves no room for an answer",
+                got=f"{len(prompt)} tokens",
+                wanted=f"at most {self.max_context - 1}",
+                mend="shorten the conversation",
+                param="messages",
+            )
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise RequestError("the prompt has unknown token ids", wanted=f"0 to {vocab_size - 1}", param="prompt")
+        sampled = self.runner.sampler.vocab_size
+        for token in request.params.logit_bias or ():
+            if not 0 <= token < sampled:
+                raise RequestError(
+                    "`logit_bias` names no token", got=token, wanted=f"0 to {sampled - 1}", param="logit_bias"
+                )
+
+    def _accept(self, step: Step, ready: list[int], sampled: Sampled | None) -> list[Output]:
+        """Books what a step computed and says what is new."""
+        for sequence in step.sequences:
+            sequence.computed += sequence.scheduled
+            sequence.scheduled = 0
+        if sampled is None:
+            return []
+        self.generated_tokens += len(ready)
+        outputs = []
+        for place, number in enumerate(ready):
+            sequence = step.sequences[number]
+            if sampled.broken and sampled.broken[place]:
+                outputs.append(self._finish(sequence, "error"))
+                continue
+            tops = sampled.tops[place : place + 1] if sequence.request.params.logprobs else []
+            output = self._take(sequence, sampled.tokens[place], sampled.logprobs[place])
+            if tops:
+                sequence.top_logprobs += tops
+            if output is not None:
+                output.top_logprobs = tops
+                outputs.append(output)
+        return outputs
+
+    def _take(self, sequence: Sequence, token: int, logprob: float) -> Output | None:
+        """One more token of a sequence; None if nobody wants to hear of it yet."""
+        sequence.ids.append(token)
+        sequence.logprobs.append(logprob)
+        stream, delta = sequence.stream, ""
+        reason: FinishReason | None = None
+        if token in sequence.stop_ids:
+            reason = "stop"
+        else:
+            if stream is not None:
+                delta = stream.push(token)
+                if stream.stopped:
+                    reason = "stop"
+            if reason is None and len(sequence.ids) >= sequence.max_length:
+                reason = "length"
+        if reason is not None:
+            return self._finish(sequence, reason, delta, [token], [logprob])
+        if not sequence.request.stream:
+            return None
+        return Output(sequence.request.id, delta, [token], [logprob])
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        delta: str = "",
+        token_ids: list[int] | None = None,
+        logprobs: list[float] | None = None,
+    ) -> Output:
+        """The sequence leaves; what it held is free."""
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.request.id]
+        self.prompt_tokens += sequence.prompt_tokens
+        self.cached_tokens += max(sequence.cached_tokens, 0)
+        stream = sequence.stream
+        if stream is None:
+            stream = TextStream(self.tokenizer, ())
+            for token in sequence.ids[sequence.prompt_tokens :]:
+                if token not in sequence.stop_ids:
+                    delta += stream.push(token)
+        delta += stream.finish()
+        completion = sequence.completion(stream.text, reason)
+        return Output(sequence.request.id, delta, token_ids or [], logprobs or [], [], reason, completion)

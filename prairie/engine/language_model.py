@@ -1,0 +1,263 @@
+"""The Python face of a model: what `prairie.load` returns.
+
+    model = prairie.load("spark")
+    model.generate("What is 2 + 3?", temperature=0).text
+    model.logits([[1, 2, 3]])
+
+Base, tokenizer, template and adapter are checked against each other when they are loaded; what does not belong together
+is refused in one sentence. Not here: names of a registry (`prairie.load` resolves them), batching (`engine`).
+
+Shapes: B rows, T tokens of each, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from prairie.data.chat_template import ChatTemplate
+from prairie.data.records import Message, message_from_json
+from prairie.data.tokenizer import Tokenizer
+from prairie.engine.engine import Engine
+from prairie.engine.request import Completion, Request, SamplingParams
+from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError, TokenizerError
+from prairie.models.config import ModelConfig
+from prairie.models.lora import AdapterRows, LoRA
+from prairie.models.transformer import Transformer
+from prairie.models.weights import hash_of, load_model, read_manifest
+from prairie.ops.attention import PackedDocuments
+from prairie.ops.loss import linear_logprobs
+from prairie.runtime import Runtime
+
+Conversation = Seq[Message | Mapping[str, Any]]
+SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
+ROWS_TOKENS = 8192
+"""Tokens of one forward pass of `embed`."""
+
+
+class LanguageModel:
+    """A model that answers. Use it from one thread at a time."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        lora: LoRA | None = None,
+        name: str = "model",
+        folder: Path | None = None,
+        **engine_settings: Any,
+    ) -> None:
+        """`engine_settings` go to `Engine`. Raises TokenizerError if the tokenizer has ids that the model has not,
+        AdapterError if `lora` stands on another base."""
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise TokenizerError(
+                "the tokenizer does not fit the model",
+                got=f"{tokenizer.vocab_size} tokens for {model.config.vocab_size} embeddings",
+                wanted="at most as many tokens as embeddings",
+                mend="take the tokenizer that the model was trained with",
+            )
+        self.name, self.folder = name, folder
+        self.model, self.tokenizer, self.template, self.lora = model.eval(), tokenizer, template, lora
+        self.config: ModelConfig = model.config
+        self.weights_hash = hash_of(model)
+        self.adapter_hash: str | None = None
+        self.engine = Engine(model, tokenizer, template, weights_hash=self.weights_hash, **engine_settings)
+        if lora is not None:
+            self.adapter_hash = lora.eval().weights_hash
+            self.engine.add_adapter(self.adapter_hash, lora)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        adapter: Path | str | None = None,
+        runtime: Runtime | None = None,
+        **engine_settings: Any,
+    ) -> LanguageModel:
+        """Reads a model folder, and an adapter folder to answer with.
+
+        Raises ModelError, TokenizerError, TemplateError or AdapterError if a file is missing or damaged, or if
+        tokenizer, base, template and adapter were not made for each other.
+        """
+        folder, runtime = Path(folder), runtime or Runtime()
+        if not folder.is_dir():
+            raise ModelError("no such model folder", got=folder, wanted="a folder with config.json and safetensors")
+        if read_manifest(folder).get("kind") == "adapter":
+            raise ModelError(f"{folder} is an adapter", wanted="the base it stands on, and this folder as `adapter`")
+        model = load_model(folder, runtime.torch_dtype()).to(runtime.device)
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate.load(folder, tokenizer)
+        lora = None
+        if adapter is not None:
+            check_adapter(Path(adapter), template, tokenizer)
+            lora = LoRA.load(adapter).to(runtime.device)
+        name = Path(adapter).name if adapter is not None else folder.name
+        return cls(model, tokenizer, template, lora=lora, name=name, folder=folder, **engine_settings)
+
+    # ---- answers
+
+    @overload
+    def generate(self, messages_or_prompt: str | Conversation, **options: Any) -> Completion: ...
+    @overload
+    def generate(self, messages_or_prompt: Seq[str] | Seq[Conversation], **options: Any) -> list[Completion]: ...
+    def generate(
+        self,
+        messages_or_prompt: Any,
+        *,
+        prompt: bool = False,
+        on_done: Callable[[Completion], object] | None = None,
+        **sampling: Any,
+    ) -> Completion | list[Completion]:
+        """Answers a conversation, or a list of them in one batch.
+
+        A conversation is a list of messages (`Message` or `{"role", "content"}`); a plain string is one user message,
+        with `prompt=True` a raw text to be continued. `sampling` are the fields of SamplingParams. With a seed, item i
+        of a list is sampled with seed + i, so that one prompt many times gives different answers, each reproducible.
+        Raises RequestError for unknown or impossible sampling, ContextLengthError for a prompt that is too long.
+        """
+        items, single = _items(messages_or_prompt)
+        params = _params(sampling)
+        first = secrets.randbits(62) if params.seed is None else params.seed
+        requests = [
+            self._request(str(i), item, replace(params, seed=first + i), prompt) for i, item in enumerate(items)
+        ]
+        completions = self.engine.generate(requests, on_done=on_done)
+        return completions[0] if single else completions
+
+    @overload
+    def generate_text(self, prompts: str, **sampling: Any) -> Completion: ...
+    @overload
+    def generate_text(self, prompts: Seq[str], **sampling: Any) -> list[Completion]: ...
+    def generate_text(self, prompts: Any, **sampling: Any) -> Completion | list[Completion]:
+        """Continues raw text; `Completion.text` is the continuation alone."""
+        return self.generate(prompts, prompt=True, **sampling)
+
+    # ---- numbers
+
+    @torch.no_grad()
+    def logits(self, token_ids_BT: Tensor | Seq[Seq[int]]) -> Tensor:
+        """(B, T, V) float32: what follows each token, rows independent. Raises ContextLengthError, RequestError."""
+        tokens_BT = torch.as_tensor(token_ids_BT, dtype=torch.long, device=self.model.embed.device)
+        if tokens_BT.ndim != 2 or not tokens_BT.numel():
+            raise RequestError("token ids must be rows of one length", got=tuple(tokens_BT.shape), wanted="(B, T)")
+        B, T = tokens_BT.shape
+        self._check_ids(tokens_BT, T)
+        hidden_ND = self._hidden(tokens_BT.flatten(), [T] * B)
+        return self.model.logits(hidden_ND).float().view(B, T, -1)
+
+    @torch.no_grad()
+    def logprobs(self, messages: Conversation) -> list[float]:
+        """log p of each token that an assistant says in the conversation, stop tokens included."""
+        rendered = self.template.encode(_conversation(messages))
+        tokens_T = torch.tensor(rendered.ids, device=self.model.embed.device)
+        learnt = [i for i, said in enumerate(rendered.mask) if said and i > 0]
+        if not learnt:
+            raise RequestError("the conversation has no assistant turn to score", param="messages")
+        self._check_ids(tokens_T, len(rendered.ids))
+        places = torch.tensor(learnt, device=tokens_T.device)
+        hidden_ND = self._hidden(tokens_T, [len(rendered.ids)])[places - 1]
+        values: list[float] = linear_logprobs(hidden_ND, self.model.head_weight, tokens_T[places]).tolist()
+        return values
+
+    @torch.no_grad()
+    def embed(self, texts: str | Seq[str]) -> Tensor:
+        """(B, D) float32: the mean of the final hidden states of each text."""
+        rows = [self.engine.prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        means: list[Tensor] = []
+        start = 0
+        while start < len(rows):
+            end, tokens = start, 0
+            while end < len(rows) and (end == start or tokens + len(rows[end]) <= ROWS_TOKENS):
+                tokens += len(rows[end])
+                end += 1
+            means += self._means(rows[start:end])
+            start = end
+        return torch.stack(means) if means else torch.empty(0, self.config.dim)
+
+    def _means(self, rows: list[list[int]]) -> list[Tensor]:
+        if not all(rows):
+            raise RequestError("a text to embed is empty", wanted="at least one token")
+        tokens_N = torch.tensor([token for row in rows for token in row], device=self.model.embed.device)
+        lengths = [len(row) for row in rows]
+        self._check_ids(tokens_N, max(lengths))
+        return [part.float().mean(0) for part in self._hidden(tokens_N, lengths).split(lengths)]
+
+    def _hidden(self, tokens_N: Tensor, lengths: list[int]) -> Tensor:
+        adapters = [AdapterRows(self.lora)] if self.lora is not None else []
+        hidden_ND: Tensor = self.model(tokens_N, PackedDocuments(lengths, tokens_N.device), adapters)
+        return hidden_ND
+
+    def _check_ids(self, tokens: Tensor, length: int) -> None:
+        if length > self.config.max_context:
+            raise ContextLengthError(
+                "a row is longer than the model's context",
+                got=f"{length} tokens",
+                wanted=f"at most {self.config.max_context}",
+            )
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
+            raise RequestError("there are unknown token ids", wanted=f"0 to {self.config.vocab_size - 1}")
+
+    def _request(self, request_id: str, item: Any, params: SamplingParams, raw: bool) -> Request:
+        if raw:
+            if not isinstance(item, str):
+                raise RequestError("a raw prompt must be text", got=type(item).__name__, wanted="a string")
+            return self.engine.text_request(request_id, item, params, adapter=self.adapter_hash)
+        return self.engine.chat_request(request_id, _conversation(item), params, adapter=self.adapter_hash)
+
+    def __repr__(self) -> str:
+        size = f"{self.config.parameters():,} parameters"
+        return f"<LanguageModel {self.name}: {size}{', adapter' if self.lora is not None else ''}>"
+
+
+def check_adapter(folder: Path, template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Raises AdapterError if the adapter says that it was trained with another template or tokenizer."""
+    manifest = read_manifest(folder)
+    for what, own in (("template", template.hash), ("tokenizer", tokenizer.hash)):
+        claimed = manifest.get(f"{what}_hash")
+        if claimed is not None and claimed != own:
+            raise AdapterError(
+                f"the adapter {folder.name} was trained with another {what}",
+                got=f"{what} {claimed[:12]}",
+                wanted=own[:12],
+                mend="load it on the base folder it was trained from",
+            )
+
+
+def _items(given: Any) -> tuple[list[Any], bool]:
+    """The conversations or prompts in what was given, and whether it was a single one."""
+    if isinstance(given, str):
+        return [given], True
+    if not isinstance(given, Seq):
+        raise RequestError("nothing to answer", got=type(given).__name__, wanted="text, messages, or a list of them")
+    if given and isinstance(given[0], Message | Mapping):
+        return [given], True
+    return list(given), False
+
+
+def _conversation(item: Any) -> tuple[Message, ...]:
+    if isinstance(item, str):
+        return (Message("user", item),)
+    return tuple(m if isinstance(m, Message) else message_from_json(m) for m in item)
+
+
+def _params(sampling: dict[str, Any]) -> SamplingParams:
+    for key in sampling:
+        if key not in SAMPLING_KEYS:
+            near = difflib.get_close_matches(key, SAMPLING_KEYS, 1)
+            raise RequestError(
+                f"`{key}` is no sampling parameter",
+                wanted=" | ".join(SAMPLING_KEYS),
+                mend=f"did you mean `{near[0]}`?" if near else None,
+                param=key,
+            )
+    return SamplingParams(**sampling)
