@@ -148,7 +148,7 @@ class FeedbackStore:
     # Responses
 
     def start_response(self, response: Response) -> None:
-        """Writes the row before the first byte is sent, so that no vote precedes its target. ConflictError: known id."""
+        """Writes the row before the first byte is sent, so that no vote precedes its target. ConflictError: known."""
         self.start_responses([response])
 
     def start_responses(self, responses: Sequence[Response]) -> None:

@@ -1,0 +1,5 @@
+"""`python -m prairie`."""
+
+from prairie.cli.main import main
+
+main()
