@@ -53,7 +53,7 @@ def win_rate(outcomes: Sequence[float]) -> WinRate:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """Strength on Elo's scale; `stderr` against the average of all players."""
+    """Strength on Elo's scale; `stderr` against the average player."""
 
     player: str
     elo: float
@@ -67,9 +67,9 @@ class Rating:
 def bradley_terry(games: Sequence[tuple[str, str, float]], average: float = 1000.0) -> list[Rating]:
     """Ratings from (player, player, outcome), best first (Bradley and Terry 1952; a tie is half a win of each).
 
-    The maximum of the likelihood with one virtual tie between each player and the average one, which keeps a player that
-    never lost finite; found by Newton's method. Only players joined by a chain of games are comparable: raises DataError
-    when there are two groups that never met, a player meets itself, or an outcome is outside [0, 1].
+    The maximum of the likelihood with one virtual tie between each player and an average one, which keeps a player that
+    never lost finite; found by Newton's method. Only players joined by a chain of games are comparable: raises
+    DataError when there are two groups that never met, a player meets itself, or an outcome is outside [0, 1].
     """
     players = sorted({player for one, other, _ in games for player in (one, other)})
     place = {player: index for index, player in enumerate(players)}

@@ -1,8 +1,8 @@
 """Intervals that know what the independent units are.
 
 Right answers on items are counted (`wilson`), two models on the same items are compared item by item
-(`paired_difference`), and votes are compared USER by USER (`clustered_interval`): one person's votes resemble each other,
-so forty votes of two people are two units, not forty. Not here: models, text, verdicts (`prairie.flywheel.gate`).
+(`paired_difference`), and votes are compared USER by USER (`clustered_interval`): one person's votes resemble each
+other, so forty votes of two people are two units, not forty. Not here: models, text, verdicts (`flywheel.gate`).
 
 No scipy: the one function that is missing from the standard library, Student's t quantile, is computed here.
 """

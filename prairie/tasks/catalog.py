@@ -51,17 +51,8 @@ def items(names: Sequence[str], split: Split, count: int, seed: int, *, distinct
     return drawn
 
 
-def chats(
-    names: Sequence[str] | Mapping[str, int], split: Split, count: int, seed: int, styles: Sequence[Style] = STYLES
-) -> list[Chat]:
-    """`count` conversations in all, shared between the named tasks evenly, or by weight when `names` is a mapping."""
-    weights = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1)
-    total = sum(weights.values())
-    made: list[Chat] = []
-    passed = 0
-    for name, weight in weights.items():
-        already = count * passed // total
-        passed += weight
-        made += task(name).chats(split, count * passed // total - already, seed, styles)
+def chats(names: Sequence[str], split: Split, count: int, seed: int, styles: Sequence[Style] = STYLES) -> list[Chat]:
+    """`count` conversations of EACH named task, shuffled together; see `Task.chats`."""
+    made = [chat for name in names for chat in task(name).chats(split, count, seed, styles)]
     random.Random(f"chats/{split}/{seed}").shuffle(made)
     return made
