@@ -143,7 +143,7 @@ class Trainer:
         """
         with self._alone(), self._catching_signals(), self._resumed() as bar:
             self._evaluate()  # due here only if a stop came between a step and its evaluation
-            while self.state.step < self.config.steps:
+            while self.state.step < self.config.steps and self._stop is None:
                 self._train()
                 self._log(bar)
                 self._evaluate()
@@ -202,17 +202,12 @@ class Trainer:
         self.metrics.write({"step": state.step, "evaluation": state.evaluation})
 
     def _save(self) -> None:
-        """A checkpoint when it is due, at the end, and when a signal asks to stop; then it leaves."""
-        step, config, stop = self.state.step, self.config, self._stop
+        """A checkpoint when it is due by steps or by time, at the end, and when a signal asks to stop."""
+        step, config = self.state.step, self.config
         by_step = config.save_every and step % config.save_every == 0
-        if stop is not None or by_step or step == config.steps or time.monotonic() >= self._save_due_s:
+        by_time = time.monotonic() >= self._save_due_s
+        if by_step or by_time or step == config.steps or self._stop is not None:
             self._write_checkpoint()
-        if stop is not None:
-            self.runtime.progress.say(
-                f"{self.title}: stopped by {signal.Signals(stop).name} after step {step} of {config.steps}, "
-                f"all is saved in {self.folder}; the same command goes on from there."
-            )
-            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
 
     def _write_checkpoint(self) -> None:
         started = time.monotonic()
@@ -259,6 +254,8 @@ class Trainer:
             say(f"{self.title}: goes on from step {self.state.step} of {self.config.steps} in {self.folder}.")
         self.metrics.forget_after(self.state.step, self.state.evaluated)
         self._plan_save(cost_s=0.0)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         modes = [(module, module.training) for module in (self.model, self.adapter) if module is not None]
         try:
             for module, _ in modes:
@@ -372,7 +369,7 @@ class Trainer:
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C ask for a stop after the step; a second Ctrl-C stops at once."""
+        """SIGTERM and the first Ctrl-C ask for a stop after the step (SystemExit); a second Ctrl-C stops at once."""
         self._stop = None
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -390,6 +387,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self._stop is not None:
+            self.runtime.progress.say(
+                f"{self.title}: stopped by {signal.Signals(self._stop).name} after step {self.state.step} of "
+                f"{self.config.steps}, all is saved in {self.folder}; the same command goes on from there."
+            )
+            raise SystemExit(0 if self._stop == signal.SIGTERM else 128 + self._stop)
 
 
 def _check_settings(

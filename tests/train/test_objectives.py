@@ -1,0 +1,292 @@
+"""The losses against naive loops and against trl, and the one normalisation whatever the split."""
+
+import math
+from itertools import pairwise
+from types import MappingProxyType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import VOCAB, tiny_dataset, tiny_model
+
+from prairie.data.loader import Loader, TokenDataset, batch_of
+from prairie.errors import TrainingError
+from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
+from prairie.ops.attention import PackedDocuments
+from prairie.train.objective import every_batch
+from prairie.train.objectives.causal_lm import CausalLM, held_out_loss
+from prairie.train.objectives.dpo import DPO, DPOConfig, held_out_preferences, preference_loss, reference_logprobs
+from prairie.train.trainer import accumulate_gradients
+
+
+def naive_logps(model, dataset, row, adapters=()):
+    """log p of each supervised token of one row alone, with whole logits."""
+    ids, mask = dataset.row(row)
+    tokens = torch.tensor(ids.astype(np.int64))
+    hidden = model(tokens, PackedDocuments([len(tokens)]), adapters)
+    logps = model.logits(hidden).log_softmax(-1)
+    return torch.stack([logps[i - 1, tokens[i]] for i in range(1, len(tokens)) if mask[i]])
+
+
+def moved_adapter(model, seed=3):
+    """An adapter that already does something."""
+    adapter = LoRA.create(model, LoRAConfig(rank=4), seed=seed)
+    with torch.no_grad():
+        for path in adapter.paths:
+            adapter.pair(path)[1].normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    return adapter
+
+
+def splits_of(rows, group):
+    """The same groups in 1, 2 and 4 batches, evenly and not, in three orders."""
+    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
+    orders = [groups, groups[::-1], [groups[i] for i in np.random.default_rng(0).permutation(len(groups))]]
+    for order in orders:
+        n = len(order)
+        for cuts in ([0, n], [0, n // 2, n], [0, 1, n], [0, n // 4, n // 2, 3 * n // 4, n], [0, 1, 2, 3, n]):
+            yield [[row for g in order[a:b] for row in g] for a, b in pairwise(cuts)]
+
+
+def gradients_of(model, objective, dataset, split, adapters=(), parameters=None):
+    parameters = list(parameters or model.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    sums = accumulate_gradients(model, objective, [batch_of(dataset, rows) for rows in split], adapters)
+    return [p.grad.clone() for p in parameters], float(sums.loss) / sums.count
+
+
+def relative(a, b):
+    return max(float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "dpo", "ipo", "dpo_lora"])
+def test_gradient_is_the_same_however_a_step_is_split(kind):
+    group = 1 if kind == "causal_lm" else 2
+    model, dataset, adapters, parameters = tiny_model(), tiny_dataset(12, group=group), (), None
+    if kind == "causal_lm":
+        objective = CausalLM()
+    else:
+        config = DPOConfig(loss="ipo") if kind == "ipo" else DPOConfig(label_smoothing=0.1, sft_weight=0.3)
+        objective = DPO(config, reference_logprobs(tiny_model(seed=9), dataset))
+    if kind == "dpo_lora":
+        model.requires_grad_(False)
+        adapter = moved_adapter(model)
+        adapters, parameters = [AdapterRows(adapter)], list(adapter.parameters())
+    rows = list(range(12 * group))
+    wanted, wanted_loss = gradients_of(model, objective, dataset, [rows], adapters, parameters)
+    worst = 0.0
+    for split in splits_of(rows, group):
+        got, loss = gradients_of(model, objective, dataset, split, adapters, parameters)
+        worst = max(worst, relative(got, wanted))
+        assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert worst < 1e-5
+    # The wrong way, a mean of the micro-batches' means, is far from it: the test can fail.
+    lopsided = [rows[:group], rows[group:]]
+    means = [gradients_of(model, objective, dataset, [part], adapters, parameters)[0] for part in lopsided]
+    assert relative([(a + b) / 2 for a, b in zip(*means, strict=True)], wanted) > 1e-2
+
+
+def test_loader_splits_agree_too():
+    """What the loader itself makes of 1, 2 and 4 micro-batches over one epoch."""
+    model, dataset = tiny_model(), tiny_dataset(16)
+    total = int(dataset.offsets[-1])
+    results = []
+    for size in (total, total // 2 + 24, total // 4 + 24):
+        loader = Loader(dataset, tokens_per_batch=size, seed=1)
+        batches = loader.next_step(loader.batches_per_epoch)
+        assert sorted(row for b in batches for row in b.rows) == list(range(16))
+        results.append(gradients_of(model, CausalLM(), dataset, [b.rows for b in batches])[0])
+    assert relative(results[1], results[0]) < 1e-5
+    assert relative(results[2], results[0]) < 1e-5
+
+
+def test_causal_lm_is_the_naive_sum():
+    model, dataset = tiny_model(), tiny_dataset(7)
+    batch = batch_of(dataset, [3, 0, 6])
+    naive = -sum(naive_logps(model, dataset, row).sum().detach() for row in batch.rows)
+    loss, figures = CausalLM().loss(model, batch)
+    assert float(loss.detach()) == pytest.approx(float(naive), rel=1e-5) and figures == {}
+    assert CausalLM().count(batch) == sum(len(naive_logps(model, dataset, row)) for row in batch.rows)
+
+
+def test_a_step_without_a_supervised_token_is_refused():
+    ids = np.arange(6, dtype=np.uint32)
+    dataset = TokenDataset(ids, np.zeros(6, bool), np.array([0, 6], dtype=np.int64))
+    with pytest.raises(TrainingError, match="nothing to learn from"):
+        accumulate_gradients(tiny_model(), CausalLM(), [batch_of(dataset, [0])])
+
+
+NAIVE = {
+    "sigmoid": (DPOConfig(beta=0.3), lambda h, hn, nll: -F.logsigmoid(0.3 * h)),
+    "smoothed": (
+        DPOConfig(beta=0.3, label_smoothing=0.2),
+        lambda h, hn, nll: -0.8 * F.logsigmoid(0.3 * h) - 0.2 * F.logsigmoid(-0.3 * h),
+    ),
+    "ipo": (DPOConfig(loss="ipo", beta=0.3), lambda h, hn, nll: (hn - 1 / 0.6) ** 2),
+    "rpo": (DPOConfig(beta=0.3, sft_weight=0.5), lambda h, hn, nll: -F.logsigmoid(0.3 * h) + 0.5 * nll),
+}
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+def test_dpo_is_the_naive_loop(kind):
+    """Row by row, whole logits, the formula written out: loss and gradient."""
+    config, formula = NAIVE[kind]
+    model, reference, dataset = tiny_model(), tiny_model(seed=5), tiny_dataset(6, group=2)
+    rows = [4, 5, 0, 1, 8, 9]
+    total = torch.zeros(())
+    with torch.no_grad():
+        base = {row: naive_logps(reference, dataset, row).sum() for row in rows}
+    for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
+        c, r = naive_logps(model, dataset, chosen), naive_logps(model, dataset, rejected)
+        ratio_c, ratio_r = c.sum() - base[chosen], r.sum() - base[rejected]
+        total = total + formula(ratio_c - ratio_r, ratio_c / len(c) - ratio_r / len(r), -c.mean())
+    (total / 3).backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    objective = DPO(config, reference_logprobs(reference, dataset))
+    got, loss = gradients_of(model, objective, dataset, [rows[:2], rows[2:]])
+    assert loss == pytest.approx(float(total) / 3, rel=1e-5)
+    assert relative(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_dpo_is_trls(loss):
+    """trl's own `_compute_loss` on the same log-probabilities."""
+    trainer_module = pytest.importorskip("trl.trainer.dpo_trainer", reason="trl is not installed")
+    generator = torch.Generator().manual_seed(0)
+    pairs, length = 5, 9
+    per_token = -torch.rand(2 * pairs, length, generator=generator) * 3
+    reference = -torch.rand(2 * pairs, length, generator=generator) * 3
+    lengths = torch.randint(1, length, (2 * pairs,), generator=generator)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    mask_with_prompt = torch.cat([torch.zeros(2 * pairs, 1, dtype=torch.long), mask], 1)
+    filler = torch.zeros_like(per_token)
+    outputs = SimpleNamespace(
+        log_probs=per_token * mask, entropy=filler, mean_logits=filler, is_top1=filler.bool(), log_sum_sq_probs=filler
+    )
+    metrics = {"train": {key: [] for key in _TRL_METRICS}}
+    fake = SimpleNamespace(
+        model=SimpleNamespace(training=True), loss_types=[loss], loss_weights=[1.0], beta=0.3, label_smoothing=0.0,
+        ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl", use_weighting=False,
+        aux_loss_enabled=False, _metrics=metrics, _total_train_tokens=0, _tp_size=1,
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+    )  # fmt: skip
+    reference_rows = (reference * mask).sum(1)
+    inputs = {
+        "input_ids": torch.zeros(2 * pairs, length + 1, dtype=torch.long), "completion_mask": mask_with_prompt,
+        "attention_mask": torch.ones(2 * pairs, length + 1, dtype=torch.long),
+        "ref_chosen_logps": reference_rows[:pairs], "ref_rejected_logps": reference_rows[pairs:],
+    }  # fmt: skip
+    theirs = trainer_module.DPOTrainer._compute_loss(fake, lambda **kwargs: outputs, inputs, False)
+    ours_order = torch.arange(2 * pairs).reshape(2, pairs).T.reshape(-1)  # chosen, rejected, chosen, ...
+    rows, refs = (per_token * mask).sum(1)[ours_order], reference_rows[ours_order]
+    ours, figures = preference_loss(rows, refs, mask.sum(1).float()[ours_order], DPOConfig(loss=loss, beta=0.3))
+    assert float(ours) / pairs == pytest.approx(float(theirs), rel=1e-6)
+    same = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "logps_chosen": "logps/chosen"}
+    for name, key in same.items():
+        assert float(figures[name]) / pairs == pytest.approx(metrics["train"][key][0], rel=1e-5)
+
+
+_TRL_METRICS = [
+    "entropy", "num_tokens", "logits/chosen", "logits/rejected", "mean_token_accuracy", "rewards/chosen",
+    "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+]  # fmt: skip
+
+
+def test_reference_logprobs_are_the_naive_ones_however_batched():
+    model, dataset = tiny_model(), tiny_dataset(9, group=2)
+    naive = torch.stack([naive_logps(model, dataset, row).sum() for row in range(18)]).detach()
+    for tokens_per_batch in (16, 100, 10_000):
+        got = reference_logprobs(model, dataset, tokens_per_batch=tokens_per_batch)
+        assert got.dtype == torch.float32 and not got.requires_grad
+        torch.testing.assert_close(got, naive, rtol=1e-5, atol=1e-4)
+    assert torch.equal(reference_logprobs(model, dataset), reference_logprobs(model, dataset))
+    adapter = moved_adapter(model)
+    assert not torch.allclose(reference_logprobs(model, dataset, [AdapterRows(adapter)]), naive, atol=1e-2)
+    assert torch.equal(reference_logprobs(model, dataset), reference_logprobs(model, dataset, ()))
+
+
+def test_a_fresh_adapter_stands_at_log_2():
+    """The reference is the base, the policy is the base plus nothing: no margin yet."""
+    model, dataset = tiny_model(), tiny_dataset(5, group=2)
+    adapters = [AdapterRows(LoRA.create(model, LoRAConfig(rank=2)))]
+    objective = DPO(DPOConfig(), reference_logprobs(model, dataset))
+    loss, figures = objective.loss(model, batch_of(dataset, list(range(10))), adapters)
+    assert float(loss) / 5 == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(float(figures["margin"])) < 1e-4
+
+
+def test_held_out_figures_are_the_objectives_own():
+    model, reference, dataset = tiny_model(), tiny_model(seed=5), tiny_dataset(9, group=2)
+    config = DPOConfig(beta=0.2, sft_weight=0.1)
+    logps = reference_logprobs(reference, dataset)
+    loss, sums = DPO(config, logps).loss(model, batch_of(dataset, list(range(18))))
+    figures = held_out_preferences(model, dataset, reference_logps=logps, config=config, tokens_per_batch=60)
+    assert figures["loss"] == pytest.approx(float(loss) / 9, rel=1e-5) and figures["pairs"] == 9
+    for name, value in sums.items():
+        assert figures[name] == pytest.approx(float(value) / 9, rel=1e-4, abs=1e-4)
+    alone = [float(naive_logps(model, dataset, row).sum().detach()) for row in range(18)]
+    assert figures["accuracy_by_likelihood"] == pytest.approx(np.mean(np.array(alone[::2]) > np.array(alone[1::2])))
+    assert figures["length_chosen"] == pytest.approx(np.mean([dataset.row(2 * i)[1].sum() for i in range(9)]))
+
+
+class ByteTable:
+    """A stand-in for a tokenizer whose token i is i % 3 + 1 bytes long, the last one special."""
+
+    vocab_size = VOCAB - 1
+    special_tokens = MappingProxyType({"<end>": VOCAB - 2})
+
+    def token_bytes(self, token_id):
+        return b"x" * (token_id % 3 + 1)
+
+
+def test_held_out_loss_and_bits_per_byte():
+    model, dataset = tiny_model(), tiny_dataset(9)
+    model.train()
+    logps = torch.cat([naive_logps(model, dataset, row) for row in range(9)]).detach()
+    figures = held_out_loss(model, dataset, tokenizer=ByteTable(), tokens_per_batch=50)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert figures["loss"] == pytest.approx(float(-logps.mean()), rel=1e-5)
+    assert figures["supervised_tokens"] == len(logps)
+    supervised = dataset.ids[dataset.mask]
+    sizes = [0 if i >= VOCAB - 2 else i % 3 + 1 for i in supervised.tolist()]
+    assert figures["bits_per_byte"] == pytest.approx(float(-logps.sum()) / math.log(2) / sum(sizes), rel=1e-5)
+    assert "bits_per_byte" not in held_out_loss(model, dataset)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_every_batch_gives_each_row_once_and_keeps_groups(group):
+    dataset = tiny_dataset(13, group=group)
+    batches = list(every_batch(dataset, 70))
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(rows) == list(range(13 * group))
+    assert all(row + 1 == rows[i + 1] for i, row in enumerate(rows) if group == 2 and i % 2 == 0)
+    assert all(len(b.tokens_N) <= 70 or len(b.rows) == group for b in batches)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"loss": "hinge"}, "unknown"),
+        ({"beta": 0.0}, "beta"),
+        ({"beta": float("nan")}, "beta"),
+        ({"label_smoothing": 0.5}, "label_smoothing"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "ipo"),
+        ({"sft_weight": -1.0}, "sft_weight"),
+    ],
+)
+def test_dpo_settings_are_checked(settings, word):
+    with pytest.raises(TrainingError, match=word):
+        DPOConfig(**settings)
+
+
+def test_dpo_refuses_what_are_not_pairs_or_another_datasets_reference():
+    model, dataset = tiny_model(), tiny_dataset(4, group=2)
+    objective = DPO(DPOConfig(), torch.zeros(8))
+    for rows in ([1, 2], [0, 3], [0, 1, 2]):
+        with pytest.raises(TrainingError, match="pairs"):
+            objective.loss(model, batch_of(dataset, rows))
+    with pytest.raises(TrainingError, match="another dataset"):
+        DPO(DPOConfig(), torch.zeros(6)).loss(model, batch_of(dataset, [6, 7]))
+    with pytest.raises(TrainingError, match="not finite"):
+        DPO(DPOConfig(), torch.tensor([0.0, float("nan")]))
