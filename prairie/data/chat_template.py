@@ -212,33 +212,34 @@ class ChatTemplate:
 
     def _assemble(self, conversations: Sequence[Sequence[_Segment]]) -> list[Rendered]:
         """Tokens of segments; the pieces of text are tokenised once each, in one batch for each place."""
-        plans: list[list[tuple[int | str, Place, bool]]] = []
-        wanted: dict[Place, dict[str, list[int]]] = {"start": {}, "after_special": {}, "after_text": {}}
+        plans: list[list[tuple[list[int], bool]]] = []
+        waiting: dict[Place, dict[str, list[int]]] = {"start": {}, "after_special": {}, "after_text": {}}
         for segments in conversations:
-            plan: list[tuple[int | str, Place, bool]] = []
+            plan: list[tuple[list[int], bool]] = []  # lists of ids; those of text are filled in below
             place: Place = "start"
             for segment in segments:
                 for piece, at in self._tokenizer.pieces(segment.text, place):
                     if isinstance(piece, str):
-                        piece = _unshield(piece)
-                        wanted[at][piece] = []
+                        plan.append((waiting[at].setdefault(_unshield(piece), []), segment.supervised))
                         place = "after_text"
                     else:
+                        plan.append(([piece], segment.supervised))
                         place = "after_special"
-                    plan.append((piece, at, segment.supervised))
             plans.append(plan)
-        for at, texts in wanted.items():
+        for at, texts in waiting.items():
             if texts:
-                texts.update(zip(texts, self._tokenizer.encode_batch(list(texts), place=at), strict=True))
+                for ids, tokens in zip(
+                    texts.values(), self._tokenizer.encode_batch(list(texts), place=at), strict=True
+                ):
+                    ids += tokens
         rendered = []
         for plan in plans:
-            ids: list[int] = []
+            row: list[int] = []
             mask: list[bool] = []
-            for piece, at, supervised in plan:
-                tokens = wanted[at][piece] if isinstance(piece, str) else [piece]
-                ids += tokens
-                mask += [supervised] * len(tokens)
-            rendered.append(Rendered(ids, mask))
+            for ids, supervised in plan:
+                row += ids
+                mask += [supervised] * len(ids)
+            rendered.append(Rendered(row, mask))
         return rendered
 
     def _why_untrainable(self) -> str:
@@ -267,7 +268,7 @@ class ChatTemplate:
             return []
         after = text[text.rfind("ANSWER") + len("ANSWER") :].replace(_CLOSE, "")
         match = self._tokenizer.special_pattern.match(after.lstrip()) if self._tokenizer.special_tokens else None
-        return [self._tokenizer.special_id(match)] if match else []
+        return [self._tokenizer.special_id(match.group())] if match else []
 
 
 class _Generation(Extension):

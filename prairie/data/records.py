@@ -1,6 +1,6 @@
 """The one vocabulary of the data room: what a row of text, a conversation and a preference are.
 
-As JSON lines: `{"text"}`, `{"messages"}`, `{"prompt", "chosen", "rejected"}`; the last three are lists of OpenAI messages.
+As JSON lines: `{"text"}`, `{"messages"}`, `{"prompt", "chosen", "rejected"}`; the last three are lists of messages.
 Not here: reading foreign formats (`sources`), tokens (`chat_template`, `loader`).
 """
 

@@ -163,21 +163,21 @@ class Tokenizer:
 
     def pieces(self, text: str, place: Place = "start") -> list[tuple[int | str, Place]]:
         """Cuts at literal special tokens: ids of special tokens and the text between them, each with its place."""
+        if not self.special_tokens:
+            return [(text, place)] if text else []
         found: list[tuple[int | str, Place]] = []
-        end = 0
-        for match in self.special_pattern.finditer(text) if self.special_tokens else ():
-            if text[end : match.start()]:
-                found.append((text[end : match.start()], place))
-            found.append((self.special_id(match), "after_special"))
-            place, end = "after_special", match.end()
-        if text[end:]:
-            found.append((text[end:], place))
+        for i, part in enumerate(self._special_split.split(text)):
+            if i % 2:
+                found.append((self.special_id(part), "after_special"))
+                place = "after_special"
+            elif part:
+                found.append((part, place))
         return found
 
-    def special_id(self, match: re.Match[str]) -> int:
-        """Id of the special token that `special_pattern` found; some swallow the white space beside them."""
-        text = match.group()
-        return self.special_tokens[text if text in self.special_tokens else text.strip()]
+    def special_id(self, text: str) -> int:
+        """Id of what `special_pattern` found; some special tokens swallow the white space beside them."""
+        token_id = self.special_tokens.get(text)
+        return self.special_tokens[text.strip()] if token_id is None else token_id
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD. Like transformers, a first prefix space is dropped."""
@@ -220,6 +220,11 @@ class Tokenizer:
             edge = (r"(?<!\w)", r"(?!\w)") if added.get("single_word") else ("", "")
             forms.append(left + edge[0] + re.escape(text) + edge[1] + right)
         return re.compile("|".join(forms))
+
+    @cached_property
+    def _special_split(self) -> re.Pattern[str]:
+        """Splits a text at its special tokens and keeps them, at the odd places."""
+        return re.compile(f"({self.special_pattern.pattern})")
 
     @cached_property
     def _bytes(self) -> list[bytes]:
