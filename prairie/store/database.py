@@ -24,9 +24,9 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 
-from prairie.errors import BusyError, StorageFullError, StoreError
+from prairie.errors import BusyError, RequestError, StorageFullError, StoreError
 from prairie.store import schema
 from prairie.store.disk import disk_errors, sync_file
 from prairie.store.locks import locked
@@ -149,14 +149,16 @@ class Database:
                 connection.begin(),
             ):
                 for work in batch:
+                    own = connection.begin_nested()
                     try:
-                        with connection.begin_nested():
-                            work.value = work.call(connection)
+                        work.value = work.call(connection)
+                        own.commit()
                     except Exception as error:
-                        # An error of the database itself may have ended the transaction: nobody's work counts then.
-                        if isinstance(error, DBAPIError) and not _transaction_lives(connection):
+                        # A full or failing disk ends the whole transaction by itself: then nobody's work counts.
+                        if not _transaction_lives(connection):
                             raise
-                        work.error = self._sentence(error) if isinstance(error, DBAPIError) else error
+                        own.rollback()
+                        work.error = self._sentence(error) if isinstance(error, StatementError) else error
         except Exception as error:
             for work in batch:
                 work.error = work.error or error
@@ -251,9 +253,11 @@ class Database:
         except sqlite3.Error as error:
             raise self._sentence(error) from error
 
-    def _sentence(self, error: DBAPIError | sqlite3.Error) -> Exception:
+    def _sentence(self, error: StatementError | sqlite3.Error) -> Exception:
         """The error of ours that a driver's error means."""
-        original = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+            return RequestError("a value cannot be stored", got=str(error.orig), wanted="what JSON can say")
+        original = error.orig if isinstance(error, StatementError) else error
         name = getattr(original, "sqlite_errorname", "") or ""
         text = str(original)
         if name.startswith("SQLITE_FULL") or "disk is full" in text:

@@ -1,0 +1,168 @@
+"""The registry: numbers, champions, history, names, lineage, turns."""
+
+import json
+import threading
+
+import pytest
+
+from prairie.errors import ConflictError, NotFoundError, RequestError, StoreError
+from prairie.store.home import Home
+from prairie.store.registry import Registry
+
+
+def make(home, name, inputs=(), kind="model", events=(), weights_hash=None):
+    config = {"name": name}
+    with home.artifacts.create(kind, name, config, list(inputs), "code", events=list(events)) as folder:
+        (folder / "prairie.json").write_text(json.dumps({"weights_hash": weights_hash or f"hash of {name}"}))
+    return home.artifacts.get(home.artifacts.id_of(kind, config, list(inputs), "code"))
+
+
+@pytest.fixture
+def line(home):
+    """spark@1..4, none promoted."""
+    return [home.registry.register("spark", make(home, f"m{n}").id, kind="model") for n in range(1, 5)]
+
+
+def test_numbers_grow_and_an_artifact_keeps_its_own(home):
+    artifact = make(home, "m")
+    version = home.registry.register("spark", artifact.id, kind="model", figures={"loss": 2.0}, lineage={"turn": 1})
+    assert (version.name, version.weights_hash, version.figures) == ("spark@1", "hash of m", {"loss": 2.0})
+    assert home.registry.register("spark", artifact.id, kind="model") == version
+    assert home.registry.register("spark", make(home, "n").id, kind="model").number == 2
+    assert home.registry.register("other", artifact.id, kind="model").name == "other@1"
+    assert home.registry.lines() == ["other", "spark"]
+
+
+def test_what_cannot_be_registered(home):
+    artifact, other = make(home, "m"), make(home, "n")
+    with pytest.raises(NotFoundError, match="no such artifact"):
+        home.registry.register("spark", "0123456789abcdef", kind="model")
+    for name in ("Spark", "spark@1", "a:b:c", "", "../x", "spark:"):
+        with pytest.raises(RequestError, match="a line cannot have this name"):
+            home.registry.register(name, artifact.id, kind="model")
+    home.registry.register("spark:poet", artifact.id, kind="adapter", base=other.id)
+    with pytest.raises(ConflictError, match="on another base"):
+        home.registry.register("spark:poet", artifact.id, kind="adapter")
+
+
+def test_promote_roll_back_and_the_generation(home, line):
+    registry = home.registry
+    assert registry.champion("spark") is None
+    assert registry.generation() == 0
+    generations = []
+    for name in ("spark@1", "spark@2", "spark@4"):
+        registry.promote(name, verdict={"better": True}, who="me", why="because")
+        generations.append(registry.generation())
+    registry.promote("spark@4")  # is it already
+    assert registry.generation() == generations[-1]
+    assert registry.rollback("spark", why="worse").number == 2
+    assert registry.champion("spark").number == 2
+    assert registry.rollback("spark").number == 1
+    registry.promote("spark@3")
+    assert registry.rollback("spark").number == 1
+    with pytest.raises(NotFoundError, match="no champion before spark@1"):
+        registry.rollback("spark")
+    assert registry.generation() > generations[-1]
+    assert sorted({*generations}) == generations
+    history = [(e.action, e.previous, e.number) for e in registry.history("spark")]
+    assert history == [
+        ("promote", None, 1),
+        ("promote", 1, 2),
+        ("promote", 2, 4),
+        ("rollback", 4, 2),
+        ("rollback", 2, 1),
+        ("promote", 1, 3),
+        ("rollback", 3, 1),
+    ]
+    assert (registry.history("spark")[0].verdict, registry.history("spark")[0].why) == ({"better": True}, "because")
+
+
+def test_the_champion_and_its_history_are_one_transaction(home, line, monkeypatch):
+    """If the history cannot be written, the champion does not change either."""
+    home.registry.promote("spark@1")
+    with pytest.raises(RequestError, match="a value cannot be stored: got Object of type object is not JSON"):
+        home.registry.promote("spark@2", verdict={"not json": object()})
+    home.database.write(
+        lambda connection: connection.exec_driver_sql(
+            "create trigger t before insert on registry_events begin select raise(abort, 'on purpose'); end"
+        )
+    )
+    with pytest.raises(StoreError, match="on purpose"):
+        home.registry.promote("spark@2")
+    assert home.registry.champion("spark").number == 1
+    assert len(home.registry.history("spark")) == 1
+
+
+def test_another_process_sees_the_generation(home, line):
+    with Home(home.root) as other:
+        before = other.registry.generation()
+        home.registry.promote("spark@1")
+        assert other.registry.generation() > before
+        assert other.registry.champion("spark").number == 1
+
+
+def test_promotions_from_many_threads_are_all_in_the_history(home, line):
+    threads = [threading.Thread(target=home.registry.promote, args=(f"spark@{n % 4 + 1}",)) for n in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    history = home.registry.history("spark")
+    assert home.registry.champion("spark").number == history[-1].number
+    assert [e.previous for e in history[1:]] == [e.number for e in history[:-1]]
+
+
+def test_names(home, line):
+    registry = home.registry
+    with pytest.raises(NotFoundError, match="line spark has no champion"):
+        registry.resolve("spark")
+    registry.promote("spark@2")
+    assert registry.resolve("spark").number == 2
+    assert registry.resolve("spark@3").number == 3
+    assert registry.resolve("spark@newest").number == 4
+    assert registry.resolve(f"spark@{line[0].artifact_id[:8]}").number == 1
+    poet = registry.register("spark:poet", line[1].artifact_id, kind="adapter", base=line[0].artifact_id)
+    registry.promote(poet)
+    assert registry.resolve("spark:poet") == poet == registry.resolve("spark:poet@1")
+    with pytest.raises(NotFoundError, match=r"no such model: got `sprak`, wanted spark, spark:poet"):
+        registry.resolve("sprak")
+    for name in ("spark@9", "spark@ffffffff", "spark@", "spark@x"):
+        with pytest.raises(NotFoundError):
+            registry.resolve(name)
+    assert [v.name for v in registry.versions_of(line[0].artifact_id)] == ["spark@1", "spark:poet@1"]
+
+
+def test_lineage_goes_down_to_the_votes(home):
+    data = make(home, "chats", kind="dataset")
+    base = make(home, "base", inputs=[data.id])
+    votes = make(home, "votes", inputs=[data.id], kind="dataset", events=["fb-1", "fb-2"])
+    adapter = make(home, "tuned", inputs=[base.id, votes.id, "00000000deadbeef"], kind="adapter")
+    version = home.registry.register("spark:poet", adapter.id, kind="adapter", base=base.id)
+    tree = home.registry.lineage(version)
+    assert tree["name"] == "spark:poet@1"
+    top = tree["artifact"]
+    assert [node["id"] for node in top["inputs"]] == [base.id, votes.id, "00000000deadbeef"]
+    assert top["inputs"][0]["inputs"][0]["name"] == "chats"
+    assert top["inputs"][1]["events"] == ["fb-1", "fb-2"]
+    assert top["inputs"][1]["inputs"] == [{"id": data.id, "kind": "dataset", "name": "chats", "repeated": True}]
+    assert top["inputs"][2] == {"id": "00000000deadbeef", "missing": True}
+    assert tree["base"]["repeated"]
+    json.dumps(tree)
+
+
+def test_turns(home):
+    registry = home.registry
+    turn = registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.01, "pair": (1, 2)}, True)
+    assert turn.verdict == {"p": 0.01, "pair": [1, 2]}
+    assert registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.01, "pair": (1, 2)}, True) == turn
+    with pytest.raises(ConflictError, match="recorded already"):
+        registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.5}, False)
+    registry.record_turn("spark", 2, "b", None, None, {}, False)
+    assert [t.number for t in registry.turns("spark")] == [1, 2]
+    assert registry.turns("other") == []
+
+
+def test_a_registry_opens_a_home_by_its_path(home, line):
+    registry = Registry(home.root)
+    assert registry.lines() == ["spark"]
+    registry.home.close()
