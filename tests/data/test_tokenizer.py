@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,18 @@ def test_foreign_tokenizers_equal_transformers(folder: Path) -> None:
 
 
 @needs_shared
+@pytest.mark.parametrize("folder", [STORIES, GPT2], ids=["stories260K", "gpt2"])
+def test_a_foreign_tokenizer_stays_itself_when_saved(folder: Path, tmp_path: Path) -> None:
+    ours = Tokenizer.load(folder)
+    ours.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.hash == ours.hash and again.adds_bos == ours.adds_bos
+    assert again.encode_batch(TEXTS) == ours.encode_batch(TEXTS)
+    again.save(tmp_path)
+    assert Tokenizer.load(tmp_path).hash == ours.hash
+
+
+@needs_shared
 def test_stories_oracle() -> None:
     ours = Tokenizer.load(STORIES)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id, ours.adds_bos) == (512, 1, 2, True)
@@ -177,6 +190,71 @@ def test_detokenizer_keeps_the_space_of_a_continuation() -> None:
     assert "".join(map(stream.push, ids)) == " Once upon a time"
     first = Detokenizer(ours, continuation=False)
     assert "".join(map(first.push, ids)) == "Once upon a time" == ours.decode(ids)
+
+
+SCHEMES: dict[str, dict[str, object]] = {
+    "first": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}},
+    "always": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+    "never": {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}},
+    "normalizer": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+    },
+}
+
+
+def sentencepiece_like(scheme: str) -> Tokenizer:
+    """A byte-fallback vocabulary of single characters, with special tokens of every kind."""
+    pieces = ["<unk>", "<s>", "</s>", "<left>", "<right>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcxyz", "▁a"]
+    spec = {
+        "version": "1.0",
+        "added_tokens": [
+            {
+                "id": i,
+                "content": pieces[i],
+                "single_word": False,
+                "lstrip": pieces[i] == "<left>",
+                "rstrip": pieces[i] == "<right>",
+                "normalized": False,
+                "special": True,
+            }
+            for i in range(5)
+        ],
+        "model": {
+            "type": "BPE",
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [["▁", "a"]],
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+            "fuse_unk": True,
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        **SCHEMES[scheme],
+    }
+    return Tokenizer(spec, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@given(
+    text=st.lists(st.sampled_from(["a", "b", " ", "  ", "你", "\n", "<s>", "</s>", "<left>", "<right>"])).map("".join)
+)
+@settings(max_examples=100, deadline=None)
+def test_special_tokens_and_prefix_spaces_equal_the_library(scheme: str, text: str) -> None:
+    ours = sentencepiece_like(scheme)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(ours.spec))
+    assert ours.encode(text, special=True) == theirs.encode(text, add_special_tokens=False).ids
+    assert not set(ours.encode(text)) & set(ours.special_tokens.values())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_in_the_middle_gets_no_space(scheme: str) -> None:
+    ours = sentencepiece_like(scheme)
+    assert ours.encode("ab", place="start") + ours.encode(" ba", place="after_text") == ours.encode("ab ba")
 
 
 def test_refusals(tmp_path: Path, ours: Tokenizer) -> None:
