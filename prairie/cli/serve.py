@@ -1,0 +1,63 @@
+"""`prairie serve`: models over OpenAI's HTTP API, with a chat page and votes."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Annotated
+
+import typer
+
+from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say
+
+
+def serve(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME_OR_DIR]...", help="Lines, versions or model folders; none: every line."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    max_pending: Annotated[
+        int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")
+    ] = 512,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 8,
+    grace_s: Annotated[float, typer.Option(min=0, help="How long a stop waits for running answers.")] = 30.0,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve models over OpenAI's HTTP API, with a chat page at / and votes that the next version learns from."""
+    from prairie.serve.server import bind, serve_on, url_of
+
+    # Before anything is loaded: a taken port is said at once.
+    listening = bind(host, port)
+    with listening, open_home(home, make=bool(names)) as store:
+        import logging
+
+        from prairie.runtime import Runtime
+        from prairie.serve.app import Settings, create_app
+        from prairie.serve.gate import loopback_names
+
+        logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+        logging.getLogger("prairie").setLevel(logging.INFO)
+        settings = Settings(max_pending=max_pending, max_body_bytes=max_body_mb * 2**20)
+        if _is_loopback(host):
+            settings = Settings(settings.max_pending, settings.max_body_bytes, loopback_names(host))
+        count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
+        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count))
+
+        def ready() -> None:
+            served = [model["id"] for model in app.state.service.models.listing()]
+            url = url_of(listening)
+            say(f"{', '.join(served)} on {url}   chat page: {url}/   Ctrl-C ends.")
+            emit({"url": url, "pid": os.getpid(), "models": served}, as_json)
+
+        serve_on(listening, app, grace_s=grace_s, on_ready=ready)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,340 @@
+"""The HTTP face: routes, and the parts behind them put together. `create_app` loads nothing; the lifespan does.
+
+    app = create_app(Home(), ["spark"])       # raises in one sentence if there is nothing to serve
+    uvicorn.run(app)                          # or prairie.serve.server.run, which also owns port and signals
+
+torch is imported by the first load, in the loader's thread: votes are taken as soon as the port is open.
+Not here: what an answer is made of (`choices`, `stream`), which version answers (`models`), keys and limits (`gate`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import mimetypes
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import FastAPI, Header
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from prairie.errors import BusyError, RequestError
+from prairie.serve import errors
+from prairie.serve.choices import Caller, Desk
+from prairie.serve.gate import Gate
+from prairie.serve.metrics import CONTENT_TYPE, Metrics
+from prairie.serve.models import Models
+from prairie.serve.records import feedback_of
+from prairie.serve.reload import Keys, Watcher
+from prairie.serve.schema import ChatRequest, CompletionRequest, ErrorBody, FeedbackRequest, sound
+from prairie.serve.scoring import score
+from prairie.serve.stream import Chat, EventStream, Text, Whole
+from prairie.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from prairie.runtime import Runtime
+    from prairie.store.home import Home
+
+log = logging.getLogger("prairie.serve")
+
+WEB = Path(__file__).parent.parent / "web"
+WEB_FILES = {".html", ".js", ".css", ".svg", ".png", ".ico", ".woff2", ".json", ".webmanifest", ".txt"}
+STUCK_S = 120.0
+"""A step that takes longer than this is a hang, not work."""
+NAME_LIMIT = 200
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed about a server."""
+
+    max_pending: int = 512
+    """Answers under way or queued; more are refused with 429."""
+    max_body_bytes: int = 8 * 2**20
+    host_allowed: Callable[[str], bool] = lambda host: True
+    """Which Host headers are answered as long as there is no API key."""
+
+
+class Service:
+    """The parts of a running server and their order of starting and stopping."""
+
+    def __init__(
+        self, home: Home, names: Sequence[str], settings: Settings, detect: Callable[[], Runtime] | None, **engine: Any
+    ) -> None:
+        self.home, self.settings = home, settings
+        self.metrics = Metrics()
+        self.worker = Worker()
+        self.models = Models(home, self.worker, self.metrics, names, detect, **engine)
+        self.worker.on_fault = self.models.drop_engine
+        self.keys = Keys(home)
+        self.watcher = Watcher(home, self.models, self.keys)
+        self.desk = Desk(self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending)
+        self.failure: Exception | None = None
+        """Why the first load failed."""
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.draining = False
+        self._only_server = contextlib.ExitStack()
+
+    async def start(self) -> None:
+        try:
+            await self.desk.do(self._tidy)
+            self.watcher.start()
+        except Exception as error:
+            self.failure = error
+            raise
+        self.worker.start(asyncio.get_running_loop().call_soon_threadsafe)
+        self.desk.keep(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await asyncio.to_thread(self.models.load_first)
+        except Exception as error:
+            self.failure = error
+            self.on_failure()
+        else:
+            self.on_ready()
+
+    def _tidy(self) -> None:
+        """The only server of a home closes the rows that one before it, killed, left open."""
+        try:
+            self._only_server.enter_context(self.home.lock("serve"))
+        except BusyError:
+            return
+        left = self.home.feedback.abort_started()
+        if left:
+            log.info("%d answers were cut off by the end of the server before", left)
+
+    async def stop(self) -> None:
+        """Ends in the order of who needs whom: requests, watcher, engine, records, store."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + 10
+        while self.desk.pending and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.watcher.stop)
+        await asyncio.to_thread(self.models.close)
+        await self.desk.drain()
+        await asyncio.to_thread(self.worker.stop)
+        self.desk.close()
+        self._only_server.close()
+
+    def health(self) -> str | None:
+        """None, or why the server should be started anew."""
+        if not self.worker.alive:
+            return "the engine's thread has ended"
+        if self.worker.stuck_s() > STUCK_S:
+            return f"the engine has not come round for {self.worker.stuck_s():.0f} s"
+        return None
+
+    def readiness(self) -> str | None:
+        """None, or why requests should not be sent here now."""
+        if self.draining:
+            return "the server is stopping"
+        return self.health() or (None if self.models.ready else "the models are being loaded")
+
+
+def create_app(
+    home: Home,
+    names: Sequence[str] = (),
+    settings: Settings | None = None,
+    detect: Callable[[], Runtime] | None = None,
+    **engine_settings: Any,
+) -> FastAPI:
+    """The application; `app.state.service` are its parts. Raises NotFoundError if there is nothing to serve."""
+    settings = settings or Settings()
+    service = Service(home, names, settings, detect, **engine_settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="Prairie", version=_version(), docs_url=None, redoc_url=None, lifespan=lifespan,
+        description="OpenAI's API, and votes on its answers.",
+    )  # fmt: skip
+    app.state.service = service
+    app.add_middleware(
+        Gate, keys=service.keys, metrics=service.metrics, max_body_bytes=settings.max_body_bytes,
+        host_allowed=settings.host_allowed,
+    )  # fmt: skip
+    errors.install(app)
+    _completions(app, service)
+    _models(app, service)
+    _feedback(app, service)
+    _operations(app, service)
+    _web(app)
+    _describe(app)
+    return app
+
+
+SurfaceHeader = Annotated[str | None, Header(alias="X-Prairie-Surface", max_length=NAME_LIMIT)]
+PurposeHeader = Annotated[str | None, Header(alias="X-Prairie-Purpose")]
+KeyHeader = Annotated[str | None, Header(alias="Idempotency-Key", max_length=NAME_LIMIT)]
+
+
+def _caller(user: str | None, surface: str | None, purpose: str | None) -> Caller:
+    """Raises RequestError for an unknown purpose: a gate's answers must not be taken for a user's."""
+    if purpose not in (None, "", "chat", "gate"):
+        raise RequestError(
+            "unknown X-Prairie-Purpose", got=repr(purpose), wanted="chat | gate", param="X-Prairie-Purpose"
+        )
+    return Caller(sound(user) if user else None, surface or "api", purpose or "chat")
+
+
+def _completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", tags=["openai"])
+    async def chat_completions(
+        body: ChatRequest, surface: SurfaceHeader = None, purpose: PurposeHeader = None
+    ) -> Response:
+        """An answer to a conversation; `stream` for server-sent events."""
+        answer = await service.desk.chat(body, _caller(body.user, surface, purpose))
+        form = Chat(answer)
+        return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
+
+    @app.post("/v1/completions", tags=["openai"])
+    async def completions(
+        body: CompletionRequest, surface: SurfaceHeader = None, purpose: PurposeHeader = None
+    ) -> Response:
+        """Raw text continued; `echo` with `logprobs` scores the prompt, `max_tokens` 0 only that."""
+        answer = await service.desk.complete(body, _caller(body.user, surface, purpose))
+        try:
+            scores = []
+            if body.echo and body.logprobs is not None:
+                for choice in answer.choices:
+                    work = service.worker.call(
+                        lambda ids=choice.prompt_ids: score(answer.resident, ids, body.logprobs or 0)  # type: ignore[misc]
+                    )
+                    scores.append(await asyncio.wrap_future(work))
+        except BaseException:
+            await answer.close()
+            raise
+        form = Text(answer, bool(body.echo), scores)
+        return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
+
+
+def _models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", tags=["openai"])
+    async def list_models() -> dict[str, Any]:
+        """Every name that is served, with the version that answers to it."""
+        return {"object": "list", "data": service.models.listing()}
+
+    @app.get("/v1/models/{model}", tags=["openai"])
+    async def get_model(model: str) -> dict[str, Any]:
+        return await service.desk.do(service.models.describe, model)
+
+
+def _feedback(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/feedback", status_code=201, tags=["feedback"])
+    async def give_feedback(
+        body: FeedbackRequest, surface: SurfaceHeader = None, idempotency_key: KeyHeader = None
+    ) -> JSONResponse:
+        """A vote, edit, comment or retraction: 201 once it is on disk, 200 and the same id for the same key again."""
+        from prairie.store.feedback import FeedbackEvent
+
+        event = FeedbackEvent(
+            sound(body.response_id),
+            body.kind,
+            sound(body.value),
+            sound(body.user) if body.user else None,
+            surface or "api",
+        )
+        id, created = await service.desk.do(home_feedback.add, event, idempotency_key)
+        if created:
+            service.metrics.votes.labels(body.kind).inc()
+        answer = {"id": id, "object": "feedback", "response_id": event.response_id, "kind": event.kind}
+        return JSONResponse(answer, 201 if created else 200)
+
+    @app.get("/v1/feedback/{response_id}", tags=["feedback"])
+    async def get_feedback(response_id: str) -> dict[str, Any]:
+        """What was said of an answer, and what of it counts now."""
+        return await service.desk.do(feedback_of, service.home, response_id)
+
+    home_feedback = service.home.feedback
+
+
+def _operations(app: FastAPI, service: Service) -> None:
+    def state(problem: str | None) -> JSONResponse:
+        if problem is None:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": problem}, 503, {"Retry-After": "1"})
+
+    @app.get("/healthz", tags=["operations"])
+    async def healthz() -> JSONResponse:
+        """503 when the server should be restarted."""
+        return state(service.health())
+
+    @app.get("/readyz", tags=["operations"])
+    async def readyz() -> JSONResponse:
+        """503 while it loads or drains."""
+        return state(service.readiness())
+
+    @app.get("/metrics", tags=["operations"])
+    async def prometheus() -> Response:
+        """For Prometheus."""
+        service.models.count_engines()
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _web(app: FastAPI) -> None:
+    def file(path: Path) -> FileResponse:
+        path = path.resolve()
+        if not path.is_relative_to(WEB) or path.suffix not in WEB_FILES or not path.is_file():
+            raise HTTPException(404)
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        # Small files from this machine: asked for anew each time, answered by 304 while they are unchanged.
+        return FileResponse(
+            path, media_type=kind, headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+        )
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return file(WEB / "index.html")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> FileResponse:
+        return file(WEB / "icon.svg")
+
+    @app.get("/static/{path:path}", include_in_schema=False)
+    async def static(path: str) -> FileResponse:
+        return file(WEB / path)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("prairie")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _describe(app: FastAPI) -> None:
+    """/openapi.json without FastAPI's 422, which is never sent, and with the error object that is."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            parts = schema.setdefault("components", {}).setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                parts.pop(name, None)
+            parts["Error"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+            parts |= parts["Error"].pop("$defs", {})
+            content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"]["default"] = {
+                        "description": "The refusal, in one sentence",
+                        "content": content,
+                    }
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,495 @@
+"""One request's answers while they are written: admission, prompts, records, tokens as they come, the end.
+
+The order that everything rests on: the rows of all choices are committed before the first byte is sent; a choice's whole
+answer is committed before its last byte is sent; whatever ends early (client gone, engine fault, shutdown) is cancelled at
+the next step and recorded as aborted with what it had said. Database work happens in threads, never on the event loop.
+Not here: HTTP (`app`, `stream`), JSON shapes (`answers`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prairie.data.records import Message
+from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError
+from prairie.serve.answers import Head, TokenText
+from prairie.serve.metrics import Metrics
+from prairie.serve.models import Models, Resident
+from prairie.serve.schema import ChatRequest, CompletionRequest, Sampling
+from prairie.serve.worker import EngineFault, Worker
+
+if TYPE_CHECKING:
+    from prairie.engine.request import Completion, Output, Request, SamplingParams
+    from prairie.store.feedback import FeedbackStore
+
+log = logging.getLogger("prairie.serve")
+T = TypeVar("T")
+
+DEFAULT_MAX_TOKENS = 1024
+"""Of a chat answer whose length the client leaves open; the context may end it sooner."""
+DEFAULT_TEXT_TOKENS = 16
+"""Of a text completion, as OpenAI's."""
+RETRY_AFTER_S = 2
+
+
+class QueueFull(OverloadedError):
+    retry_after_s = RETRY_AFTER_S
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as far as the request says."""
+
+    user: str | None = None
+    surface: str | None = None
+    purpose: str = "chat"
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer under way. The token lists grow while it streams."""
+
+    index: int
+    id: str
+    prompt: tuple[Message, ...] | str
+    """As it is recorded."""
+    request: Request | None
+    """None: nothing is to be generated (`max_tokens` 0)."""
+    prompt_ids: Sequence[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    done: bool = False
+    """Its row is closed."""
+
+    def shown(self, stop_ids: frozenset[int]) -> int:
+        """How many of its tokens are text: all but a stop token at the end."""
+        stopped = self.finish_reason == "stop" and self.token_ids and self.token_ids[-1] in stop_ids
+        return len(self.token_ids) - bool(stopped)
+
+
+@dataclass(frozen=True)
+class Part:
+    """News of one choice: some text and tokens, or (`last`) its end."""
+
+    choice: Choice
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    tops: Sequence[Sequence[tuple[int, float]]]
+    last: bool = False
+
+
+class Desk:
+    """Where requests come in: it knows the models, the worker and the records, and how much is under way."""
+
+    def __init__(
+        self, models: Models, worker: Worker, feedback: FeedbackStore, metrics: Metrics, *, max_pending: int
+    ) -> None:
+        """`max_pending`: choices that may be under way or queued, over all models."""
+        self.models, self.worker, self.feedback, self.metrics = models, worker, feedback, metrics
+        self.max_pending = max_pending
+        self.pending = 0
+        self.threads = ThreadPoolExecutor(16, "prairie-records")
+        """Enough that writes of many requests meet in one commit."""
+        self._names: dict[int, tuple[Any, TokenText]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a task that must end whoever stops waiting for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def drain(self) -> None:
+        """Waits for what is being recorded."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def do(self, work: Callable[..., T], *args: Any) -> T:
+        """Runs blocking work in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
+
+    async def chat(self, body: ChatRequest, caller: Caller) -> Answer:
+        """Admits a chat request and starts it. Raises PrairieError; what it raised about is not left behind."""
+        body.refuse_unsupported()
+        messages = body.to_messages()
+        top, limit = body.top(), body.limit()
+        return await self._open(
+            body, caller, "chatcmpl", [messages], top, DEFAULT_MAX_TOKENS if limit is None else limit
+        )  # fmt: skip
+
+    async def complete(self, body: CompletionRequest, caller: Caller) -> Answer:
+        """The same for a text completion."""
+        body.refuse_unsupported()
+        limit = DEFAULT_TEXT_TOKENS if body.max_tokens is None else body.max_tokens
+        if limit == 0 and not body.echo:
+            raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
+        return await self._open(body, caller, "cmpl", body.prompts(), body.logprobs, limit)
+
+    async def _open(
+        self,
+        body: Sampling,
+        caller: Caller,
+        prefix: str,
+        prompts: Sequence[tuple[Message, ...] | str | list[int]],
+        top: int | None,
+        limit: int,
+    ) -> Answer:
+        stops, n, arrived = body.stops(), body.n or 1, time.perf_counter()
+        self._admit(n * len(prompts))
+        resident: Resident | None = None
+        try:
+            resident = await self.models.acquire(body.model)
+            id = f"{prefix}-{secrets.token_hex(12)}"
+            choices = await self.do(_choices, resident, body, id, prompts, n, top, limit, stops)
+            head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
+            answer = Answer(self, resident, head, choices, top, caller, arrived)
+        except BaseException:
+            self.pending -= n * len(prompts)
+            if resident is not None:
+                self.models.release(resident)
+            raise
+        # From here on the answer itself gives back what it holds, in `close`.
+        try:
+            await answer.start(body)
+        except BaseException:
+            await answer.close()
+            raise
+        return answer
+
+    def _admit(self, choices: int) -> None:
+        # One request that is larger than the limit is still served when nothing else runs.
+        if self.pending and self.pending + choices > self.max_pending:
+            self.metrics.refused.inc()
+            raise QueueFull(
+                "the server has as many requests as it takes", got=self.pending, wanted=f"at most {self.max_pending}",
+                mend=f"try again in {RETRY_AFTER_S} s",
+            )  # fmt: skip
+        self.pending += choices
+
+    def token_text(self, resident: Resident) -> TokenText:
+        """Names of tokens for log-probabilities, kept with the tokenizer."""
+        tokenizer = resident.tokenizer
+        kept = self._names.get(id(tokenizer))
+        if kept is None or kept[0] is not tokenizer:
+            self._names = {id(tokenizer): (tokenizer, TokenText(tokenizer))}
+            kept = self._names[id(tokenizer)]
+        return kept[1]
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=True)
+
+
+class Answer:
+    """The choices of one request from their start to their last record. A Sink of the worker; lives on the event loop."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        resident: Resident,
+        head: Head,
+        choices: Sequence[Choice],
+        top: int | None,
+        caller: Caller,
+        arrived: float,
+    ) -> None:
+        self.desk, self.resident, self.head, self.choices = desk, resident, head, choices
+        self.top, self.caller, self.arrived = top, caller, arrived
+        self.names = desk.token_text(resident)
+        self.stop_ids = frozenset(resident.template.stop_ids)
+        self._by_id = {choice.id: choice for choice in choices}
+        self._news: asyncio.Queue[Part | Exception] = asyncio.Queue()
+        self._commits: set[asyncio.Task[None]] = set()
+        self._first_token_at: dict[str, float] = {}
+        self._closed = False
+
+    async def start(self, body: Sampling) -> None:
+        """Hands the requests to the engine and returns once the rows of all choices are on disk."""
+        requests = [choice.request for choice in self.choices if choice.request is not None]
+        self.desk.worker.submit(self.resident.engine, requests, self)
+        await self.desk.do(self.desk.feedback.start_responses, [self._row(choice, body) for choice in self.choices])
+        for choice in self.choices:
+            if choice.request is None:
+                choice.finish_reason = "length"
+                self._close_row(choice, "")
+
+    # -- Sink, called on the event loop
+
+    def take(self, output: Output) -> None:
+        choice = self._by_id[output.request_id]
+        if choice.id not in self._first_token_at:
+            self._first_token_at[choice.id] = time.perf_counter()
+        completion = output.completion
+        if completion is None:
+            self._add(choice, output)
+            self._news.put_nowait(
+                Part(choice, output.text_delta, output.token_ids, output.logprobs, output.top_logprobs)
+            )
+            return
+        before = len(choice.token_ids)
+        self._whole(choice, completion)
+        if output.finish_reason not in ("stop", "length"):
+            self._news.put_nowait(EngineFault(
+                "the model gave no usable probabilities", got=output.finish_reason, mend="promote another version"
+            ))  # fmt: skip
+            return
+        choice.finish_reason = output.finish_reason
+        self._close_row(choice, output.text_delta, before)
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        self._news.put_nowait(error)
+
+    # -- the reader
+
+    async def news(self) -> AsyncIterator[list[Part]]:
+        """Parts in the order in which they come, all that are there at once, until every choice has ended.
+
+        Raises the error that ended a choice. The record of a choice is on disk before its last part is given.
+        """
+        open = len(self.choices)
+        while open:
+            parts = [await self._news.get()]
+            while not self._news.empty():
+                parts.append(self._news.get_nowait())
+            good: list[Part] = []
+            for part in parts:
+                if isinstance(part, Exception):
+                    raise part
+                good.append(part)
+                open -= part.last
+            yield good
+
+    async def finished(self) -> Sequence[Choice]:
+        """All choices, whole. Raises the error that ended one."""
+        async for _ in self.news():
+            pass
+        return self.choices
+
+    async def close(self) -> None:
+        """Gives everything back, once; what had not ended is cancelled and recorded as aborted. Survives cancellation."""
+        if self._closed:
+            return
+        self._closed = True
+        self.desk.pending -= len(self.choices)
+        await asyncio.shield(self.desk.keep(self._close()))
+
+    async def _close(self) -> None:
+        try:
+            if self._commits:
+                await asyncio.wait(self._commits)
+            left = [choice for choice in self.choices if not choice.done]
+            if left:
+                ids = [choice.id for choice in left]
+                said = await asyncio.wrap_future(self.desk.worker.cancel(self.resident.engine, ids))
+                for choice in left:
+                    if choice.id in said:
+                        self._whole(choice, said[choice.id])
+                await asyncio.gather(*(self.desk.do(self._abort, choice) for choice in left))
+        finally:
+            self.desk.models.release(self.resident)
+
+    # -- inside
+
+    def _add(self, choice: Choice, output: Output) -> None:
+        choice.text += output.text_delta
+        choice.token_ids += output.token_ids
+        choice.logprobs += output.logprobs
+        choice.tops += output.top_logprobs
+
+    def _whole(self, choice: Choice, completion: Completion) -> None:
+        choice.text, choice.token_ids = completion.text, list(completion.token_ids)
+        choice.logprobs, choice.tops = list(completion.logprobs), list(completion.top_logprobs)
+        choice.cached_tokens = completion.cached_tokens
+
+    def _close_row(self, choice: Choice, delta: str, before: int = 0) -> None:
+        """Commits a choice's answer in a thread; its last part is news only after that."""
+        tokens = choice.token_ids[before:]
+        part = Part(choice, delta, tokens, choice.logprobs[before:], choice.tops[before:], last=True)
+
+        async def commit() -> None:
+            try:
+                await self.desk.do(self._finish, choice)
+            except Exception as error:
+                self._news.put_nowait(error)
+            else:
+                self._count(choice)
+                self._news.put_nowait(part)
+
+        task = self.desk.keep(commit())
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+
+    def _finish(self, choice: Choice) -> None:
+        self.desk.feedback.finish_response(
+            choice.id,
+            choice.token_ids,
+            choice.logprobs,
+            choice.text,
+            choice.finish_reason or "stop",
+            self._latency_ms(),
+        )
+        choice.done = True
+
+    def _abort(self, choice: Choice) -> None:
+        """An answer that ended early; a store that cannot take it now is only logged, the client has its error."""
+        choice.done = True
+        try:
+            self.desk.feedback.abort_response(
+                choice.id, choice.token_ids, choice.logprobs, choice.text, "cancelled", self._latency_ms()
+            )
+        except PrairieError as error:
+            log.warning("the end of %s was not recorded: %s", choice.id, error)
+        self.desk.metrics.choices.labels(self.resident.source.line, "cancelled").inc()
+
+    def _latency_ms(self) -> float:
+        return round((time.perf_counter() - self.arrived) * 1000, 3)
+
+    def _count(self, choice: Choice) -> None:
+        line, metrics, now = self.resident.source.line, self.desk.metrics, time.perf_counter()
+        metrics.choices.labels(line, choice.finish_reason).inc()
+        metrics.tokens.labels(line, "prompt").inc(len(choice.prompt_ids))
+        metrics.tokens.labels(line, "cached").inc(choice.cached_tokens)
+        metrics.tokens.labels(line, "completion").inc(len(choice.token_ids))
+        first = self._first_token_at.get(choice.id)
+        if first is not None and choice.request is not None and choice.request.stream:
+            metrics.first_token.labels(line).observe(first - self.arrived)
+            if len(choice.token_ids) > 1:
+                metrics.per_token.labels(line).observe((now - first) / (len(choice.token_ids) - 1))
+
+    def _row(self, choice: Choice, body: Sampling) -> Any:
+        from prairie.store.feedback import Response
+
+        source = self.resident.source
+        return Response(
+            id=choice.id,
+            model=body.model,
+            prompt=choice.prompt,
+            line=source.line,
+            version_id=source.artifact_id,
+            weights_hash=self.resident.weights_hash,
+            adapter_hash=self.resident.adapter_hash,
+            template_hash=self.resident.template.hash,
+            sampling=_sampling_record(choice, body),
+            user=self.caller.user,
+            surface=self.caller.surface,
+            purpose=self.caller.purpose,
+        )
+
+
+def _choices(
+    resident: Resident,
+    body: Sampling,
+    id: str,
+    prompts: Sequence[tuple[Message, ...] | str | list[int]],
+    n: int,
+    top: int | None,
+    limit: int,
+    stops: tuple[str, ...],
+) -> list[Choice]:
+    """In a thread: prompts rendered and tokenised, one Choice for each answer. Raises RequestError, ContextLengthError."""
+    from prairie.engine.request import Request
+
+    seed = body.seed if body.seed is not None else secrets.randbits(48)
+    choices = []
+    for prompt in prompts:
+        prompt_ids, record = _prompt_ids(resident, prompt)
+        _check_prompt(resident, prompt_ids, limit)
+        for _ in range(n):
+            index = len(choices)
+            params = _params(resident, body, seed + index, top, limit, stops, chat=isinstance(prompt, tuple))
+            choice_id = id if index == 0 else f"{id}:{index}"
+            request = None if params is None else Request(
+                choice_id, prompt_ids, params, resident.adapter_hash, stream=bool(body.stream)
+            )  # fmt: skip
+            choices.append(Choice(index, choice_id, record, request, prompt_ids))
+    return choices
+
+
+def _prompt_ids(
+    resident: Resident, prompt: tuple[Message, ...] | str | list[int]
+) -> tuple[list[int], tuple[Message, ...] | str]:
+    """(token ids, what is recorded of the prompt)."""
+    if isinstance(prompt, tuple):
+        return resident.template.encode_prompt(prompt), prompt
+    if isinstance(prompt, str):
+        return resident.engine.prompt_ids(prompt), prompt
+    vocab_size = resident.engine.model.config.vocab_size
+    wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(
+            "the prompt has an unknown token id", got=wrong, wanted=f"0..{vocab_size - 1}", param="prompt"
+        )
+    return prompt, resident.tokenizer.decode(prompt, skip_special=False)
+
+
+def _check_prompt(resident: Resident, prompt_ids: Sequence[int], limit: int) -> None:
+    """Refuses before anything is recorded or queued what the engine would refuse after."""
+    if not prompt_ids:
+        raise RequestError("the prompt is empty", wanted="at least one token", param="prompt")
+    room = resident.engine.max_context
+    if len(prompt_ids) + min(limit, 1) > room:
+        raise ContextLengthError(
+            "the prompt leaves no room for an answer in this model's context", got=f"{len(prompt_ids)} tokens",
+            wanted=f"at most {room - 1}", mend="shorten the conversation", param="messages",
+        )  # fmt: skip
+
+
+def _params(
+    resident: Resident, body: Sampling, seed: int, top: int | None, limit: int, stops: tuple[str, ...], chat: bool
+) -> SamplingParams | None:
+    """None when nothing is to be generated."""
+    from prairie.engine.request import SamplingParams
+
+    if limit == 0:
+        return None
+    ignore_eos = bool(body.ignore_eos)
+    if chat and not ignore_eos:
+        stops = (*stops, *resident.template.stop_strings)
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        seed=seed,
+        stop=stops,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.biases(resident.engine.model.config.vocab_size) or None,
+        logprobs=top,
+        ignore_eos=ignore_eos,
+    )
+
+
+def _sampling_record(choice: Choice, body: Sampling) -> dict[str, Any]:
+    """All that drew the tokens, the seed included even if the client gave none: the answer can be drawn again."""
+    record: dict[str, Any] = {"max_tokens": 0} if choice.request is None else _of_params(choice.request.params)
+    return record | ({"metadata": body.metadata} if body.metadata else {})
+
+
+def _of_params(params: SamplingParams) -> dict[str, Any]:
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "seed": params.seed,
+        "max_tokens": params.max_tokens,
+        "stop": list(params.stop),
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "logit_bias": {str(token): bias for token, bias in (params.logit_bias or {}).items()},
+        "ignore_eos": params.ignore_eos,
+    }

@@ -1,0 +1,473 @@
+"""Which versions are in memory, under which names, and for how long.
+
+A base model is loaded once (an engine); every version that is an adapter on it adds only its adapter. A name ("spark",
+"spark:poet") points at its line's champion; a refresh moves all pointers at once, and a request keeps the version it was
+given at its start until its end. A version leaves memory when no name points at it and nobody uses it; one that was asked
+for by number or id ("spark@3") may stay for a while, so that a candidate can be judged without being read again each time.
+Not here: when to look for new champions (`reload`), computing (`worker`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prairie.errors import NotFoundError
+from prairie.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from prairie.data.chat_template import ChatTemplate
+    from prairie.data.tokenizer import Tokenizer
+    from prairie.engine.engine import Engine
+    from prairie.engine.language_model import LanguageModel
+    from prairie.runtime import Runtime
+    from prairie.serve.worker import Worker
+    from prairie.store.home import Home
+    from prairie.store.registry import Version
+
+log = logging.getLogger("prairie.serve")
+
+SPARE_VERSIONS = 4
+"""Versions asked for by number or id that stay in memory although nobody uses them."""
+SPARE_S = 600.0
+
+
+class ModelNotFound(NotFoundError):
+    """No line, version or folder of that name is served here."""
+
+    code = "model_not_found"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a version lies and what it is called; known without loading anything."""
+
+    name: str
+    """spark@3, or the name of a plain folder."""
+    folder: Path
+    base_folder: Path
+    """Same as `folder` unless the version is an adapter."""
+    line: str
+    number: int | None = None
+    artifact_id: str | None = None
+    created: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def kind(self) -> str:
+        return "model" if self.folder == self.base_folder else "adapter"
+
+
+@dataclass(eq=False)
+class Base:
+    """An engine and the names of the residents that stand on it."""
+
+    key: tuple[str, str, str]
+    """Hashes of weights, template and tokenizer."""
+    model: LanguageModel
+    residents: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Resident:
+    """A version in memory. All but the last three fields are fixed for its lifetime."""
+
+    source: Source
+    base: Base
+    adapter_hash: str | None
+    spare: bool = False
+    """Was asked for by number or id: may stay for a while."""
+    in_use: int = 0
+    last_used: float = 0.0
+
+    @property
+    def engine(self) -> Engine:
+        return self.base.model.engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.base.model.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.base.model.template
+
+    @property
+    def weights_hash(self) -> str:
+        return self.base.model.weights_hash
+
+    @property
+    def fingerprint(self) -> str:
+        """Weights, adapter and template in one short word: equal fingerprints answer alike."""
+        parts = (self.weights_hash, self.adapter_hash or "", self.template.hash)
+        return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """The `prairie` object of every answer."""
+        return {
+            "line": self.source.line,
+            "version": self.source.number,
+            "artifact_id": self.source.artifact_id,
+            "weights_hash": self.weights_hash,
+            "adapter_hash": self.adapter_hash,
+        }
+
+    def model_object(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object under `name`, with the version that answers to it."""
+        more = {
+            "kind": self.source.kind,
+            "resident": True,
+            "max_context": self.engine.max_context,
+            "figures": self.source.figures,
+        }
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self.source.created),
+            "owned_by": "prairie",
+            "prairie": self.identity() | more,
+        }
+
+
+class Models:
+    """The table of names and residents. Methods may be called from any thread; loading happens in one of its own."""
+
+    def __init__(
+        self,
+        home: Home,
+        worker: Worker,
+        metrics: Metrics,
+        names: Sequence[str] = (),
+        detect: Callable[[], Runtime] | None = None,
+        **engine_settings: Any,
+    ) -> None:
+        """`names`: what to serve (lines, versions, model folders); none: every line of the registry. `detect` looks at
+        the machine; it runs with the first load, because it imports torch.
+
+        Raises NotFoundError if there is nothing to serve or a name is unknown. Nothing is loaded yet.
+        """
+        self.home, self.worker, self.metrics = home, worker, metrics
+        self._detect, self._engine_settings = detect, engine_settings
+        self._runtime: Runtime | None = None
+        self.ready = False
+        """Everything that is served from the start is in memory."""
+        self._lock = threading.Lock()
+        self._loader = ThreadPoolExecutor(1, "prairie-loader")
+        self._bases: dict[tuple[str, str, str], Base] = {}
+        self._residents: dict[str, Resident] = {}
+        self._pointers: dict[str, str] = {}
+        """Name -> name of the resident that answers to it: lines, and what was named at the start."""
+        self._by_version: dict[str, str] = {}
+        """ "spark@9af3" -> "spark@3": names with a version in them, which never change."""
+        self._folders: dict[str, Source] = {}
+        self._named = [self._declare(name) for name in names]
+        self._lines = {_family(name) for name in self._named if name not in self._folders}
+        if not names and not self._champions():
+            raise NotFoundError(
+                f"there is no model to serve in {home.root}",
+                mend="make one with `prairie demo` or `prairie run RECIPE`, or name a model folder: `prairie serve DIR`",
+            )
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    async def acquire(self, name: str) -> Resident:
+        """The version that answers to `name`, kept in memory until `release`; loads it if need be. Raises ModelNotFound."""
+        resident = self._take(name)
+        if resident is not None:
+            return resident
+        # The first load happens in the loader's thread too: a request that comes early waits for it here.
+        loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load_named, name)
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            # The client left, the load goes on: give back what nobody will use.
+            loading.add_done_callback(self._release_loaded)
+            raise
+
+    def release(self, resident: Resident) -> None:
+        """A request is over; whatever only it needed is freed."""
+        with self._lock:
+            resident.in_use -= 1
+            resident.last_used = time.monotonic()
+            leaving = resident.in_use == 0
+        if leaving:
+            self.sweep()
+
+    def _release_loaded(self, loading: asyncio.Future[Resident]) -> None:
+        if not loading.cancelled() and loading.exception() is None:
+            self.release(loading.result())
+
+    def _take(self, name: str) -> Resident | None:
+        with self._lock:
+            resident = self._residents.get(self._pointers.get(name) or self._by_version.get(name, ""))
+            if resident is not None:
+                resident.in_use += 1
+            return resident
+
+    def _load_named(self, name: str) -> Resident:
+        """In the loader's thread: `name`, loaded and taken."""
+        taken = self._take(name)
+        if taken is not None:
+            return taken
+        source = self._source(name)
+        resident = self._load(source)
+        resident.spare = True
+        if "@" in name and not name.endswith("@newest"):
+            self._by_version[name] = source.name
+        return resident
+
+    # -- names -----------------------------------------------------------------------------------------------------
+
+    def _declare(self, name: str) -> str:
+        """A name given at the start -> the name it is served under. Raises NotFoundError."""
+        folder = Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            folder = folder.resolve()
+            made = (folder / "config.json").stat().st_mtime
+            self._folders[folder.name] = Source(folder.name, folder, folder, folder.name, created=made)
+            return folder.name
+        if folder.is_dir():
+            raise NotFoundError(f"{folder} is no model folder", got="no config.json", wanted="a Hugging Face folder")
+        self.home.registry.resolve(name)
+        return name
+
+    def _source(self, name: str) -> Source:
+        """Where the version that `name` means lies. Raises ModelNotFound; StoreError when its artifact is damaged."""
+        if name in self._folders:
+            return self._folders[name]
+        try:
+            if self._serves(name):
+                return self._registered(self.home.registry.resolve(name))
+        except NotFoundError as error:
+            raise ModelNotFound(
+                error.what, got=error.got, wanted=error.wanted, mend=error.mend, param="model"
+            ) from None
+        with self._lock:
+            known = sorted(self._pointers)
+        raise ModelNotFound(
+            "no such model is served here", got=f"`{name}`", wanted=", ".join(known[:8]) + ", ..." * (len(known) > 8),
+            mend="GET /v1/models lists them", param="model",
+        )  # fmt: skip
+
+    def _serves(self, name: str) -> bool:
+        """With names given at the start: their lines only, with all versions and verticals of these."""
+        return not self._named or _family(name) in self._lines
+
+    def _registered(self, version: Version) -> Source:
+        folder = self.home.artifacts.get(version.artifact_id).path
+        base = version.base_artifact_id
+        return Source(
+            name=version.name,
+            folder=folder,
+            base_folder=folder if base is None else self.home.artifacts.get(base).path,
+            line=version.line,
+            number=version.number,
+            artifact_id=version.artifact_id,
+            created=version.created,
+            figures=version.figures,
+        )
+
+    def _champions(self) -> dict[str, Version]:
+        """Line -> its champion, for the lines that are served."""
+        champions = {
+            line: self.home.registry.champion(line) for line in self.home.registry.lines() if self._serves(line)
+        }
+        return {line: champion for line, champion in champions.items() if champion is not None}
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def load_first(self) -> None:
+        """Loads all that is served from the start. Raises what makes a model unusable."""
+        self._loader.submit(self._load_first).result()
+
+    def _load_first(self) -> None:
+        for name in self._named:
+            source = self._source(name)
+            resident = self._load(source)
+            with self._lock:
+                self._pointers[name] = source.name
+            self.release(resident)
+        _, failed = self._refresh()
+        if failed and not (self._named and self._pointers):
+            raise failed[0]
+        self.ready = True
+
+    def refresh(self) -> tuple[list[str], list[Exception]]:
+        """Brings every line's name to its champion: loads first, then moves all names at once.
+
+        Returns the names that moved, and why some could not: these go on with the version they had.
+        """
+        return self._loader.submit(self._refresh).result()
+
+    def _refresh(self) -> tuple[list[str], list[Exception]]:
+        loaded: dict[str, Resident] = {}
+        failed: list[Exception] = []
+        for line, champion in self._champions().items():
+            try:
+                loaded[line] = self._load(self._registered(champion))
+            except Exception as error:
+                failed.append(error)
+                self.metrics.load_failures.inc()
+                log.error("%s cannot be loaded, %s stays as it is: %s", champion.name, line, error)
+        with self._lock:
+            before = dict(self._pointers)
+            self._pointers.update({line: resident.source.name for line, resident in loaded.items()})
+        moved = [line for line, resident in loaded.items() if before.get(line) != resident.source.name]
+        for line in moved:
+            log.info("%s is now %s", line, loaded[line].source.name)
+            if line in before:
+                self.metrics.swaps.labels(line).inc()
+        for resident in loaded.values():
+            self.release(resident)
+        self.sweep()
+        return moved, failed
+
+    def _load(self, source: Source) -> Resident:
+        """In the loader's thread: the resident of `source`, from memory or disk; counted as in use until `release`."""
+        with self._lock:
+            resident = self._residents.get(source.name)
+            if resident is not None:
+                resident.in_use += 1
+                return resident
+        started = time.perf_counter()
+        base = self._load_base(source.base_folder)
+        adapter_hash = self._load_adapter(source, base) if source.kind == "adapter" else None
+        resident = Resident(source, base, adapter_hash, last_used=time.monotonic())
+        with self._lock:
+            resident.in_use += 1
+            base.residents.add(source.name)
+            self._bases[base.key] = base
+            self._residents[source.name] = resident
+        self.metrics.load_seconds.labels(source.kind).observe(time.perf_counter() - started)
+        self._count()
+        return resident
+
+    def _load_base(self, folder: Path) -> Base:
+        from prairie.engine.language_model import LanguageModel
+        from prairie.models.weights import read_manifest
+
+        # Two artifacts with the same weights, template and tokenizer are one engine.
+        manifest = read_manifest(folder)
+        promised = (
+            str(manifest.get("weights_hash")),
+            str(manifest.get("template_hash")),
+            str(manifest.get("tokenizer_hash")),
+        )
+        with self._lock:
+            base = self._bases.get(promised)
+        if base is not None:
+            return base
+        if self._runtime is None and self._detect is not None:
+            self._runtime = self._detect()
+        model = LanguageModel.load(folder, runtime=self._runtime, **self._engine_settings)
+        key = (model.weights_hash, model.template.hash, model.tokenizer.hash)
+        with self._lock:
+            return self._bases.get(key) or Base(key, model)
+
+    def _load_adapter(self, source: Source, base: Base) -> str:
+        """Reads an adapter, adds it to its base's engine between two steps and returns its hash.
+
+        Raises AdapterError if it was trained on other weights, with another template or another tokenizer.
+        """
+        from prairie.engine.language_model import check_adapter
+        from prairie.models.lora import LoRA
+
+        check_adapter(source.folder, base.model.template, base.model.tokenizer)
+        lora = LoRA.load(source.folder)
+        hash = lora.weights_hash
+        self.worker.call(lambda: base.model.engine.add_adapter(hash, lora)).result()
+        return hash
+
+    # -- freeing ---------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Frees what no name points at and nobody uses, but for a few versions that were asked for lately."""
+        with self._lock:
+            pointed = set(self._pointers.values())
+            idle = [r for name, r in self._residents.items() if name not in pointed and r.in_use == 0]
+            if not idle:
+                return
+            fresh = [r for r in idle if r.spare and time.monotonic() - r.last_used < SPARE_S]
+            spared = sorted(fresh, key=lambda r: r.last_used)[-SPARE_VERSIONS:]
+            leaving = [r for r in idle if r not in spared]
+            engines = sum(self._forget(resident) for resident in leaving)
+        if leaving:
+            self._count()
+        if engines:
+            # An engine is large and may stand in reference cycles; it goes now, off the hot path.
+            self._loader.submit(gc.collect)
+
+    def drop_engine(self, engine: Engine) -> None:
+        """The engine broke: its versions are read anew from disk when they are next asked for."""
+        with self._lock:
+            for resident in [r for r in self._residents.values() if r.engine is engine]:
+                self._forget(resident)
+        self._count()
+
+    def _forget(self, resident: Resident) -> bool:
+        """With the lock held: takes a version out of the table; True if its engine went with it."""
+        base, hash = resident.base, resident.adapter_hash
+        del self._residents[resident.source.name]
+        base.residents.discard(resident.source.name)
+        if not base.residents:
+            self._bases.pop(base.key, None)
+            return True
+        if hash is not None and not any(self._residents[name].adapter_hash == hash for name in base.residents):
+            self.worker.call(lambda: base.model.engine.remove_adapter(hash))
+        return False
+
+    def _count(self) -> None:
+        with self._lock:
+            engines, versions = len(self._bases), len(self._residents)
+        self.metrics.resident.labels("engine").set(engines)
+        self.metrics.resident.labels("version").set(versions)
+
+    def count_engines(self) -> None:
+        """Brings the gauges of the engines up to date; reads counts that the engine's thread may be changing."""
+        with self._lock:
+            figures = [base.model.engine.figures() for base in self._bases.values()]
+        for name in ("running", "waiting", "kv_blocks", "kv_blocks_held", "preemptions"):
+            self.metrics.engines.labels(name).set(sum(each[name] for each in figures))
+
+    # -- listing ---------------------------------------------------------------------------------------------------
+
+    def listing(self) -> list[dict[str, Any]]:
+        """OpenAI's model objects: names first, then versions in memory that were asked for by number or id."""
+        with self._lock:
+            named = {name: self._residents.get(key) for name, key in sorted(self._pointers.items())}
+            named |= {name: r for name, r in sorted(self._residents.items()) if r.spare and name not in named}
+        return [resident.model_object(name) for name, resident in named.items() if resident is not None]
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """One model object, without loading it. Raises ModelNotFound."""
+        resident = self._take(name)
+        if resident is not None:
+            self.release(resident)
+            return resident.model_object(name)
+        source = self._source(name)
+        about = {"line": source.line, "version": source.number, "artifact_id": source.artifact_id}
+        more = {"kind": source.kind, "resident": False, "figures": source.figures}
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(source.created),
+            "owned_by": "prairie",
+            "prairie": about | more,
+        }
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+
+def _family(name: str) -> str:
+    """ "spark:poet@3" -> "spark"."""
+    return name.partition("@")[0].partition(":")[0]

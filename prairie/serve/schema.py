@@ -1,0 +1,220 @@
+"""What comes in over HTTP, typed: OpenAI's chat and text completion bodies and Prairie's feedback body.
+
+A field that would change the answer and that we cannot honour is refused (tools, JSON schema, images ...); a field that
+we do not know is ignored, as OpenAI's clients grow new ones. Every refusal is a RequestError with `param`.
+Not here: the answers (`answers`), the work (`choices`), the routes (`app`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prairie.data.records import Message
+from prairie.errors import RequestError
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+def sound(value: Any) -> Any:
+    """Text with half surrogate pairs (a client cut an emoji in two) replaced by U+FFFD: no UTF-8 can hold them."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [sound(item) for item in value]
+    if isinstance(value, dict):
+        return {sound(key): sound(item) for key, item in value.items()}
+    return value
+
+
+class Body(BaseModel):
+    """JSON types as they are (no "1" for 1); unknown keys are kept aside, so that `refuse_unsupported` can look at them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+    def to_message(self, where: str) -> Message:
+        """The text of this turn. Raises RequestError for parts that are not text and for tool calls."""
+        extra = self.model_extra or {}
+        for name in ("tool_calls", "function_call", "audio"):
+            if extra.get(name):
+                raise RequestError(f"{where}.{name} is not supported", mend="send plain text", param=f"{where}.{name}")
+        if self.content is None:
+            raise RequestError(f"{where} has no content", wanted="a string", param=f"{where}.content")
+        if isinstance(self.content, str):
+            text = self.content
+        else:
+            other = next((p.type for p in self.content if p.type != "text" or p.text is None), None)
+            if other is not None:
+                raise RequestError(
+                    f"{where} holds a part that is not text", got=other, wanted="text", param=f"{where}.content"
+                )
+            text = "".join(p.text or "" for p in self.content)
+        return Message("system" if self.role == "developer" else self.role, sound(text))
+
+
+class Sampling(Body):
+    """What chat and text completions share."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    user: str | None = Field(None, max_length=200)
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+    def stops(self) -> tuple[str, ...]:
+        """Raises RequestError for an empty stop string or too many of them."""
+        stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stops) > MAX_STOPS:
+            raise RequestError("too many stop strings", got=len(stops), wanted=f"at most {MAX_STOPS}", param="stop")
+        if any(not stop for stop in stops):
+            raise RequestError("a stop string is empty", mend="remove it", param="stop")
+        return tuple(sound(stop) for stop in stops)
+
+    def biases(self, vocab_size: int) -> dict[int, float]:
+        """`logit_bias` with token ids as numbers. Raises RequestError for ids outside the vocabulary, biases outside ±100."""
+        out = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not key.isdecimal() or int(key) >= vocab_size:
+                raise RequestError(
+                    "logit_bias names no token", got=repr(key), wanted=f"0..{vocab_size - 1}", param="logit_bias"
+                )
+            if not -100 <= bias <= 100:
+                raise RequestError("a logit_bias is too large", got=bias, wanted="-100..100", param="logit_bias")
+            out[int(key)] = bias
+        return out
+
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    UNSUPPORTED: ClassVar[Sequence[str]] = (
+        "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_json",
+        "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "repetition_penalty", "best_of", "suffix",
+    )  # fmt: skip
+
+    def refuse_unsupported(self) -> None:
+        """Raises RequestError for a field that would change the answer and that this server does not know."""
+        extra = self.model_extra or {}
+        # What says nothing: absent, null, empty, and the values that name the default.
+        harmless = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "repetition_penalty": (1,),
+                    "best_of": (1, self.n)}  # fmt: skip
+        for name in self.UNSUPPORTED:
+            value = extra.get(name)
+            if value in (None, "", [], {}) or value in harmless.get(name, ()):
+                continue
+            raise _unsupported(name)
+        wanted_format = extra.get("response_format")
+        if wanted_format is not None and not (isinstance(wanted_format, dict) and wanted_format.get("type") == "text"):
+            raise _unsupported("response_format", 'leave it out or send {"type": "text"}')
+        modalities = extra.get("modalities")
+        if modalities not in (None, [], ["text"]):
+            raise _unsupported("modalities", 'leave it out or send ["text"]')
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options comes without stream", mend="set stream to true", param="stream_options")
+
+
+def _unsupported(name: str, mend: str = "leave it out") -> RequestError:
+    error = RequestError(f"`{name}` is not supported by this server", mend=mend, param=name)
+    error.code = "unsupported_parameter"
+    return error
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions"""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def to_messages(self) -> tuple[Message, ...]:
+        return tuple(m.to_message(f"messages.{i}") for i, m in enumerate(self.messages))
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def top(self) -> int | None:
+        """How many alternatives a token is to be shown with; 0 = only itself, None = no log-probabilities."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs comes without logprobs", mend="set logprobs to true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt. Raises RequestError for none or an empty one."""
+        if isinstance(self.prompt, str):
+            prompts: list[str | list[int]] = [sound(self.prompt)]
+        elif all(isinstance(p, int) for p in self.prompt) and self.prompt:
+            prompts = [[p for p in self.prompt if isinstance(p, int)]]
+        else:
+            prompts = [sound(p) for p in self.prompt if not isinstance(p, int)]
+        if not prompts:
+            raise RequestError("prompt is an empty list", wanted="at least one prompt", param="prompt")
+        if len(prompts) * (self.n or 1) > 8 * MAX_CHOICES:
+            raise RequestError(
+                "too many choices in one request", got=f"{len(prompts)} prompts x n={self.n or 1}",
+                wanted=f"at most {8 * MAX_CHOICES}", mend="send several requests", param="prompt",
+            )  # fmt: skip
+        return prompts
+
+
+class FeedbackRequest(BaseModel):
+    """POST /v1/feedback. `value` by kind: thumb "up"|"down" (or {"thumb", "reasons"}), rating 1-5,
+    choice {"over": [response ids], "tie"?, "both_bad"?}, edit {"text"}, comment {"text"}, retract {"event": id}."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    response_id: str = Field(min_length=1, max_length=128)
+    kind: Literal["thumb", "rating", "choice", "edit", "comment", "retract"]
+    value: Any = None
+    user: str | None = Field(None, max_length=200)
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every refusal looks like."""
+
+    error: ErrorFacts

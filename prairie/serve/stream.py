@@ -1,0 +1,251 @@
+"""Answers on the wire: a whole JSON object, or server-sent events as the tokens come.
+
+Both watch the client while they work: when it leaves, the answer is closed, which cancels it at the engine's next step.
+Plain ASGI responses, because the end of a stream must give everything back whatever ended it.
+Not here: tokens and records (`choices`), the shape of the objects (`answers`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from prairie.serve.answers import DONE, Top, chat_logprobs, event, text_logprobs, to_json, usage
+from prairie.serve.choices import Answer, Choice, Part
+from prairie.serve.errors import body_of
+from prairie.serve.scoring import Score
+
+log = logging.getLogger("prairie.serve")
+
+
+class Chat:
+    """A chat answer's objects."""
+
+    whole, chunk = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        shown = choice.shown(self.answer.stop_ids)
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.token_ids[:shown], choice.logprobs[:shown], choice.tops[:shown]),
+            "finish_reason": choice.finish_reason,
+            "response_id": choice.id,
+        }
+
+    def opening(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        yield self._piece(choice, {"role": "assistant", "content": ""})
+
+    def part(self, part: Part) -> Iterator[dict[str, Any]]:
+        """The pieces of one part: its text if it has any, and one finish piece at the end."""
+        tokens = part.token_ids
+        if part.last:
+            # A stop token is no text and has no log-probability to show.
+            tokens = tokens[: len(tokens) - len(part.choice.token_ids) + part.choice.shown(self.answer.stop_ids)]
+        count = len(tokens)
+        logprobs = self._logprobs(tokens, part.logprobs[:count], part.tops[:count]) if count else None
+        if part.text or logprobs is not None:
+            yield self._piece(part.choice, {"content": part.text}, logprobs)
+        if part.last:
+            yield self._piece(part.choice, {}, finish_reason=part.choice.finish_reason)
+
+    def _piece(
+        self, choice: Choice, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "response_id": choice.id,
+        }
+
+    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Top]) -> Any:
+        return None if self.answer.top is None else chat_logprobs(self.answer.names, tokens, logprobs, tops)
+
+
+class Text:
+    """A text completion's objects. With echo the prompt stands before the text, scored if log-probabilities are asked."""
+
+    whole = chunk = "text_completion"
+
+    def __init__(self, answer: Answer, echo: bool, scores: Sequence[Score | None] = ()) -> None:
+        self.answer, self.echo, self.scores = answer, echo, scores
+        self._offsets = {choice.index: 0 for choice in answer.choices}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        shown = choice.shown(self.answer.stop_ids)
+        opening = next(self.opening(choice), None)
+        text, logprobs = "", None
+        if opening is not None:
+            text, logprobs = opening["text"], opening["logprobs"]
+        said = self._logprobs(
+            choice, choice.token_ids[:shown], choice.logprobs[:shown], choice.tops[:shown], choice.text
+        )  # fmt: skip
+        return self._piece(choice, text + choice.text, _joined(logprobs, said), choice.finish_reason)
+
+    def opening(self, choice: Choice) -> Iterator[dict[str, Any]]:
+        """With echo: the prompt."""
+        if not self.echo:
+            return
+        text, logprobs = self._prompt_text(choice), None
+        score = self.scores[choice.index] if self.scores else None
+        if score is not None:
+            logprobs = self._logprobs(choice, choice.prompt_ids, score.logprobs, score.tops, text)
+        else:
+            self._offsets[choice.index] += len(text)
+        yield self._piece(choice, text, logprobs)
+
+    def part(self, part: Part) -> Iterator[dict[str, Any]]:
+        tokens = part.token_ids
+        if part.last:
+            tokens = tokens[: len(tokens) - len(part.choice.token_ids) + part.choice.shown(self.answer.stop_ids)]
+        count = len(tokens)
+        logprobs = None
+        if count:
+            logprobs = self._logprobs(part.choice, tokens, part.logprobs[:count], part.tops[:count], part.text)
+        if part.text or logprobs is not None:
+            yield self._piece(part.choice, part.text, logprobs)
+        if part.last:
+            yield self._piece(part.choice, "", finish_reason=part.choice.finish_reason)
+
+    def _prompt_text(self, choice: Choice) -> str:
+        return choice.prompt if isinstance(choice.prompt, str) else ""
+
+    def _piece(
+        self, choice: Choice, text: str, logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "response_id": choice.id,
+        }
+
+    def _logprobs(
+        self,
+        choice: Choice,
+        tokens: Sequence[int],
+        logprobs: Sequence[float | None],
+        tops: Sequence[Top | None],
+        text: str,
+    ) -> Any:
+        start = self._offsets[choice.index]
+        self._offsets[choice.index] += len(text)
+        if self.answer.top is None:
+            return None
+        return text_logprobs(self.answer.names, tokens, logprobs, tops, start)
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Two log-probability objects, one after the other."""
+    if first is None or second is None:
+        return first if second is None else second
+    return {
+        key: None if first[key] is None and second[key] is None else [*(first[key] or []), *(second[key] or [])]
+        for key in second
+    }
+
+
+Form = Chat | Text
+
+
+class Answering(Response):
+    """Base of both: runs `write` until it ends or the client leaves, then closes the answer. Raises what `write` raises
+    before the first byte; after it the error is the stream's last event."""
+
+    def __init__(self, answer: Answer, form: Form) -> None:
+        self.answer, self.form = answer, form
+        self.background = None
+        self.status_code = 200
+        self.init_headers({"Cache-Control": "no-store"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self.write(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if writing.done():
+                writing.result()
+        finally:
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+            await self.answer.close()
+
+    async def write(self, send: Send) -> None:
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, Any]:
+        """Prompts count once, however many choices were asked for each."""
+        prompts = {id(choice.prompt_ids): len(choice.prompt_ids) for choice in self.answer.choices}
+        cached = {id(choice.prompt_ids): choice.cached_tokens for choice in reversed(self.answer.choices)}
+        said = sum(len(choice.token_ids) for choice in self.answer.choices)
+        return usage(sum(prompts.values()), said, sum(cached.values()))
+
+
+class Whole(Answering):
+    """One JSON object when all choices have ended."""
+
+    media_type = "application/json"
+
+    async def write(self, send: Send) -> None:
+        choices = [self.form.choice(choice) for choice in await self.answer.finished()]
+        body = to_json(self.answer.head.wrap(self.form.whole, choices, self.usage()))
+        headers = [*self.raw_headers, (b"content-length", str(len(body)).encode())]
+        # What is sent from here on is a whole answer: it counts as delivered.
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class EventStream(Answering):
+    """Server-sent events: the opening of each choice, its text, one finish chunk each, usage if asked, [DONE]."""
+
+    media_type = "text/event-stream"
+    charset = "utf-8"
+
+    def __init__(self, answer: Answer, form: Form, with_usage: bool) -> None:
+        super().__init__(answer, form)
+        self.with_usage = with_usage
+        # Proxies are not to collect a stream.
+        self.headers["X-Accel-Buffering"] = "no"
+
+    async def write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def put(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        await put(b"".join(self._event(piece) for choice in self.answer.choices for piece in self.form.opening(choice)))
+        try:
+            async for parts in self.answer.news():
+                data = b"".join(self._event(piece) for part in parts for piece in self.form.part(part))
+                if data:
+                    await put(data)
+        except Exception as error:
+            log.warning("%s ended early: %s", self.answer.head.id, error)
+            await put(event(body_of(error)[1]), more=False)
+            return
+        last = b""
+        if self.with_usage:
+            last = event(self.answer.head.wrap(self.form.chunk, [], self.usage()))
+        await put(last + DONE, more=False)
+
+    def _event(self, piece: dict[str, Any]) -> bytes:
+        chunk = self.answer.head.wrap(self.form.chunk, [piece])
+        # With usage asked for, OpenAI's chunks all have the key.
+        return event(chunk | {"usage": None} if self.with_usage else chunk)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
