@@ -48,7 +48,7 @@ class Prepare(_Stage):
     tasks: list[str] = []
     """tasks: which of `tasks/`."""
     rows: int = Field(2000, gt=0)
-    """tasks: training conversations of each task."""
+    """tasks: training conversations in all, shared evenly."""
     wordings: list[str] = []
     """tasks: how the answers are worded; empty = all wordings evenly."""
     path: str | None = None
@@ -383,7 +383,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 def resolve_recipe(tree: object, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """A recipe from parsed YAML. Raises RecipeError as `load_recipe` does."""
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), dict):
-        raise RecipeError(f"{where} is not a recipe", got=type(tree).__name__, wanted="a mapping with `name` and `stages`")
+        raise RecipeError(
+            f"{where} is not a recipe", got=type(tree).__name__, wanted="a mapping with `name` and `stages`"
+        )
     for override in overrides:
         _apply(tree, override, where)
     params = tree.get("params") or {}

@@ -1,0 +1,118 @@
+"""`prairie run`, `prairie demo`: a recipe carried out, planned, or shown as a schema."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prairie.cli.options import HomeOption, JsonOption, emit
+from prairie.errors import UsageError
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with Prairie.")] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed keys.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would happen; train nothing.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="End when the stages are done.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a recipe: make what is missing, resume what was cut off, skip what is there."""
+    from prairie.recipe import json_schema
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return
+    if not recipe:
+        raise UsageError("no recipe was named", mend="prairie run RECIPE.yaml [key=value ...]")
+    if plan:
+        from prairie.pipeline.plan import plan_recipe
+
+        planned = plan_recipe(_context(recipe, overrides or [], home, threads, quiet=as_json))
+        emit(planned.to_json(), as_json, planned.text())
+        return
+    result = run_recipe(recipe, overrides or [], home=home, threads=threads, keep_open=not no_serve, quiet=as_json)
+    emit(result, as_json, result["table"])
+
+
+def demo(
+    port: Annotated[int, typer.Option(help="Where the chat page stays open.")] = 8000,
+    no_serve: Annotated[bool, typer.Option("--no-serve", help="End instead of keeping the chat page open.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make, serve and improve a small assistant in minutes, from nothing but this machine."""
+    result = run_recipe("spark", [f"port={port}"], home=home, threads=threads, keep_open=not no_serve, quiet=as_json)
+    emit(result, as_json, result["table"])
+
+
+def run_recipe(
+    recipe: str | Path,
+    overrides: list[str],
+    *,
+    home: Path | None = None,
+    threads: int | None = None,
+    keep_open: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Runs a recipe and returns every stage's figures; the same function is `prairie.run`."""
+    from prairie.flywheel.stages import HANDLERS as TURNING
+    from prairie.pipeline.handlers import HANDLERS
+    from prairie.pipeline.report import result_of
+    from prairie.pipeline.run import run as carry_out
+
+    context = _context(recipe, overrides, home, threads, quiet)
+    try:
+        carry_out(context, {**HANDLERS, **TURNING})
+        result = result_of(context)
+        if context.services and keep_open:
+            _stay_open(context, result)
+    finally:
+        for service in reversed(context.services):
+            service.stop()
+    return result
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A file, or a recipe that comes with Prairie (beside the package in a checkout, inside it once installed)."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    package = Path(__file__).parent.parent
+    for folder in (package.parent / "recipes", package / "recipes"):
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    return path
+
+
+def _context(recipe: str | Path, overrides: list[str], home: Path | None, threads: int | None, quiet: bool) -> Any:
+    from prairie.pipeline.context import Context
+    from prairie.recipe import load_recipe
+    from prairie.runtime import Progress, Runtime
+    from prairie.store.home import Home
+
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    runtime = Runtime.detect(seed=loaded.seed, threads=threads, progress=Progress(quiet=quiet))
+    return Context(loaded, Home(home), runtime)
+
+
+def _stay_open(context: Any, result: dict[str, Any]) -> None:
+    """Waits for Ctrl-C or SIGTERM with the chat page open."""
+    say = context.runtime.progress.say
+    say(result["table"])
+    say(f"\nchat page: {context.services[-1].url}/   report: {result.get('report', '-')}\nCtrl-C ends.")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(0.5):
+        if context.services[-1].process.poll() is not None:
+            say("the server has ended")
+            return

@@ -1,0 +1,238 @@
+"""The chat actor's wheel: people talk and vote, their votes become a dataset, a DPO candidate learns, people judge it.
+
+The same roles serve simulated users (who are sent over HTTP) and real ones (whose votes lie in the store already).
+Not here: the turn itself (`loop`), the rules for votes (`curate`), the statistics (`gate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from prairie.data.loader import TokenDataset
+from prairie.data.records import Preference
+from prairie.data.sources import write_records
+from prairie.engine.language_model import LanguageModel
+from prairie.errors import DataError
+from prairie.evals.harness import Evaluation
+from prairie.flywheel.curate import curate, is_held_out
+from prairie.flywheel.gate import Comparison, Verdict, judge, length_probe, repetition_probe
+from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
+from prairie.models.lora import AdapterRows
+from prairie.pipeline.context import Context, code_revision
+from prairie.pipeline.data_stages import train_records
+from prairie.pipeline.judging import score_suite, suite
+from prairie.pipeline.model_stages import base_of, learn, load_language_model, open_start
+from prairie.pipeline.publishing import register
+from prairie.recipe import GateRules, Learning, Users
+from prairie.store.artifacts import Artifact
+from prairie.store.feedback import Vote
+from prairie.store.registry import Registry, Version
+from prairie.tasks.catalog import items
+from prairie.tasks.task import Item, Style
+from prairie.train.objectives.dpo import reference_logprobs
+
+LEARNING_CODE = ("data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages")
+LEAST_PAIRS = 8
+
+
+@dataclass
+class ChatActor:
+    """Gathers what people said of a line since its last turn."""
+
+    context: Context
+    line: str
+    meet: Callable[[Version], TalkReport] | None = None
+    """Sends users to the champion; None when real people have talked already."""
+    report: TalkReport | None = None
+
+    def act(self, champion: Version) -> Artifact:
+        """The dataset of the votes that no earlier turn learned from. Raises DataError when they teach too little."""
+        if self.meet is not None:
+            self.report = self.meet(champion)
+        used = learned_events(self.context, self.line)
+        teaching = [
+            vote
+            for vote in self.context.home.feedback.votes(line=self.line, purpose="chat")
+            if vote.event.id not in used and not is_held_out(vote.event.user or "")
+        ]
+        return dataset(self.context, self.line, teaching)
+
+
+def learned_events(context: Context, line: str) -> set[str]:
+    """Ids of the votes in the datasets of a line's earlier turns."""
+    found = (context.home.artifacts.find(turn.dataset) for turn in Registry(context.home).turns(line) if turn.dataset)
+    return {event for artifact in found if artifact for event in artifact.events}
+
+
+def dataset(context: Context, line: str, votes: Sequence[Vote]) -> Artifact:
+    """An immutable artifact of preferences that names every event it holds."""
+    curated = curate(votes)
+    if len(curated.pairs) < LEAST_PAIRS:
+        raise DataError(
+            f"the votes on `{line}` teach too little",
+            got=f"{len(curated.pairs)} preferences from {len(votes)} votes",
+            wanted=f"at least {LEAST_PAIRS}",
+            mend="let people vote more: a choice, an edit, or a thumb up and one down on the same question",
+        )
+    store, code = context.home.artifacts, code_revision(("flywheel/curate",))
+    config = {"line": line, "events": curated.events}
+    found = store.find(store.id_of("votes", config, [], code))
+    if found is not None:
+        return found
+    figures = {
+        "rows": len(curated.pairs),
+        "votes": len(votes),
+        "users": len({pair.tags["user"] for pair in curated.pairs}),
+        "dropped": dict(curated.dropped),
+        "kind": "preference",
+    }
+    with store.create("votes", f"votes-{line}", config, [], code, figures=figures, events=curated.events) as folder:
+        write_records(folder / "train.jsonl", curated.pairs)
+    return store.get(store.id_of("votes", config, [], code))
+
+
+@dataclass
+class ChatLearner:
+    """DPO from the champion (an adapter goes on learning, a full model gets one)."""
+
+    context: Context
+    config: Learning
+    title: str = "turn"
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def learn(self, champion: Version, records: Artifact) -> Version:
+        store, home = self.context.home.artifacts, self.context.home
+        parent = store.get(champion.artifact_id)
+        keys = {**self.config.model_dump(mode="json"), "seed": self.context.recipe.seed}
+        inputs, code = [parent.id, records.id], code_revision(LEARNING_CODE)
+        identity = store.id_of("candidate", keys, inputs, code)
+        if store.find(identity) is None:
+            figures: dict[str, Any] = {}
+            with store.create("candidate", self.title, keys, inputs, code, figures=figures) as folder:
+                start, rows = open_start(parent), train_records(records.path)
+                figures.update(
+                    learn(
+                        self.config, "dpo", rows, start, base_of(parent), folder, home.work(identity),
+                        self.context.runtime, self.title,
+                    )
+                )  # fmt: skip
+            home.clear_work(identity)
+        candidate = store.get(identity)
+        self.figures = candidate.figures
+        return register(Registry(home), champion.line, candidate, self.context)
+
+
+@dataclass
+class ChatGate:
+    """Held-out people compare candidate and champion blindly; the frozen suite and the probes must hold too."""
+
+    context: Context
+    rules: GateRules
+    tasks: list[str]
+    vote: Callable[[Version, Version], Compared | None]
+    """A blind comparison of (candidate, champion) by people; None when nobody can be asked: then votes that people who
+    do not teach cast before are the judges."""
+    max_tokens: int = 48
+
+    def judge(self, candidate: Version, champion: Version) -> Verdict:
+        store, runtime = self.context.home.artifacts, self.context.runtime
+        new = load_language_model(store.get(candidate.artifact_id), runtime)
+        old = load_language_model(store.get(champion.artifact_id), runtime)
+        compared = self.vote(candidate, champion)
+        comparisons = (
+            compared.comparisons if compared is not None else held_out_votes(self.context, champion.line, new, old)
+        )
+        before, after = self._suites(new, old)
+        answers = (compared.answers_b, compared.answers_a) if compared else (before.answers, after.answers)
+        return judge(
+            comparisons,
+            suite_before=before.tasks,
+            suite_after=after.tasks,
+            probes=[length_probe(*answers), repetition_probe(*answers)],
+            margin=self.rules.margin,
+        )
+
+    def _suites(self, new: LanguageModel, old: LanguageModel) -> tuple[Evaluation, Evaluation]:
+        asked = suite(self.tasks, self.rules.items)
+        return score_suite(old, asked, self.max_tokens), score_suite(new, asked, self.max_tokens)
+
+
+def held_out_votes(context: Context, line: str, new: LanguageModel, old: LanguageModel) -> list[Comparison]:
+    """What people who do not teach preferred, as a judge: the candidate wins a pair when it makes the preferred answer
+    more likely, against the other one, than the champion does."""
+    votes = [v for v in context.home.feedback.votes(line=line) if is_held_out(v.event.user or "")]
+    pairs = curate(votes).pairs
+    if not pairs:
+        return []
+    dataset = TokenDataset.from_preferences(pairs, old.template, old.engine.max_context, on_long="truncate")
+    margins = [
+        (found[0::2] - found[1::2]).tolist()
+        for model in (new, old)
+        for found in [reference_logprobs(model.model, dataset, [AdapterRows(model.lora)] if model.lora else [])]
+    ]
+    kept = [pair for row, pair in enumerate(pairs) if row not in _refused(dataset)]
+    return [
+        Comparison(str(pair.tags["user"]), f"{row}", 1.0 if a > b else 0.0 if a < b else 0.5)
+        for row, (pair, a, b) in enumerate(zip(kept, *margins, strict=True))
+    ]
+
+
+def simulated_talk(
+    context: Context, url: str, line: str, users: Users, tasks: list[str], turn: str
+) -> Callable[[Version], TalkReport]:
+    """Users who will talk to the served line, each time the same ones for the same turn."""
+
+    def meet(champion: Version) -> TalkReport:
+        crowd = _crowd(users.count, context.recipe.seed, users, f"{turn}-user", teaching=True)
+        questions = _questions(tasks, crowd, users.prompts, context.recipe.seed, turn)
+        with context.runtime.progress.bar(f"{turn} talk", len(crowd) * users.prompts, "question") as bar:
+            return talk(
+                url, crowd, questions, line, seed=context.recipe.seed, each=users.prompts, turn=turn,
+                on_done=lambda done, total: bar.update(),
+            )  # fmt: skip
+
+    return meet
+
+
+def simulated_vote(
+    context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str
+) -> Callable[[Version, Version], Compared]:
+    """Other users, on questions of the held-out split, who compare two versions blindly."""
+
+    def vote(candidate: Version, champion: Version) -> Compared:
+        crowd = _crowd(rules.users, context.recipe.seed + 1, users, f"{turn}-judge", teaching=False)
+        questions = items(tasks, "held_out", max(rules.prompts * 2, 20), context.recipe.seed)
+        with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
+            return compare(
+                url, crowd, questions, candidate.name, champion.name, seed=context.recipe.seed, each=rules.prompts,
+                turn=turn, on_done=lambda done, total: bar.update(),
+            )  # fmt: skip
+
+    return vote
+
+
+def _crowd(count: int, seed: int, users: Users, prefix: str, *, teaching: bool) -> list[SimulatedUser]:
+    """People of one kind: those whose names make them teachers, or those whose names make them judges."""
+    pool = people(
+        count * 6, seed, preference=cast(Style, users.preference), noise=users.noise, poisoned=users.poisoned,
+        prefix=prefix,
+    )  # fmt: skip
+    chosen = [user for user in pool if is_held_out(user.name) != teaching]
+    return chosen[:count]
+
+
+def _questions(tasks: list[str], crowd: Sequence[SimulatedUser], each: int, seed: int, turn: str) -> list[Item]:
+    """Training questions, so that what the suite asks stays unseen."""
+    drawn = items(tasks, "train", max(40, each * 4), seed + sum(map(ord, turn)), distinct=False)
+    return list({item.id: item for item in drawn}.values())
+
+
+def _refused(dataset: TokenDataset) -> set[int]:
+    return {int(fault["row"]) for fault in cast(Sequence[Mapping[str, Any]], dataset.figures["refused"])}
+
+
+def preferences(artifact: Artifact) -> list[Preference]:
+    """The pairs of a dataset of votes."""
+    return [record for record in train_records(artifact.path) if isinstance(record, Preference)]

@@ -1,0 +1,97 @@
+"""One turn of the wheel, written once: act, collect, learn, judge, promote.
+
+Chat feedback, verifiable rewards and self-play are three actors on it. Roles meet in the store: what an actor collected
+is an artifact, a candidate is a version, a promotion is one row. Not here: what acting, learning and judging are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prairie.errors import NotFoundError
+from prairie.flywheel.gate import Verdict
+from prairie.store.artifacts import Artifact
+from prairie.store.registry import Registry, Version
+
+
+class Actor(Protocol):
+    def act(self, champion: Version) -> Artifact:
+        """Lets the champion meet the world; returns what was collected, as a dataset artifact."""
+
+
+class Learner(Protocol):
+    def learn(self, champion: Version, records: Artifact) -> Version:
+        """A candidate from the champion, registered and not promoted."""
+
+
+class Gate(Protocol):
+    def judge(self, candidate: Version, champion: Version) -> Verdict:
+        """Is the candidate better, and by what evidence?"""
+
+
+@dataclass(frozen=True)
+class Turned:
+    """What one turn did."""
+
+    number: int
+    champion: Version
+    candidate: Version
+    records: Artifact
+    verdict: Verdict
+
+    @property
+    def winner(self) -> Version:
+        """Who is champion afterwards."""
+        return self.candidate if self.verdict.passed else self.champion
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "turn": self.number,
+            "line": self.champion.line,
+            "champion": self.champion.name,
+            "candidate": self.candidate.name,
+            "dataset": self.records.id,
+            "promoted": self.verdict.passed,
+            "verdict": self.verdict.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Flywheel:
+    """A line and the three roles that turn it."""
+
+    line: str
+    registry: Registry
+    actor: Actor
+    learner: Learner
+    gate: Gate
+
+    def turn(self, *, dry: bool = False) -> Turned:
+        """One turn; `dry` judges and promotes nobody. Raises NotFoundError if the line has no champion; whatever fails
+        on the way changes no line. A turn whose process died is done again and ends as it would have."""
+        number = 1 + max((turn.number for turn in self.registry.turns(self.line)), default=0)
+        champion = self.registry.champion(self.line)
+        if champion is None:
+            raise NotFoundError(f"line `{self.line}` has no champion", mend="publish a model to it first")
+        records = self.actor.act(champion)
+        candidate = self.learner.learn(champion, records)
+        verdict = self.gate.judge(candidate, champion)
+        turned = Turned(number, champion, candidate, records, verdict)
+        if not dry:
+            self._remember(turned)
+        return turned
+
+    def _remember(self, turned: Turned) -> None:
+        """The turn's row, then the champion's: a crash between the two is seen by the next turn's first look."""
+        self.registry.record_turn(
+            self.line,
+            turned.number,
+            turned.champion.artifact_id,
+            turned.candidate.artifact_id,
+            turned.records.id,
+            turned.verdict.to_json(),
+            turned.verdict.passed,
+        )
+        if turned.verdict.passed:
+            self.registry.promote(turned.candidate, why=f"turn {turned.number}", verdict=turned.verdict.to_json())
