@@ -57,18 +57,20 @@ class Tokenizer:
         """`spec` is the content of `tokenizer.json`, `config` that of `tokenizer_config.json`."""
         self.config = config
         named = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        spec = copy.deepcopy(spec)
+        added_tokens = [
+            added | {"special": bool(added.get("special")) or added.get("content") in named.values()}
+            for added in spec.get("added_tokens") or []
+        ]
         # A row cut in silence by a length that some trainer left in the file is a wrong row.
-        spec["truncation"] = spec["padding"] = None
-        for added in spec.get("added_tokens") or []:
-            added["special"] = bool(added.get("special")) or added.get("content") in named.values()
+        spec = spec | {"truncation": None, "padding": None, "added_tokens": added_tokens}
         self._spec = spec
         self._backend = _backend(spec)
-        self._bare = _backend(_without_prefix_space(spec)) if _without_prefix_space(spec) != spec else self._backend
+        bare = _without_prefix_space(spec)
+        self._bare = self._backend if bare is None else _backend(bare)
         self._prefix_after_special = self._bare is not self._backend and not _prefix_only_first(spec)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
-        self._added = {int(added["id"]): added for added in spec.get("added_tokens") or []}
+        self._added = {int(added["id"]): added for added in added_tokens}
         self.special_tokens: dict[str, int] = {a["content"]: i for i, a in self._added.items() if a["special"]}
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = named.values()
         for key, token in named.items():
@@ -331,20 +333,25 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [step for child in inner for step in _steps(child)] if inner else [part]
 
 
-def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for text in the middle of a text, where no space is put before the first word."""
-    spec = copy.deepcopy(spec)
-    normalizers = _steps(spec.get("normalizer"))
-    if any(step["type"] == "Prepend" for step in normalizers):
-        rest = [step for step in normalizers if step["type"] != "Prepend"]
-        spec["normalizer"] = {"type": "Sequence", "normalizers": rest} if rest else None
-    for step in _steps(spec.get("pre_tokenizer")):
+def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The same tokenizer for text in the middle of a text, where no space is put before the first word.
+
+    None if it never puts one.
+    """
+    normalizer, pre_tokenizer = (copy.deepcopy(spec.get(key)) for key in ("normalizer", "pre_tokenizer"))
+    steps = _steps(normalizer)
+    if any(step["type"] == "Prepend" for step in steps):
+        rest = [step for step in steps if step["type"] != "Prepend"]
+        normalizer = {"type": "Sequence", "normalizers": rest} if rest else None
+    for step in _steps(pre_tokenizer):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"
             step.pop("add_prefix_space", None)
         elif step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
-    return spec
+    if normalizer == spec.get("normalizer") and pre_tokenizer == spec.get("pre_tokenizer"):
+        return None
+    return spec | {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
 
 
 def _prefix_only_first(spec: dict[str, Any]) -> bool:
