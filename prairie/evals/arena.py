@@ -53,7 +53,7 @@ def win_rate(outcomes: Sequence[float]) -> WinRate:
 
 @dataclass(frozen=True, slots=True)
 class Rating:
-    """Strength on Elo's scale; `stderr` against the average player."""
+    """Strength on Elo's scale; `stderr` against the average of all players."""
 
     player: str
     elo: float
@@ -94,7 +94,8 @@ def bradley_terry(games: Sequence[tuple[str, str, float]], average: float = 1000
         if float(np.abs(step).max()) < 1e-10:
             break
     strength -= strength.mean()
-    variance = np.diag(np.linalg.inv(_slope(strength, first, second, won)[1]))
+    centring = np.eye(len(players)) - 1 / len(players)
+    variance = np.diag(centring @ np.linalg.inv(_slope(strength, first, second, won)[1]) @ centring)
     counts = np.bincount(np.concatenate([first, second]), minlength=len(players))
     ratings = [
         Rating(name, average + ELO_PER_NAT * float(strength[i]), ELO_PER_NAT * math.sqrt(variance[i]), int(counts[i]))

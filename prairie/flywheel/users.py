@@ -244,7 +244,7 @@ class _Line:
         """Is the event on the server's disk? The key names the turn, the user and the question, so whatever is sent
         twice counts once; an older vote under the same key (409) is the same vote, given before a crash."""
         words = "|".join((self.turn, self.purpose, self.user.name, item.id, about))
-        key = f"{self.turn[:40]}:{self.user.name[:60]}:{hashlib.sha256(words.encode()).hexdigest()[:32]}"
+        key = f"simulated-{hashlib.sha256(words.encode()).hexdigest()[:40]}"
         body = {"response_id": response_id, "kind": kind, "value": value, "user": self.user.name}
         error: Exception | None = None
         for attempt in range(_RETRIES):
