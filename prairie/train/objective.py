@@ -89,6 +89,11 @@ def every_batch(dataset: TokenDataset, tokens_per_batch: int) -> Iterator[Batch]
         yield batch_of(dataset, rows)
 
 
+def computing_in(dtype: torch.dtype, model: Transformer) -> torch.autocast:
+    """The forward pass in `dtype` inside, whatever the weights are kept in; float32 changes nothing."""
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 @contextmanager
 def judging(model: Transformer, adapters: Sequence[AdapterRows]) -> Iterator[None]:
     """No dropout and no gradient inside; the modes of model and adapters are as before after it."""

@@ -56,54 +56,80 @@ class GradientNorm:
 
 
 class AdamW:
-    """torch's fused AdamW over named parameters."""
+    """AdamW over named parameters, one fused kernel call for the matrices and one for the rest.
+
+    The kernel is the one behind `torch.optim.AdamW(fused=True)`, called directly: that class imports torch's compiler,
+    which costs each process a second and 70 MB, and spends as long as the kernel itself on small models.
+    """
 
     def __init__(
         self, named: Mapping[str, nn.Parameter], *, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         self.named = dict(named)
-        matrices = [p for p in self.named.values() if p.ndim >= 2]
-        others = [p for p in self.named.values() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._torch = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=betas, eps=eps, fused=True
-        )
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self._step = torch.zeros((), device=next(iter(self.named.values())).device)
+        self._first = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.named.items()}
+        self._second = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.named.items()}
 
     def gradient_norm(self) -> GradientNorm:
         """Over all parameters that have a gradient."""
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
         return GradientNorm(gradients, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update at rate `lr`; the gradients are gone afterwards."""
-        for group in self._torch.param_groups:
-            group["lr"] = lr
-        self._torch.step()
+        self._step += 1
+        self._update([name for name, p in self.named.items() if p.ndim >= 2], lr, self.weight_decay)
+        self._update([name for name, p in self.named.items() if p.ndim < 2], lr, 0.0)
         # The fused kernel writes without telling autograd, and whoever keeps something made from the weights (a hash,
         # a fused adapter) asks for their version.
         increment_version(self.named.values())
-        self._torch.zero_grad(set_to_none=True)
+        for parameter in self.named.values():
+            parameter.grad = None
+
+    def _update(self, names: list[str], lr: float, weight_decay: float) -> None:
+        learning = [(name, p, p.grad) for name in names if (p := self.named[name]).grad is not None]
+        if not learning:
+            return
+        torch._fused_adamw_(
+            [p for _, p, _ in learning],
+            [grad for _, _, grad in learning],
+            [self._first[name] for name, _, _ in learning],
+            [self._second[name] for name, _, _ in learning],
+            [],
+            [self._step] * len(learning),
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as `KEY/PARAMETER` -> tensor; empty before the first step."""
-        return {
-            f"{key}/{name}": value
-            for name, parameter in self.named.items()
-            for key, value in self._torch.state.get(parameter, {}).items()
-        }
+        """The state: `step`, `first/PARAMETER` and `second/PARAMETER` (moments), the tensors themselves."""
+        moments = {f"{key}/{name}": value for key, named in self._moments() for name, value in named.items()}
+        return {"step": self._step, **moments}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `tensors`. Raises CheckpointError for a parameter that is not ours or of another shape."""
-        self._torch.state.clear()
-        for full_name, value in tensors.items():
-            key, _, name = full_name.partition("/")
-            parameter = self.named.get(name)
-            if parameter is None or (value.ndim and value.shape != parameter.shape):
-                raise CheckpointError(
-                    "a checkpoint's optimiser state does not fit the model",
-                    got=f"{full_name} {tuple(value.shape)}",
-                    wanted=tuple(parameter.shape) if parameter is not None else "a parameter that is trained",
-                )
-            # Into memory of our own: what a file is mapped to may lie at another alignment.
-            mine = torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
-            self._torch.state[parameter][key] = mine.copy_(value)
+        """The inverse of `tensors`. Raises CheckpointError if the names or shapes are not those of our parameters."""
+        mine = self.tensors()
+        unlike = {name for name in {**mine, **tensors} if _shape(mine, name) != _shape(tensors, name)}
+        if unlike:
+            name = min(unlike)
+            raise CheckpointError(
+                "a checkpoint's optimiser state does not fit the model",
+                got=f"{name} {_shape(tensors, name)}",
+                wanted=_shape(mine, name),
+            )
+        for name, value in mine.items():
+            value.copy_(tensors[name])
+
+    def _moments(self) -> tuple[tuple[str, dict[str, Tensor]], ...]:
+        return ("first", self._first), ("second", self._second)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(tensors[name].shape) if name in tensors else "missing"

@@ -45,7 +45,7 @@ from prairie.train.checkpoint import (
     writing,
 )
 from prairie.train.config import TrainConfig
-from prairie.train.objective import Objective, judging
+from prairie.train.objective import Objective, computing_in, judging
 from prairie.train.optim import AdamW
 from prairie.train.progress import MetricsFile, RunState, Step
 
@@ -81,11 +81,10 @@ def accumulate_gradients(
             got=f"rows {[row for batch in batches for row in batch.rows][:8]} without a supervised token",
             wanted="at least one",
         )
-    device = next(model.parameters()).device.type
     losses: list[Tensor] = []
     figures: dict[str, Tensor] = {}
     for batch in batches:
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        with computing_in(dtype, model):
             loss, sums = objective.loss(model, batch, adapters)
         (loss / count).backward()
         losses.append(loss.detach())

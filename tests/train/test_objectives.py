@@ -145,7 +145,7 @@ def test_dpo_is_the_naive_loop(kind):
     wanted = [p.grad.clone() for p in model.parameters()]
     objective = DPO(config, reference_logprobs(reference, dataset))
     got, loss = gradients_of(model, objective, dataset, [rows[:2], rows[2:]])
-    assert loss == pytest.approx(float(total) / 3, rel=1e-5)
+    assert loss == pytest.approx(float(total.detach()) / 3, rel=1e-5)
     assert relative(got, wanted) < 1e-4
 
 
@@ -214,6 +214,14 @@ def test_a_fresh_adapter_stands_at_log_2():
     loss, figures = objective.loss(model, batch_of(dataset, list(range(10))), adapters)
     assert float(loss) / 5 == pytest.approx(math.log(2), abs=1e-5)
     assert abs(float(figures["margin"])) < 1e-4
+
+
+def test_a_reference_in_the_dtype_of_the_training_cancels_its_rounding():
+    model, dataset = tiny_model(), tiny_dataset(20, group=2)
+    policy = reference_logprobs(model, dataset, dtype=torch.bfloat16, tokens_per_batch=100)
+    same, exact = (reference_logprobs(model, dataset, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert float((policy - same).abs().mean()) < 0.2 * float((policy - exact).abs().mean())
+    assert 0 < float((policy - exact).abs().max()) < 1.0
 
 
 def test_held_out_figures_are_the_objectives_own():

@@ -278,9 +278,7 @@ def test_a_stop_at_an_evaluation_does_it_after_the_resume(tmp_path):
         return {}
 
     def build():
-        return full_trainer(
-            tmp_path, tiny_config(eval_every=5), evaluate=lambda: calls.append(trainer.state.step) or {}
-        )
+        return full_trainer(tmp_path, tiny_config(eval_every=5), evaluate=evaluate)
 
     trainer = build()
     real = trainer.optimizer.step
@@ -465,11 +463,11 @@ def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_bfloat16_learns_about_the_same_with_float32_masters(kind, tmp_path):
-    exact = TRAINERS[kind](tmp_path / "a", tiny_config(steps=30))
-    rough = TRAINERS[kind](tmp_path / "b", tiny_config(steps=30), runtime=quiet_runtime(dtype="bfloat16"))
+    exact = TRAINERS[kind](tmp_path / "a", tiny_config(steps=8))
+    rough = TRAINERS[kind](tmp_path / "b", tiny_config(steps=8), runtime=quiet_runtime(dtype="bfloat16"))
     one, other = exact.fit(), rough.fit()
     assert all(p.dtype == torch.float32 for p in rough.parameters.values())
-    assert other["loss_last"] == pytest.approx(one["loss_last"], rel=0.1)
+    assert other["loss_last"] == pytest.approx(one["loss_last"], rel=0.05)
     assert other["loss_last"] != one["loss_last"]
 
 

@@ -1,6 +1,7 @@
 """Small models, data and whole runs that the tests of this room share; a run can be started in a process of its own."""
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -89,4 +90,5 @@ def run_to_the_end(kind: str, folder: Path, config: TrainConfig, said: Path | No
         runtime = quiet_runtime(progress=Progress(stream=stream))
         trainer = TRAINERS[kind](folder, config, runtime=runtime)
         trainer.fit()
+    assert "torch._dynamo" not in sys.modules, "training must not load torch's compiler: it costs a second and 70 MB"
     save_file({name: p.detach() for name, p in trainer.parameters.items()}, folder / "final.safetensors")

@@ -27,7 +27,7 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.loss import linear_logprobs
-from prairie.train.objective import every_batch, hidden_states, judging, row_sums, supervised_per_row
+from prairie.train.objective import computing_in, every_batch, hidden_states, judging, row_sums, supervised_per_row
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,15 @@ def reference_logprobs(
     adapters: Sequence[AdapterRows] = (),
     *,
     tokens_per_batch: int = 8192,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """log p of each row's supervised tokens, (rows,) float32 on the CPU. No adapters = the base is the reference.
 
-    The same model, data and threads give the same bits: a resumed run computes them anew.
+    `dtype` is that of the training's forward pass, so that what rounding does to both cancels. The same model, data and
+    threads give the same bits: a resumed run computes them anew.
     """
     logps_R = torch.zeros(len(dataset.offsets) - 1)
-    with judging(model, adapters):
+    with judging(model, adapters), computing_in(dtype, model):
         for batch in every_batch(dataset, tokens_per_batch):
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
             logps_R[batch.rows] = row_sums(
