@@ -61,7 +61,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def clustered_interval(
-    values: Sequence[float], clusters: Sequence[Hashable], confidence: float = 0.95, rounds: int = 20_000
+    values: Sequence[float], clusters: Sequence[Hashable], confidence: float = 0.95, rounds: int = 8_000
 ) -> Interval:
     """The mean over CLUSTERS of each cluster's mean, for values in [0, 1] (a win 1, a tie 1/2, a loss 0).
 

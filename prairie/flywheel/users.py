@@ -420,10 +420,13 @@ def _visit(
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     root = base_url.rstrip("/").removesuffix("/v1")
+    certificates = httpx.create_ssl_context()  # read once: it costs more than a whole conversation
+
+    patience = httpx.Timeout(120.0, connect=10.0)
 
     def visit(user: SimulatedUser) -> None:
         nonlocal done
-        with httpx.Client(base_url=root, headers=headers, timeout=httpx.Timeout(120.0, connect=10.0)) as client:
+        with httpx.Client(base_url=root, headers=headers, timeout=patience, verify=certificates) as client:
             line = _Line(client, user, purpose, turn, report, lock)
             for item in asked[user.name]:
                 converse(line, item)
