@@ -37,6 +37,7 @@ from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
 from prairie.runtime import Bar, Runtime
 from prairie.train.checkpoint import (
+    Checkpoint,
     Checkpoints,
     generator_states,
     generators_apart,
@@ -98,7 +99,7 @@ class Trainer:
 
     `evaluate` is called every `eval_every` steps and at the end; its figures go to metrics.jsonl. It may use the model,
     and whatever it draws from the random generators does not change the training.
-    Raises TrainingError for settings that the data or the model cannot take.
+    Raises TrainingError for settings that the data or the model cannot take, AdapterError for another base's adapter.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Trainer:
         model.requires_grad_(adapter is None)
         self.adapters: list[AdapterRows] = []
         if adapter is not None:
+            adapter.require_base(model)
             adapter.to(runtime.device).requires_grad_(True)
             self.adapters = [AdapterRows(adapter, None)]
         learner: nn.Module = model if adapter is None else adapter
@@ -236,20 +238,7 @@ class Trainer:
             self.state = RunState()
             self.runtime.seed_all(self.config.seed)
         else:
-            self._check_identity(checkpoint.state["identity"], checkpoint.path)
-            if checkpoint.state["machine"] != _machine():
-                say(
-                    f"{self.title}: the checkpoint was written under {checkpoint.state['machine']}, now it is "
-                    f"{_machine()}; the last bits of the result may differ."
-                )
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(checkpoint.tensors["weights"][name])
-            self.optimizer.load(checkpoint.tensors["optimizer"])
-            self.loader.load_state_dict(checkpoint.state["loader"])
-            restore_generators(checkpoint.state["generators"])
-            self.state = RunState.from_json(checkpoint.state["progress"])
-            self.state.resumed += 1
+            self._restore(checkpoint)
             say(f"{self.title}: goes on from step {self.state.step} of {self.config.steps} in {self.folder}.")
         self.metrics.forget_after(self.state.step, self.state.evaluated)
         self._plan_save(cost_s=0.0)
@@ -264,6 +253,24 @@ class Trainer:
         finally:
             for module, mode in modes:
                 module.train(mode)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Raises CheckpointError if it is of another run."""
+        saved, machine = checkpoint.state, _machine()
+        self._check_identity(saved["identity"], checkpoint.path)
+        if saved["machine"] != machine:
+            self.runtime.progress.say(
+                f"{self.title}: the checkpoint was written under {saved['machine']}, now it is {machine}; "
+                "the last bits of the result may differ."
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(checkpoint.tensors["weights"][name])
+        self.optimizer.load(checkpoint.tensors["optimizer"])
+        self.loader.load_state_dict(saved["loader"])
+        restore_generators(saved["generators"])
+        self.state = RunState.from_json(saved["progress"])
+        self.state.resumed += 1
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run. A checkpoint of another identity is refused."""

@@ -22,7 +22,7 @@ from tiny_runs import (
 )
 
 from prairie.data.loader import Loader, TokenDataset
-from prairie.errors import BusyError, CheckpointError, StorageFullError, TrainingError
+from prairie.errors import AdapterError, BusyError, CheckpointError, StorageFullError, TrainingError
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.weights import hash_of, load_model, save_model
 from prairie.runtime import Progress
@@ -183,6 +183,27 @@ def test_same_bits_twice_and_wherever_checkpoints_fall(kind, tmp_path):
     other = TRAINERS[kind](tmp_path / "other", tiny_config(seed=1))
     other.fit()
     assert not same_bits(weights(other), results[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_same_bits_twice_with_the_same_threads(threads, tmp_path):
+    """Wide enough for kernels to share the work among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for index in range(2):
+            model = tiny_model(vocab_size=2000, dim=128, layers=1, ffn_dim=384)
+            trainer = full_trainer(
+                tmp_path / str(index),
+                tiny_config(steps=2, micro_batches=1, tokens_per_batch=256, save_every=0),
+                model=model,
+            )
+            trainer.fit()
+            results.append(weights(trainer))
+        assert same_bits(*results)
+    finally:
+        torch.set_num_threads(before)
 
 
 class Killed(BaseException):
@@ -459,6 +480,15 @@ def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path
     with pytest.raises(TrainingError) as caught:
         Trainer(model, CausalLM(), loader, config, runtime=runtime, folder=tmp_path)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_base_is_not_trained_here(tmp_path):
+    adapter = LoRA.create(tiny_model(seed=5))
+    loader = Loader(tiny_dataset(), tokens_per_batch=64, seed=0)
+    with pytest.raises(AdapterError, match="stands on base"):
+        Trainer(
+            tiny_model(), CausalLM(), loader, tiny_config(), runtime=quiet_runtime(), folder=tmp_path, adapter=adapter
+        )
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
