@@ -28,7 +28,7 @@ from prairie.models.transformer import Transformer
 if TYPE_CHECKING:
     from prairie.models.lora import LoRA
 
-KV_BYTES = 1 << 30
+KV_BYTES = 512 << 20
 """Memory for keys and values unless `kv_tokens` says otherwise; on a CPU it is committed only as it is used."""
 
 
@@ -55,7 +55,7 @@ class Engine:
         weight = model.head_weight
         if kv_tokens is None:
             each = KVCache.bytes_per_token(config.layers, config.kv_heads, config.head_dim, weight.dtype)
-            kv_tokens = max(context + block_size, min(max_batch * context, KV_BYTES // each))
+            kv_tokens = min(max_batch, max(4, KV_BYTES // (each * context))) * context
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.weights_hash = weights_hash
         self.adapters: dict[str, LoRA] = {}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prairie.engine.kv_cache import KVCache, PagedAttend
+from prairie.engine.kv_cache import KVCache
+from prairie.engine.paged_attend import PagedAttend
 from prairie.engine.sampler import Sampled, Sampler
 from prairie.engine.scheduler import Step
 from prairie.models.lora import AdapterRows

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._free_rows = list(range(max_batch - 1, -1, -1))
+        self._free_rows = list(range(max_batch))
+        """A heap: low rows first, so that those in use lie close together."""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -97,7 +99,7 @@ class Scheduler:
             seated.append(sequence)
             if sequence.cached_tokens < 0:
                 sequence.cached_tokens = sequence.computed
-            self.cache.seat(sequence, self._free_rows.pop())
+            self.cache.seat(sequence, heappop(self._free_rows))
             wanted = min(len(sequence.ids) - sequence.computed, budget)
             self._plan(sequence, wanted)
             budget -= wanted
@@ -127,15 +129,15 @@ class Scheduler:
     def _unseat(self, sequence: Sequence) -> None:
         self.cache.free(sequence)
         self.running.remove(sequence)
-        self._free_rows.append(sequence.row)
+        heappush(self._free_rows, sequence.row)
         sequence.row = -1
         sequence.scheduled = 0
 
     @staticmethod
     def _step(planned: list[Sequence], seated: list[Sequence]) -> Step:
         adapters: list[tuple[LoRA, slice]] = []
+        planned.sort(key=lambda s: (s.request.adapter or "", s.scheduled > 1, s.row))
         if any(s.lora is not None for s in planned):
-            planned.sort(key=lambda s: (s.request.adapter or "", s.scheduled > 1))
             start = 0
             for _, group in groupby(planned, key=lambda s: s.request.adapter):
                 members = list(group)
