@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prairie.errors import ModelError
 from prairie.models.config import ModelConfig, RopeScaling
+from prairie.ops.attention import pairs_apart, pairs_together
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,17 @@ class Weight(NamedTuple):
     parameter: str
     rows: slice
     shape: tuple[int, ...]
+    paired: int = 0
+    """Above 0: the parameter keeps rotary pairs side by side (`ops.attention.pairs_together`) in heads of this size."""
+
+    def put(self, tensor: Tensor, parameter: Tensor) -> None:
+        """Writes the file's tensor into its rows of the parameter."""
+        parameter[self.rows] = pairs_together(tensor, self.paired) if self.paired else tensor
+
+    def take(self, parameter: Tensor) -> Tensor:
+        """The file's tensor out of its parameter, or out of anything shaped like that."""
+        rows = parameter[self.rows]
+        return pairs_apart(rows, self.paired) if self.paired else rows
 
 
 class Part(NamedTuple):
@@ -55,6 +70,8 @@ class Part(NamedTuple):
     """Path inside a layer, as Hugging Face writes it: `self_attn.q_proj`."""
     outputs: int
     inputs: int
+    paired: int = 0
+    """As in `Weight`."""
 
 
 def fused_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
@@ -62,8 +79,8 @@ def fused_parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     c = config
     return {
         "qkv": (
-            Part("self_attn.q_proj", c.q_dim, c.dim),
-            Part("self_attn.k_proj", c.kv_dim, c.dim),
+            Part("self_attn.q_proj", c.q_dim, c.dim, c.head_dim),
+            Part("self_attn.k_proj", c.kv_dim, c.dim, c.head_dim),
             Part("self_attn.v_proj", c.kv_dim, c.dim),
         ),
         "o": (Part("self_attn.o_proj", c.dim, c.q_dim),),
@@ -92,11 +109,17 @@ def weight_table(config: ModelConfig) -> list[Weight]:
             start = 0
             for part in parts:
                 rows = slice(start, start + part.outputs)
-                table.append(Weight(f"{path}{part.name}.weight", home + group, rows, (part.outputs, part.inputs)))
+                table.append(
+                    Weight(f"{path}{part.name}.weight", home + group, rows, (part.outputs, part.inputs), part.paired)
+                )
                 if biased[group]:
-                    table.append(Weight(f"{path}{part.name}.bias", f"{home}{group}_bias", rows, (part.outputs,)))
+                    table.append(
+                        Weight(f"{path}{part.name}.bias", f"{home}{group}_bias", rows, (part.outputs,), part.paired)
+                    )
                 start += part.outputs
-        table += [Weight(path + name, home + parameter, slice(0, size), (size,)) for name, parameter, size in vectors]
+        for name, parameter, size in vectors:
+            paired = c.head_dim if parameter in ("q_norm", "k_norm") else 0
+            table.append(Weight(path + name, home + parameter, slice(0, size), (size,), paired))
     table.append(Weight("model.norm.weight", "norm", slice(0, c.dim), (c.dim,)))
     if not c.tie_embeddings:
         table.append(Weight("lm_head.weight", "head", slice(0, c.vocab_size), (c.vocab_size, c.dim)))

@@ -27,6 +27,7 @@ from prairie.models.config import ModelConfig
 from prairie.models.families import Part, fused_parts
 from prairie.models.transformer import Transformer
 from prairie.models.weights import MANIFEST, hash_of, read_json, read_manifest, weights_hash, write_json
+from prairie.ops.attention import pairs_together
 from prairie.ops.linear import add_lora
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -220,8 +221,7 @@ class LoRA(nn.Module):
                 if path in self.paths:
                     a_RI, b_OR = self.pair(path)
                     delta = (b_OR.float() @ a_RI.float()) * self.config.scale
-                    rows = weights[weight.parameter][weight.rows]
-                    rows.copy_(rows.float() + delta)
+                    weight.put(weight.take(weights[weight.parameter]).float() + delta, weights[weight.parameter])
         return model
 
     def add_to(
@@ -259,7 +259,8 @@ class LoRA(nn.Module):
             if pair is None:
                 columns.append(stacked[0].new_zeros(part.outputs, width))
                 continue
-            columns.append(F.pad(pair[1], (left, width - left - self.config.rank)))
+            b_OR = pairs_together(pair[1], part.paired) if part.paired else pair[1]
+            columns.append(F.pad(b_OR, (left, width - left - self.config.rank)))
             left += self.config.rank
         b_OR = torch.cat(columns) if len(columns) > 1 else columns[0]
         return torch.cat(stacked) if len(stacked) > 1 else stacked[0], b_OR * self.config.scale

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from prairie.models.config import ModelConfig
 from prairie.models.families import Part, Weight, fused_parts, weight_table
-from prairie.ops.attention import Attend, rotary_angles, rotate
+from prairie.ops.attention import Attend, rotary_turns, rotate, split_and_rotate
+from prairie.ops.elementwise import rms_norm, swiglu
 
 if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
@@ -108,22 +109,27 @@ class Transformer(nn.Module):
     def forward(self, tokens_N: Tensor, attend: Attend, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """hidden_ND after the final norm, of flat tokens whose context `attend` knows."""
         c = self.config
-        cos, sin = rotary_angles(attend.positions_N, self.frequencies.to(tokens_N.device))
+        turns = rotary_turns(attend.positions_N, self.frequencies.to(tokens_N.device))
         x_ND = F.embedding(tokens_N, self.embed)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            y_ND = F.rms_norm(x_ND, (c.dim,), block.attention_norm, c.norm_eps)
+            y_ND = rms_norm(x_ND, block.attention_norm, c.norm_eps)
             qkv = self._linear(y_ND, block.qkv, block.qkv_bias, index, "qkv", adapters)
-            q_NHD, k_NKD, v_NKD = qkv.view(len(qkv), -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
-            if block.q_norm is not None:
-                q_NHD = F.rms_norm(q_NHD, (c.head_dim,), block.q_norm, c.norm_eps)
-                k_NKD = F.rms_norm(k_NKD, (c.head_dim,), block.k_norm, c.norm_eps)
-            o_NHD = attend(index, rotate(q_NHD, cos, sin), rotate(k_NKD, cos, sin), v_NKD)
+            o_NHD = attend(index, *self._heads(qkv, block, turns))
             x_ND = x_ND + self._linear(o_NHD.flatten(1), block.o, block.o_bias, index, "o", adapters)
-            y_ND = F.rms_norm(x_ND, (c.dim,), block.mlp_norm, c.norm_eps)
-            gate, up = self._linear(y_ND, block.gate_up, block.gate_up_bias, index, "gate_up", adapters).chunk(2, -1)
-            x_ND = x_ND + self._linear(F.silu(gate) * up, block.down, block.down_bias, index, "down", adapters)
-        return F.rms_norm(x_ND, (c.dim,), self.norm, c.norm_eps)
+            y_ND = rms_norm(x_ND, block.mlp_norm, c.norm_eps)
+            gate_up = self._linear(y_ND, block.gate_up, block.gate_up_bias, index, "gate_up", adapters)
+            x_ND = x_ND + self._linear(swiglu(gate_up), block.down, block.down_bias, index, "down", adapters)
+        return rms_norm(x_ND, self.norm, c.norm_eps)
+
+    def _heads(self, qkv: Tensor, block: Block, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q_NHD and k_NKD at their positions, normed before if the family does so, and v_NKD."""
+        c = self.config
+        if block.q_norm is None or block.k_norm is None:
+            return split_and_rotate(qkv, c.heads, c.kv_heads, turns)
+        q_NHD, k_NKD, v_NKD = qkv.view(len(qkv), -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
+        q_NHD, k_NKD = rms_norm(q_NHD, block.q_norm, c.norm_eps), rms_norm(k_NKD, block.k_norm, c.norm_eps)
+        return rotate(q_NHD, turns), rotate(k_NKD, turns), v_NKD
 
     def _linear(
         self,

@@ -35,9 +35,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def named_state(model: Transformer) -> dict[str, Tensor]:
-    """The model's weights under the names of the file; views of the parameters, nothing is copied."""
+    """The model's weights under the names and in the layout of the file; views of the parameters where that is one."""
     parameters = dict(model.named_parameters())
-    return {w.name: parameters[w.parameter].detach()[w.rows] for w in model.table}
+    return {w.name: w.take(parameters[w.parameter].detach()) for w in model.table}
 
 
 def hash_of(model: Transformer) -> str:
@@ -85,7 +85,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             _hash_tensor(digest, name, tensor)
             if weight.parameter not in parameters:
                 parameters[weight.parameter] = torch.empty(shapes[weight.parameter], dtype=dtype or tensor.dtype)
-            parameters[weight.parameter][weight.rows] = tensor
+            weight.put(tensor, parameters[weight.parameter])
         if tied_copy and not torch.equal(shards.read(tied_copy), shards.read("model.embed_tokens.weight")):
             raise ModelError(
                 f"{folder} says its embeddings are tied but its lm_head differs from them",

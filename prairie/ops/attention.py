@@ -4,7 +4,7 @@ Tokens are flat: the rows of a batch lie one behind the other, nothing is padded
 Not here: the paged cache that serving uses (the engine brings its own `Attend`), weights, masks other than causal.
 
 Legend: N tokens of all rows, B rows of a bucket, T padded length of a bucket, H query heads, K key/value heads,
-D size of a head.
+D size of a head, S query heads that share a key head (H / K), G = B x K pairs of a row and a key head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+MATRIX_LENGTH = 512
+"""Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
+QUERY_BLOCK = 64
+"""Queries of one row handled at once; keys behind a block's end are never touched, which saves up to half the work."""
+CACHED_NUMBERS = 1 << 18
+"""Attention weights handled at once: 1 MB in float32 stays in a core's own cache."""
 
 
 class Attend(Protocol):
@@ -53,43 +60,92 @@ class PackedDocuments:
         self.lengths = [int(length) for length in lengths]
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"rows must hold at least one token, got lengths {self.lengths[:8]}")
+        self.device = torch.device(device)
+        self.longest = max(self.lengths)
         lengths_R = torch.tensor(self.lengths)
         starts_R = lengths_R.cumsum(0) - lengths_R
-        count = int(lengths_R.sum())
-        positions_N = torch.arange(count) - starts_R.repeat_interleave(lengths_R)
-        self.positions_N = positions_N.to(device)
+        self.positions_N = (torch.arange(sum(self.lengths)) - starts_R.repeat_interleave(lengths_R)).to(device)
         self.equal = len(set(self.lengths)) == 1
-        self.buckets: list[tuple[int, int]] = [(len(self.lengths), self.lengths[0])] if self.equal else []
-        if self.equal:
-            return
-        slots: list[Tensor] = []  # token held by each padded place, -1 for none
-        for rows in buckets_of(self.lengths):
-            longest = max(self.lengths[r] for r in rows)
-            self.buckets.append((len(rows), longest))
-            places_T = torch.arange(longest)
-            rows_B = torch.tensor(rows)
-            tokens_BT = starts_R[rows_B, None] + places_T
-            slots.append(torch.where(places_T < lengths_R[rows_B, None], tokens_BT, -1).flatten())
-        token_of_P = torch.cat(slots)
-        empty_P = token_of_P < 0
-        place_of_N = torch.empty(count, dtype=torch.long)
-        place_of_N[token_of_P[~empty_P]] = (~empty_P).nonzero()[:, 0]
-        self.token_of_P = token_of_P.clamp_min(0).to(device)
-        self.place_of_N = place_of_N.to(device)
-        self.empty_places = empty_P.nonzero()[:, 0].to(device)
+        rows_of = [list(range(len(self.lengths)))] if self.equal else buckets_of(self.lengths)
+        self.buckets = [(len(rows), max(self.lengths[r] for r in rows)) for rows in rows_of]
+        self._tokens: list[Tensor] = []  # per bucket (B, T): the token at each place, -1 where a row has ended
+        if not self.equal:
+            for rows, (_, longest) in zip(rows_of, self.buckets, strict=True):
+                places_T, rows_B = torch.arange(longest), torch.tensor(rows)
+                tokens_BT = starts_R[rows_B, None] + places_T
+                self._tokens.append(torch.where(places_T < lengths_R[rows_B, None], tokens_BT, -1))
+        self._indices: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """o_NHD for every token; `layer` is not needed, there is no cache."""
+        if q_NHD.device.type == "cpu" and q_NHD.dtype == torch.float32 and self.longest <= MATRIX_LENGTH:
+            out: Tensor = _MatrixAttention.apply(q_NHD, k_NKD, v_NKD, self)
+            return out
+        return self._kernel_attention(q_NHD, k_NKD, v_NKD)
+
+    def _kernel_attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        """torch's fused kernel, bucket by bucket: for long rows and for other chips than a CPU."""
+        grouped = q_NHD.shape[1] != k_NKD.shape[1]
         if self.equal:
             rows, length = self.buckets[0]
-            return _causal(q_NHD, k_NKD, v_NKD, rows, length)
-        q, k, v = (_Pad.apply(x, self) for x in (q_NHD, k_NKD, v_NKD))
+            q, k, v = (x.reshape(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
+            o_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return o_BHTD.transpose(1, 2).reshape(q_NHD.shape)
+        padded = [_Pad.apply(x, self) for x in (q_NHD, k_NKD, v_NKD)]
         outs, start = [], 0
         for rows, length in self.buckets:
-            part = slice(start, start + rows * length)
-            outs.append(_causal(q[part], k[part], v[part], rows, length))
+            q, k, v = (
+                x[start * x_N.shape[1] : (start + rows * length) * x_N.shape[1]].view(rows, x_N.shape[1], length, -1)
+                for x, x_N in zip(padded, (q_NHD, k_NKD, v_NKD), strict=True)
+            )
+            outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).flatten(0, 2))
             start += rows * length
-        return _Unpad.apply(torch.cat(outs) if len(outs) > 1 else outs[0], self)
+        out: Tensor = _Unpad.apply(torch.cat(outs), self, q_NHD.shape[1])
+        return out
+
+    def pad(self, x_NHW: Tensor) -> Tensor:
+        """(places, W): all buckets one behind the other, each ordered by row, head, place. Places behind a row's end
+        hold some token; causality keeps them unseen."""
+        heads, width = x_NHW.shape[1:]
+        if self.equal:
+            return x_NHW.reshape(*self.buckets[0], heads, width).transpose(1, 2).reshape(-1, width)
+        return x_NHW.reshape(-1, width).index_select(0, self._index(heads)[0])
+
+    def pad_zero(self, x_NHW: Tensor) -> Tensor:
+        """Like `pad`, with zeros behind a row's end."""
+        padded = self.pad(x_NHW)
+        return padded if self.equal else padded.index_fill_(0, self._index(x_NHW.shape[1])[2], 0.0)
+
+    def unpad(self, x_PW: Tensor, heads: int) -> Tensor:
+        """(N, heads, W): the inverse of `pad`."""
+        if self.equal:
+            rows, length = self.buckets[0]
+            return x_PW.view(rows, heads, length, -1).transpose(1, 2).reshape(rows * length, heads, -1)
+        return x_PW.index_select(0, self._index(heads)[1]).view(-1, heads, x_PW.shape[1])
+
+    def _index(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each place's (token, head) lies, where each (token, head)'s place lies, and the empty places."""
+        if heads not in self._indices:
+            heads_H1 = torch.arange(heads)[:, None]
+            sources = [
+                torch.where(t_BT[:, None] < 0, -1, t_BT[:, None] * heads + heads_H1).flatten() for t_BT in self._tokens
+            ]
+            source_P = torch.cat(sources)
+            filled_P = source_P >= 0
+            place_M = torch.empty(len(self.positions_N) * heads, dtype=torch.long)
+            place_M[source_P[filled_P]] = filled_P.nonzero()[:, 0]
+            tensors = source_P.clamp_min(0), place_M, (~filled_P).nonzero()[:, 0]
+            self._indices[heads] = tuple(t.to(self.device) for t in tensors)  # type: ignore[assignment]
+        return self._indices[heads]
+
+    def mask(self, start: int, stop: int, shared: int) -> Tensor:
+        """(queries x shared, stop) of 0 and -inf: query i of start..stop sees keys up to i."""
+        key = (start, stop, shared)
+        if key not in self._masks:
+            mask = torch.full((stop - start, stop), float("-inf")).triu_(start + 1)
+            self._masks[key] = mask.repeat_interleave(shared, 0)
+        return self._masks[key]
 
 
 def buckets_of(lengths: Sequence[int]) -> list[list[int]]:
@@ -104,49 +160,182 @@ def buckets_of(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
-def _causal(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, rows: int, length: int) -> Tensor:
-    """Causal attention of `rows` rows of one length."""
-    q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
-    grouped = q.shape[1] != k.shape[1]
-    o_BHTD = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return o_BHTD.transpose(1, 2).reshape(q_NHD.shape)
+class _MatrixAttention(torch.autograd.Function):
+    """Attention of short rows as batched matrix products, forward and backward written out.
+
+    Query heads that share a key head lie in one matrix, so keys are never repeated and their gradient sums by itself.
+    Each row is cut in blocks of queries and each product in pieces that fit the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packed: PackedDocuments) -> Tensor:
+        heads, size = k_NKD.shape[1:]
+        shared = q_NHD.shape[1] // heads
+        keep = any(ctx.needs_input_grad)
+        q, k, v = packed.pad(q_NHD.reshape(-1, heads, shared * size)), packed.pad(k_NKD), packed.pad(v_NKD)
+        out = torch.empty_like(q)
+        weights: list[Tensor] = []
+        for part, length in _segments(packed, heads):
+            q_G, k_G, v_G, o_G = (_by_pair(x, part, length, size) for x in (q, k, v, out))
+            for start in range(0, length, QUERY_BLOCK):
+                stop = min(start + QUERY_BLOCK, length)
+                block, mask = slice(start * shared, stop * shared), packed.mask(start, stop, shared)
+                weights_G = torch.empty(len(k_G), *mask.shape)
+                for pairs in _pieces(weights_G):
+                    piece = weights_G[pairs]
+                    torch.baddbmm(mask, q_G[pairs, block], k_G[pairs, :stop].mT, alpha=size**-0.5, out=piece)
+                    torch._softmax(piece, -1, False, out=piece)
+                    o_G[pairs, block].baddbmm_(piece, v_G[pairs, :stop], beta=0)
+                if keep:
+                    weights.append(weights_G)
+        if keep:
+            ctx.save_for_backward(q, k, v, *weights)
+            ctx.packed, ctx.heads, ctx.shared, ctx.shape = packed, heads, shared, q_NHD.shape
+        return packed.unpad(out, heads).reshape(q_NHD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *weights = ctx.saved_tensors
+        packed, heads, shared, size = ctx.packed, ctx.heads, ctx.shared, k.shape[1]
+        grad = packed.pad_zero(grads[0].reshape(-1, heads, shared * size))
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        done = len(weights)
+        for part, length in reversed(_segments(packed, heads)):
+            q_G, k_G, v_G, g_G = (_by_pair(x, part, length, size) for x in (q, k, v, grad))
+            dq_G, dk_G, dv_G = (_by_pair(x, part, length, size) for x in (dq, dk, dv))
+            for start in reversed(range(0, length, QUERY_BLOCK)):
+                stop = min(start + QUERY_BLOCK, length)
+                block = slice(start * shared, stop * shared)
+                beta = 0.0 if stop == length else 1.0  # the last block reaches every key: it sets, the others add
+                done -= 1
+                weights_G = weights[done]
+                for pairs in _pieces(weights_G):
+                    piece, g = weights_G[pairs], g_G[pairs, block]
+                    dv_G[pairs, :stop].baddbmm_(piece.mT, g, beta=beta)
+                    scores = torch.bmm(g, v_G[pairs, :stop].mT)
+                    torch._softmax_backward_data(scores, piece, -1, torch.float32, grad_input=scores)
+                    dq_G[pairs, block].baddbmm_(scores, k_G[pairs, :stop], beta=0, alpha=size**-0.5)
+                    dk_G[pairs, :stop].baddbmm_(scores.mT, q_G[pairs, block], beta=beta, alpha=size**-0.5)
+        return packed.unpad(dq, heads).reshape(ctx.shape), packed.unpad(dk, heads), packed.unpad(dv, heads), None
+
+
+def _segments(packed: PackedDocuments, heads: int) -> list[tuple[slice, int]]:
+    """Each bucket's places in the padded layout, and its length."""
+    segments, start = [], 0
+    for rows, length in packed.buckets:
+        stop = start + rows * length * heads
+        segments.append((slice(start, stop), length))
+        start = stop
+    return segments
+
+
+def _by_pair(x_PW: Tensor, part: slice, length: int, size: int) -> Tensor:
+    """(G, T x S, D) of one bucket; S is 1 for keys and values."""
+    x = x_PW[part]
+    return x.view(len(x) // length, -1, size)
+
+
+def _pieces(weights_G: Tensor) -> list[slice]:
+    """Pairs of row and head whose attention weights fit the cache together."""
+    step = max(1, CACHED_NUMBERS // max(1, weights_G[0].numel()))
+    return [slice(start, start + step) for start in range(0, len(weights_G), step)]
 
 
 class _Pad(torch.autograd.Function):
-    """Flat tokens to bucket places; empty places hold some token, causality keeps them unseen."""
-
     @staticmethod
-    def forward(ctx: Any, x_N: Tensor, packed: PackedDocuments) -> Tensor:
-        ctx.packed = packed
-        return x_N.index_select(0, packed.token_of_P)
+    def forward(ctx: Any, x_NHD: Tensor, packed: PackedDocuments) -> Tensor:
+        ctx.packed, ctx.heads = packed, x_NHD.shape[1]
+        return packed.pad(x_NHD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.packed.place_of_N), None
+        return ctx.packed.unpad(grads[0].contiguous(), ctx.heads), None
 
 
 class _Unpad(torch.autograd.Function):
-    """Bucket places back to flat tokens; in backward, empty places get a gradient of zero."""
+    @staticmethod
+    def forward(ctx: Any, x_PD: Tensor, packed: PackedDocuments, heads: int) -> Tensor:
+        ctx.packed = packed
+        return packed.unpad(x_PD, heads)
 
     @staticmethod
-    def forward(ctx: Any, x_P: Tensor, packed: PackedDocuments) -> Tensor:
-        ctx.packed = packed
-        return x_P.index_select(0, packed.place_of_N)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.packed.pad_zero(grads[0]), None, None
+
+
+def rotary_turns(positions_N: Tensor, frequencies: Tensor) -> Tensor:
+    """(N, 1, D/2) complex: the rotation of each pair of columns at each position (RoFormer, arXiv 2104.09864)."""
+    angles = positions_N.to(torch.float32)[:, None, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x_NHD: Tensor, turns: Tensor) -> Tensor:
+    """Rotates each head by its token's position. The two columns of a pair lie side by side (`pairs_together`), so the
+    rotation is one complex product; float32 inside, the result has the dtype of x."""
+    if not torch.is_grad_enabled():
+        return _turn(x_NHD, turns)
+    out: Tensor = _Rotate.apply(x_NHD, turns)
+    return out
+
+
+def split_and_rotate(qkv_NC: Tensor, heads: int, kv_heads: int, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q_NHD, k_NKD, both rotated, and v_NKD from the fused columns C = (H + 2 K) x D."""
+    if torch.is_grad_enabled() and qkv_NC.requires_grad:
+        out: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(qkv_NC, heads, kv_heads, turns)
+        return out
+    q, k, v = qkv_NC.view(len(qkv_NC), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], 1)
+    return _turn(q, turns), _turn(k, turns), v
+
+
+def pairs_together(x: Tensor, head_dim: int) -> Tensor:
+    """Reorders the first dimension (heads x head_dim): column i of a head moves beside i + head_dim / 2, its partner
+    in Hugging Face's layout. Attention does not notice, as q and k are reordered alike."""
+    return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(x.shape)
+
+
+def pairs_apart(x: Tensor, head_dim: int) -> Tensor:
+    """The inverse of `pairs_together`: back to the layout on disk."""
+    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
+
+
+def _turn(x_NHD: Tensor, turns: Tensor) -> Tensor:
+    return torch.view_as_real(_complex(x_NHD.float()) * turns).flatten(-2).to(x_NHD.dtype)
+
+
+def _complex(x_NHD: Tensor) -> Tensor:
+    return torch.view_as_complex(x_NHD.unflatten(-1, (-1, 2)))
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NHD: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return _turn(x_NHD, turns)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_P = grads[0].index_select(0, ctx.packed.token_of_P)
-        return grad_P.index_fill_(0, ctx.packed.empty_places, 0.0), None
+        return _turn(grads[0], ctx.saved_tensors[0].conj().resolve_conj()), None
 
 
-def rotary_angles(positions_N: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (N, 1, D/2) float32, of RoFormer's rotation (arXiv 2104.09864)."""
-    angles = positions_N.to(torch.float32)[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+class _SplitAndRotate(torch.autograd.Function):
+    """One pass each way: the backward writes the three gradients into one buffer instead of joining them."""
 
+    @staticmethod
+    def forward(ctx: Any, qkv_NC: Tensor, heads: int, kv_heads: int, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turns)
+        q, k, v = qkv_NC.view(len(qkv_NC), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], 1)
+        return _turn(q, turns), _turn(k, turns), v.contiguous()
 
-def rotate(x_NHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head by its token's position; the pair of column i is i + D/2 (Hugging Face's layout)."""
-    first, second = x_NHD.chunk(2, dim=-1)
-    cos, sin = cos.to(x_NHD.dtype), sin.to(x_NHD.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v = grads
+        back = ctx.saved_tensors[0].conj().resolve_conj()
+        heads, kv_heads = q.shape[1], k.shape[1]
+        grad = q.new_empty(len(q), heads + 2 * kv_heads, q.shape[2])
+        for part, turned in ((slice(0, heads), q), (slice(heads, heads + kv_heads), k)):
+            if grad.dtype == torch.float32:
+                torch.mul(_complex(turned), back, out=_complex(grad[:, part]))
+            else:
+                grad[:, part] = _turn(turned, back)
+        grad[:, heads + kv_heads :] = v
+        return grad.flatten(1), None, None, None

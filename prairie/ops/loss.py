@@ -19,7 +19,11 @@ IGNORED = -100
 """Label of a token that is not supervised."""
 
 CHUNK_NUMBERS = 1 << 20
-"""Logits held at once; 4 MB in float32 stays near the cache of a CPU core."""
+"""Logits held at once where the vocabulary allows it: 4 MB in float32 stays near the cache of a CPU core."""
+LEAST_CHUNK = 256
+"""Fewer tokens at once make the products with a large vocabulary slow: its matrix is read for every chunk."""
+RARE = 1e-30
+"""Probabilities below this are near float32's end; their logarithm is taken from the logits instead."""
 
 
 def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None) -> Tensor:
@@ -51,7 +55,7 @@ def linear_logprobs_reference(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Te
 
 
 def _chunk_of(weight_VD: Tensor) -> int:
-    return max(64, CHUNK_NUMBERS // weight_VD.shape[0])
+    return max(LEAST_CHUNK, CHUNK_NUMBERS // weight_VD.shape[0])
 
 
 def _supervised(hidden_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -81,18 +85,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_S), chunk):
             part = slice(start, start + chunk)
             hidden_CD, labels_C1 = hidden_SD[part].to(weight.dtype), labels_S[part, None]
-            logits_CV = (hidden_CD @ weight.T).float()
-            norm_C1 = logits_CV.logsumexp(1, keepdim=True)
-            total += (norm_C1 - logits_CV.gather(1, labels_C1)).sum()
+            probs_CV = _softmax(hidden_CD @ weight.T)
+            picked_C1 = probs_CV.gather(1, labels_C1)
+            total -= _logs(picked_C1, hidden_CD, weight, labels_C1).sum()
             if grad_SD is None and grad_VD is None:
                 continue
-            grad_CV = logits_CV.sub_(norm_C1).exp_()
-            grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
-            grad_CV = grad_CV.to(weight.dtype)
+            probs_CV.scatter_(1, labels_C1, picked_C1 - 1.0)  # softmax - one-hot is the gradient of the logits
+            grad_CV = probs_CV.to(weight.dtype)
             if grad_SD is not None:
                 grad_SD[part] = grad_CV @ weight
             if grad_VD is not None:
-                grad_VD += grad_CV.T @ hidden_CD
+                _add_product(grad_VD, grad_CV, hidden_CD)
         ctx.save_for_backward(grad_SD, grad_VD, places_S)
         ctx.count = len(labels_N)
         return total
@@ -143,8 +146,32 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_SD is not None:
                 grad_SD[part] = grad_CV @ weight
             if grad_VD is not None:
-                grad_VD += grad_CV.T @ hidden_CD
+                _add_product(grad_VD, grad_CV, hidden_CD)
         return None if grad_SD is None else _spread(grad_SD, places_S, ctx.count), grad_VD, None, None
+
+
+def _softmax(logits_CV: Tensor) -> Tensor:
+    """float32 softmax of each row, written over the logits when they are float32."""
+    logits_CV = logits_CV.float()
+    return torch._softmax(logits_CV, -1, False, out=logits_CV)
+
+
+def _logs(picked_C1: Tensor, hidden_CD: Tensor, weight: Tensor, labels_C1: Tensor) -> Tensor:
+    """log of the labels' probabilities; where these are too small to be exact, from the logits."""
+    logs_C1 = picked_C1.log()
+    rare = (picked_C1 < RARE).nonzero()[:, 0]
+    if len(rare):
+        logits = (hidden_CD[rare] @ weight.T).float()
+        logs_C1[rare] = logits.gather(1, labels_C1[rare]) - logits.logsumexp(1, keepdim=True)
+    return logs_C1
+
+
+def _add_product(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """grad += grad_CV.T @ hidden, without a temporary when the dtypes agree."""
+    if grad_VD.dtype == grad_CV.dtype == hidden_CD.dtype:
+        grad_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        grad_VD += grad_CV.T @ hidden_CD
 
 
 def _working(weight: Tensor) -> Tensor:

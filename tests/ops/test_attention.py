@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prairie.ops.attention import PackedDocuments, attention_reference, buckets_of, rotary_angles, rotate
+from prairie.ops.attention import PackedDocuments, attention_reference, buckets_of, rotary_turns, rotate
 
 
 def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.Tensor]:
@@ -69,7 +69,7 @@ def test_rotation_depends_on_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0))
 
     def product(i: int, j: int) -> float:
-        turned = [rotate(x, *rotary_angles(torch.tensor([p]), frequencies)) for x, p in ((q, i), (k, j))]
+        turned = [rotate(x, rotary_turns(torch.tensor([p]), frequencies)) for x, p in ((q, i), (k, j))]
         return float((turned[0] * turned[1]).sum())
 
     assert product(3, 1) == pytest.approx(product(12, 10), abs=1e-4)

@@ -42,6 +42,19 @@ def test_equals_plain_form(op: str, supervised: str, requires: str, chunk: int |
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_certain_and_impossible_labels_stay_exact(scale: float) -> None:
+    """Softmax of such logits is 0 or 1 in float32, the loss is not."""
+    ours, plain = inputs("all"), inputs("all")
+    for hidden, _, _ in (ours, plain):
+        hidden.data *= scale
+    got, wanted = ops.linear_cross_entropy(*ours, chunk=8), ops.linear_cross_entropy_reference(*plain)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    got.backward()
+    wanted.backward()
+    torch.testing.assert_close(ours[0].grad, plain[0].grad, rtol=1e-4, atol=1e-4)
+
+
 def test_sum_over_rows_does_not_depend_on_the_split() -> None:
     hidden, weight, labels = inputs("some", "")
     whole = ops.linear_cross_entropy(hidden, weight, labels)

@@ -1,0 +1,97 @@
+"""Operators that only touch memory: the norm and the gate, each with its gradient written out.
+
+On a CPU these cost as much as the matrix products when autograd composes them from small steps: each step reads and
+writes the whole batch. Not here: products with weights (`linear`), attention, the loss.
+
+Legend: N tokens, D width, F width inside the gated layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467); half precision is computed in float32."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
+        out: Tensor = _RMSNorm.apply(x, weight_D, eps)
+        return out
+    return _scaled(x, _inverse_rms(x, eps), weight_D)
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The plain form of `rms_norm`."""
+    normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (normal * weight_D.float()).to(x.dtype)
+
+
+def swiglu(gate_up_NF2: Tensor) -> Tensor:
+    """(N, F): silu(gate) * up of the fused columns gate, up (arXiv 2002.05202)."""
+    if torch.is_grad_enabled() and gate_up_NF2.requires_grad:
+        out: Tensor = _SwiGLU.apply(gate_up_NF2)
+        return out
+    gate, up = gate_up_NF2.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_reference(gate_up_NF2: Tensor) -> Tensor:
+    """The plain form of `swiglu`."""
+    gate, up = gate_up_NF2.chunk(2, -1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _scaled(x: Tensor, inverse: Tensor, weight_D: Tensor) -> Tensor:
+    return (x * inverse).mul_(weight_D).to(x.dtype)  # a half-precision x is promoted by the float32 inverse
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight_D, inverse)
+        return _scaled(x, inverse, weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """With r = 1/rms: dx = r (g w - x r^2 mean(g w x)), dw = sum of g x r; sums over D or N are matrix-vector."""
+        x, weight_D, inverse = ctx.saved_tensors
+        size = x.shape[-1]
+        grad_ND, x_ND, inverse_N = grads[0].reshape(-1, size).float(), x.reshape(-1, size).float(), inverse.flatten()
+        weight = weight_D.float()
+        product_ND = grad_ND * x_ND
+        dw = (inverse_N @ product_ND).to(weight_D.dtype) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            pull_N = (product_ND @ weight).mul_(inverse_N.square()).div_(-size)
+            dx_ND = torch.mul(grad_ND, weight, out=product_ND)
+            dx = dx_ND.addcmul_(x_ND, pull_N[:, None]).mul_(inverse_N[:, None]).view(x.shape).to(x.dtype)
+        return dx, dw, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_NF2: Tensor) -> Tensor:
+        gate, up = gate_up_NF2.chunk(2, -1)
+        silu = F.silu(gate)
+        ctx.save_for_backward(gate_up_NF2, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        gate_up_NF2, silu = ctx.saved_tensors
+        gate, up = gate_up_NF2.chunk(2, -1)
+        grad = torch.empty_like(gate_up_NF2)
+        d_gate, d_up = grad.chunk(2, -1)
+        torch.mul(grads[0], silu, out=d_up)
+        torch.mul(grads[0], up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return grad
