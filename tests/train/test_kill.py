@@ -72,6 +72,6 @@ def test_killed_twice_is_never_killed(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["full", "lora_dpo"])
 @pytest.mark.parametrize("save_every", [1, 7])
 def test_killed_a_dozen_times_is_never_killed(kind, save_every, tmp_path):
-    config = tiny_config(steps=400, log_every=1, save_every=save_every)
+    config = tiny_config(steps=200, log_every=1, save_every=save_every)
     run, calm, _ = killed_and_calm(kind, tmp_path, config, kills=12, seed=save_every)
     assert run == calm
