@@ -42,6 +42,17 @@ def run(
     emit(result, as_json, result["table"])
 
 
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with Prairie.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed keys.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe would do and cost; train nothing."""
+    run(recipe, overrides, plan=True, threads=threads, home=home, as_json=as_json)
+
+
 def demo(
     port: Annotated[int, typer.Option(help="Where the chat page stays open.")] = 8000,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="End instead of keeping the chat page open.")] = False,

@@ -131,16 +131,16 @@ class ChatGate:
     context: Context
     rules: GateRules
     tasks: list[str]
-    vote: Callable[[Version, Version], Compared | None]
-    """A blind comparison of (candidate, champion) by people; None when nobody can be asked: then votes that people who
-    do not teach cast before are the judges."""
+    vote: Callable[[Version, Version], Compared] | None = None
+    """A blind comparison of (candidate, champion) by people; None when nobody can be asked: then the votes of people
+    who do not teach, cast before, are the judges."""
     max_tokens: int = 48
 
     def judge(self, candidate: Version, champion: Version) -> Verdict:
         store, runtime = self.context.home.artifacts, self.context.runtime
         new = load_language_model(store.get(candidate.artifact_id), runtime)
         old = load_language_model(store.get(champion.artifact_id), runtime)
-        compared = self.vote(candidate, champion)
+        compared = self.vote(candidate, champion) if self.vote is not None else None
         comparisons = (
             compared.comparisons if compared is not None else held_out_votes(self.context, champion.line, new, old)
         )

@@ -1,0 +1,87 @@
+"""`prairie turn`, `prairie gate`: the wheel by hand, on the votes that people cast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prairie.cli.options import HomeOption, JsonOption, emit, open_home
+
+LEARN = {
+    "epochs": 2, "tokens_per_batch": 4096, "lr": 1e-3, "beta": 0.1, "sft_weight": 0.2, "weight_decay": 0.0,
+    "on_long": "truncate", "adapter": {"rank": 16, "alpha": 32.0},
+}  # fmt: skip
+"""How a line learns from votes when its command says nothing else."""
+
+TasksOption = Annotated[str, typer.Option(help="The suite that may not fall, joined by commas; default: all tasks.")]
+
+
+def turn(
+    line: Annotated[str, typer.Argument(help="The line to turn.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of learning.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Learn and judge; record and promote nothing.")] = False,
+    tasks: TasksOption = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
+    from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
+    from prairie.flywheel.loop import Flywheel
+    from prairie.store.registry import Registry
+
+    context = _context(line, home, threads, overrides or [], as_json)
+    config: Any = context.recipe.stages["turn"]
+    wheel = Flywheel(
+        line,
+        Registry(context.home),
+        ChatActor(context, line),
+        ChatLearner(context, config.learn, f"turn-{line}"),
+        ChatGate(context, config.gate, _tasks(tasks)),
+    )
+    with context.home.lock("run"):
+        turned = wheel.turn(dry=dry_run)
+    found = {**turned.to_json(), "dry_run": dry_run}
+    emit(found, as_json, f"turn {turned.number} of {line}: {turned.candidate.name}\n{turned.verdict.text()}")
+
+
+def gate(
+    candidate: Annotated[str, typer.Argument(help="The version that wants to be champion.")],
+    champion: Annotated[str, typer.Argument(help="The version that it is compared with.")],
+    tasks: TasksOption = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge whether one model is better than another by held-out people's votes; changes nothing."""
+    from prairie.flywheel.chat import ChatGate
+    from prairie.store.registry import Registry
+
+    context = _context("gate", home, threads, [], as_json)
+    config: Any = context.recipe.stages["turn"]
+    registry = Registry(context.home)
+    new, old = registry.resolve(candidate), registry.resolve(champion)
+    verdict = ChatGate(context, config.gate, _tasks(tasks)).judge(new, old)
+    found = {"candidate": new.name, "champion": old.name, "verdict": verdict.to_json()}
+    emit(found, as_json, f"{new.name} against {old.name}\n{verdict.text()}")
+
+
+def _context(line: str, home: Path | None, threads: int | None, overrides: list[str], quiet: bool) -> Any:
+    """A run of one stage, the turn; overrides name keys of its `learn`."""
+    from prairie.pipeline.context import Context
+    from prairie.recipe import resolve_recipe
+    from prairie.runtime import Progress, Runtime
+
+    stage = {"kind": "turn", "line": line, "start": "-", "server": "-", "tasks": [], "learn": dict(LEARN)}
+    tree = {"name": "turn", "about": f"a turn of {line}", "stages": {"turn": stage}}
+    recipe = resolve_recipe(tree, [f"turn.learn.{override}" for override in overrides], "the command")
+    runtime = Runtime.detect(seed=recipe.seed, threads=threads, progress=Progress(quiet=quiet))
+    return Context(recipe, open_home(home), runtime)
+
+
+def _tasks(names: str) -> list[str]:
+    from prairie.tasks.catalog import TASKS, task
+
+    return [task(name.strip()).name for name in names.split(",") if name.strip()] or list(TASKS)
