@@ -178,15 +178,17 @@ def test_kill_in_the_middle_leaves_only_what_the_next_one_removes(home):
             os.write(writing, b"!")
             signal.pause()
         os._exit(0)
-    assert os.read(reading, 1) == b"!"
-    held = rubbish(home)
-    assert len(held) == 2  # the folder and its lock
-    make(home.artifacts, "while it lives")
-    assert rubbish(home) == held, "the folder of a living process is not touched"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(reading)
-    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b"!"
+        held = rubbish(home)
+        assert len(held) == 2  # the folder and its lock
+        make(home.artifacts, "while it lives")
+        assert rubbish(home) == held, "the folder of a living process is not touched"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
     assert [a.name for a in home.artifacts.list()] == ["while it lives"]
     make(home.artifacts, "the next one")
     assert rubbish(home) == []

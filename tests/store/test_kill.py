@@ -2,10 +2,10 @@
 
 import os
 import random
-import select
 import signal
 import sqlite3
 import threading
+import time
 
 import pytest
 
@@ -50,11 +50,11 @@ def live_and_die(root, life, chance):
     reading, writing = os.pipe()
     child = forked(root, life, 10_000, lambda line: os.write(writing, line))
     os.close(writing)
-    acknowledged = os.read(reading, 65536)
-    wanted = chance.randrange(0, 2000)
-    while len(acknowledged) < wanted:
-        acknowledged += os.read(reading, 65536)
-    select.select([], [], [], chance.random() * 0.01)
+    wanted = chance.randrange(1, 2000)
+    acknowledged = b""
+    while len(acknowledged) < wanted and (more := os.read(reading, 65536)):
+        acknowledged += more
+    time.sleep(chance.random() * 0.01)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     while more := os.read(reading, 65536):
