@@ -95,7 +95,7 @@ class Import(_Stage):
 
 
 class Shape(_Strict):
-    """The size of a new Llama-shaped model. `depth` alone is enough: width = 32 x depth, heads of 32, as in the docs."""
+    """The size of a new Llama-shaped model. `depth` alone is enough: width = 32 x depth, heads of 32."""
 
     depth: int = Field(4, gt=0)
     dim: int | None = Field(None, gt=0)
@@ -122,6 +122,10 @@ class Learning(_Strict):
     tokens_per_batch: int = Field(4096, gt=0)
     micro_batches: int = Field(1, gt=0)
     lr: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon needs far fewer tokens on small models; adapters always take adamw."""
+    muon_lr: float = Field(0.02, gt=0)
+    """muon: the rate of the matrices inside the blocks; `lr` is that of everything else."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -269,7 +273,7 @@ class GateRules(_Strict):
 
 
 class Turn(_Stage):
-    """One turn of the wheel: people talk and vote, a candidate learns, the gate judges, the champion changes or stays."""
+    """One turn of the wheel: people vote, a candidate learns, the gate judges, the champion changes or stays."""
 
     kind: Literal["turn"]
     line: str

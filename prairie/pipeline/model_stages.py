@@ -186,6 +186,8 @@ def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
         tokens_per_batch=config.tokens_per_batch,
         micro_batches=config.micro_batches,
         lr=config.lr,
+        optimizer=config.optimizer,
+        muon_lr=config.muon_lr,
         warmup_steps=round(config.warmup * steps),
         schedule=config.schedule,
         min_lr_ratio=config.min_lr_ratio,

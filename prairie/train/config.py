@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from prairie.errors import TrainingError
-from prairie.train.optim import SCHEDULES, schedule_factor
+from prairie.train.optim import OPTIMIZERS, SCHEDULES, schedule_factor
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class TrainConfig:
     """Of one micro-batch; a step sees `micro_batches` times as many."""
     lr: float
     micro_batches: int = 1
+    optimizer: str = "adamw"
+    muon_lr: float = 0.02
+    """muon: the rate of the matrices inside the blocks; `lr` is that of everything else."""
     warmup_steps: int = 0
     schedule: str = "cosine"
     min_lr_ratio: float = 0.1
@@ -48,6 +51,8 @@ class TrainConfig:
             "tokens_per_batch": (self.tokens_per_batch >= 1, "1 or more"),
             "micro_batches": (self.micro_batches >= 1, "1 or more"),
             "lr": (0 < self.lr < math.inf, "above 0"),
+            "optimizer": (self.optimizer in OPTIMIZERS, " | ".join(OPTIMIZERS)),
+            "muon_lr": (0 < self.muon_lr < math.inf, "above 0"),
             "warmup_steps": (0 <= self.warmup_steps <= self.steps, f"0 to steps ({self.steps})"),
             "schedule": (self.schedule in SCHEDULES, " | ".join(SCHEDULES)),
             "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "0 to 1"),

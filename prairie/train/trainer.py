@@ -47,7 +47,7 @@ from prairie.train.checkpoint import (
 )
 from prairie.train.config import TrainConfig
 from prairie.train.objective import Objective, computing_in, judging
-from prairie.train.optim import AdamW
+from prairie.train.optim import AdamW, Muon, Optimizer
 from prairie.train.progress import MetricsFile, RunState, Step
 
 SAVING_SHARE = 0.05
@@ -128,7 +128,7 @@ class Trainer:
         learner: nn.Module = model if adapter is None else adapter
         self.parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         _check_learner(self.parameters)
-        self.optimizer = AdamW(self.parameters, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        self.optimizer = _optimizer(self.parameters, config)
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.identity = self._identity()
@@ -438,6 +438,15 @@ def _check_settings(
         raise TrainingError("training cannot run in this dtype", got=runtime.dtype, wanted="float32 | bfloat16")
     if runtime.world_size != 1:
         raise TrainingError("training runs in one process so far", got=f"world_size {runtime.world_size}", wanted="1")
+
+
+def _optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
+    if config.optimizer == "adamw":
+        return AdamW(parameters, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    return Muon(
+        parameters, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+        rate=config.muon_lr / config.lr,
+    )  # fmt: skip
 
 
 def _check_learner(parameters: Mapping[str, nn.Parameter]) -> None:
