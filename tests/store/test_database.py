@@ -12,7 +12,7 @@ from sqlalchemy.schema import CreateTable
 
 from prairie.errors import BusyError, NotFoundError, StorageFullError, StoreError
 from prairie.store import schema
-from prairie.store.database import Database
+from prairie.store.database import Database, _Work
 from prairie.store.schema import API_KEYS
 
 GOLDEN = Path(__file__).parent / "schema_1.sql"
@@ -297,41 +297,20 @@ def test_nobody_is_told_before_the_commit(path):
 
 
 def test_ctrl_c_in_one_writer_is_an_error_in_the_others(path):
+    """The one who is interrupted stops; those who waited for the same commit hear that it did not happen."""
     database = Database(path)
+    waiting = _Work(insert("waiting"))
+    database._queue.append(waiting)
 
     def interrupted(connection):
         raise KeyboardInterrupt
 
-    outcome = []
-    gate = threading.Event()
-
-    def hold(connection):
-        gate.wait(10)
-
-    def first():
-        try:
-            database.write(interrupted)
-        except KeyboardInterrupt as error:
-            outcome.append(error)
-
-    def second():
-        try:
-            database.write(insert("second"))
-        except StoreError as error:
-            outcome.append(error)
-
-    holder = threading.Thread(target=database.write, args=(hold,))
-    holder.start()
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
-    for number, thread in enumerate(threads, 1):
-        thread.start()
-        while len(database._queue) < number:
-            time.sleep(0.001)
-    gate.set()
-    for thread in [holder, *threads]:
-        thread.join(10)
-        assert not thread.is_alive()
-    assert {type(o) for o in outcome} == {KeyboardInterrupt, StoreError} or names(path) == {"second"}
+    with pytest.raises(KeyboardInterrupt):
+        database.write(interrupted)
+    assert waiting.done
+    with pytest.raises(StoreError, match="was interrupted; send it again"):
+        waiting.result()
+    assert names(path) == set()
     database.write(insert("later"))
     database.close()
-    assert "later" in names(path)
+    assert names(path) == {"later"}
