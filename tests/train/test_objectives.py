@@ -230,7 +230,7 @@ def test_held_out_figures_are_the_objectives_own():
     logps = reference_logprobs(reference, dataset)
     loss, sums = DPO(config, logps).loss(model, batch_of(dataset, list(range(18))))
     figures = held_out_preferences(model, dataset, reference_logps=logps, config=config, tokens_per_batch=60)
-    assert figures["loss"] == pytest.approx(float(loss) / 9, rel=1e-5) and figures["pairs"] == 9
+    assert figures["loss"] == pytest.approx(float(loss.detach()) / 9, rel=1e-5) and figures["pairs"] == 9
     for name, value in sums.items():
         assert figures[name] == pytest.approx(float(value) / 9, rel=1e-4, abs=1e-4)
     alone = [float(naive_logps(model, dataset, row).sum().detach()) for row in range(18)]
