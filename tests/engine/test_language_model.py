@@ -11,7 +11,7 @@ import torch
 
 import prairie
 from prairie.data.records import Message
-from prairie.data.tokenizer import Tokenizer
+from prairie.data.tokenizer import CHATML_SPECIALS, Tokenizer
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import AdapterError, ContextLengthError, ModelError, NotFoundError, RequestError, TokenizerError
 from prairie.models.weights import hash_of, save_model
@@ -131,7 +131,7 @@ def test_what_does_not_belong_together_is_refused(folders, tmp_path):
     naive.adapter(1).save(tmp_path / "template", base_hash=hash_of(naive.model()), template_hash="f" * 64)
     with pytest.raises(AdapterError, match="trained with another template: got template ffff"):
         LanguageModel.load(folders / "base", adapter=tmp_path / "template")
-    large = Tokenizer.train_bpe([f"{n * n} horse{chr(97 + n % 26)} {chr(98 + n % 7)}" for n in range(900)] * 2, 400)
+    large = Tokenizer.train_bpe(naive.TEXTS, 450, [*CHATML_SPECIALS, *(f"<{n}>" for n in range(100))])
     assert large.vocab_size > naive.tokenizer().vocab_size
     large.save(tmp_path / "other")
     with pytest.raises(TokenizerError, match="does not fit the model"):
