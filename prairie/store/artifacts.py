@@ -67,6 +67,11 @@ class Artifact:
         return list(self.manifest.get("events") or [])
 
     @property
+    def is_model(self) -> bool:
+        """Whether it holds weights: every model and adapter folder of Prairie states its hashes in `prairie.json`."""
+        return "prairie.json" in self.manifest["files"]
+
+    @property
     def created(self) -> float:
         """UNIX seconds."""
         return float(self.manifest["created"])

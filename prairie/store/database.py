@@ -13,6 +13,8 @@ sync then acknowledges many votes, and a lone vote waits for nobody. Not here: t
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -29,10 +31,11 @@ from sqlalchemy.exc import DBAPIError, StatementError
 from prairie.errors import BusyError, RequestError, StorageFullError, StoreError
 from prairie.store import schema
 from prairie.store.disk import disk_errors, sync_file
-from prairie.store.locks import locked
+from prairie.store.locks import locked, share
 
 BUSY_TIMEOUT_S = 20.0
 WORKS_PER_COMMIT = 256
+NO_SPACE_BYTES = 2**18
 CHEAP_CHECK_BYTES = 16 * 2**20
 """Up to this size the whole file is checked at every open; above it only after a shutdown that left a WAL behind."""
 
@@ -76,6 +79,10 @@ class Database:
         self._queue: deque[_Work[Any]] = deque()
         self._queue_lock = threading.Lock()
         self._commit_lock = threading.Lock()
+        self._committer: int | None = None
+        """The thread that commits just now."""
+        self._presence: int | None = None
+        """The descriptor that says that this process uses the file."""
         self._engine = create_engine(self.url, json_serializer=_to_json, pool_pre_ping=self.path is None)
         if self.url.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", self._set_up_connection)
@@ -83,7 +90,7 @@ class Database:
         try:
             self._open()
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     def write(self, work: Callable[[Connection], T]) -> T:
@@ -92,6 +99,7 @@ class Database:
         What `work` raises undoes its own writes only. It may share the commit with other threads' works; it must not
         commit by itself.
         """
+        assert self._committer != threading.get_ident(), "a work writes through its own connection"
         mine = _Work(work)
         with self._queue_lock:
             self._queue.append(mine)
@@ -139,9 +147,13 @@ class Database:
     def close(self) -> None:
         """Closes every connection; the last process to do so folds the write-ahead log into the file."""
         self._engine.dispose()
+        if self._presence is not None:
+            os.close(self._presence)
+            self._presence = None
 
     def _commit(self, batch: list[_Work[Any]]) -> None:
         """Runs a batch in one transaction. Every work of it is done afterwards, with a value or an error."""
+        self._committer = threading.get_ident()
         try:
             with (
                 self._errors(),
@@ -168,6 +180,7 @@ class Database:
                 work.error = StoreError(f"writing to {self.name} was interrupted", mend="send it again")
             raise
         finally:
+            self._committer = None
             for work in batch:
                 work.done = True
 
@@ -181,7 +194,9 @@ class Database:
         lock = self.path.with_name(self.path.name + ".lock")
         with locked(lock, f"the opening of {self.name}", wait_s=self._busy_timeout_s), self._errors():
             new = not self.path.exists()
-            unclean = self.path.with_name(self.path.name + "-wal").exists()
+            self._presence, alone = share(self.path.with_name(self.path.name + ".users"))
+            # The last user folds the log into the file. A log that nobody uses was left by a process that died.
+            unclean = alone and self.path.with_name(self.path.name + "-wal").exists()
             with self._engine.connect() as connection:
                 cursor = connection.connection.cursor()
                 if not new and (unclean or self.path.stat().st_size <= CHEAP_CHECK_BYTES):
@@ -260,7 +275,7 @@ class Database:
         original = error.orig if isinstance(error, StatementError) else error
         name = getattr(original, "sqlite_errorname", "") or ""
         text = str(original)
-        if name.startswith("SQLITE_FULL") or "disk is full" in text:
+        if name.startswith("SQLITE_FULL") or (name.startswith("SQLITE_IOERR") and self._no_space()):
             return StorageFullError(
                 f"{self.name} cannot be written: the disk is full", mend="free some space and try again"
             )
@@ -276,6 +291,13 @@ class Database:
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return self._damaged(text)
         return StoreError(f"{self.name} failed", got=" ".join(text.split()) or type(original).__name__)
+
+    def _no_space(self) -> bool:
+        """SQLite calls a full disk an I/O error when it meets it while syncing or mapping its log."""
+        try:
+            return self.path is not None and shutil.disk_usage(self.path.parent).free < NO_SPACE_BYTES
+        except OSError:
+            return False
 
     def _damaged(self, text: str) -> StoreError:
         return StoreError(

@@ -32,6 +32,7 @@ KINDS = ("thumb", "rating", "choice", "edit", "comment", "retract")
 TEXT_LIMIT = 100_000
 NAME_LIMIT = 200
 CHOICE_LIMIT = 32
+CRASHED = "crashed"
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class FeedbackStore:
         before = time.time() - older_than_s
         stale = update(RESPONSES).where(RESPONSES.c.status == "started", RESPONSES.c.created <= before)
         return self.home.database.write(
-            lambda connection: connection.execute(stale.values(status="aborted", finish_reason="crashed")).rowcount
+            lambda connection: connection.execute(stale.values(status="aborted", finish_reason=CRASHED)).rowcount
         )
 
     def get_response(self, id: str) -> Response:
@@ -264,6 +265,7 @@ class FeedbackStore:
         since: float | None = None,
         purpose: str | None = None,
         line: str | None = None,
+        response_id: str | None = None,
     ) -> list[FeedbackEvent]:
         """All that was said, in the order in which it came, retractions and second thoughts included."""
         query = select(FEEDBACK_EVENTS).join(RESPONSES).order_by(FEEDBACK_EVENTS.c.seq)
@@ -274,6 +276,8 @@ class FeedbackStore:
             query = query.where(FEEDBACK_EVENTS.c.user.in_(list(users)))
         if since is not None:
             query = query.where(FEEDBACK_EVENTS.c.created >= since)
+        if response_id is not None:
+            query = query.where(FEEDBACK_EVENTS.c.response_id == response_id)
         with self.home.database.read() as connection:
             return [_event(row) for row in connection.execute(query).mappings()]
 
@@ -365,8 +369,8 @@ class FeedbackStore:
         """
         now = time.time()
         blank: dict[str, Any] = {
-            "status": "forgotten", "user": None, "prompt": "", "text": None, "token_ids": None, "logprobs": None,
-            "sampling": {}, "surface": None,
+            "status": "forgotten", "finish_reason": None, "user": None, "prompt": "", "text": None,
+            "token_ids": None, "logprobs": None, "sampling": {}, "surface": None,
         }  # fmt: skip
 
         def run(connection: Connection) -> tuple[list[str], int]:
@@ -398,7 +402,7 @@ class FeedbackStore:
         artifacts = self.home.artifacts
         datasets = [artifact for artifact in artifacts.list() if wanted & set(artifact.events)]
         made = artifacts.made_from([dataset.id for dataset in datasets])
-        models = [artifact for artifact in made if artifact.kind in ("model", "adapter")]
+        models = [artifact for artifact in made if artifact.is_model]
         registry = self.home.registry
         names = {a.id: [v for v in registry.versions_of(a.id) if v.artifact_id == a.id] for a in models}
         champions = {v.name for line in registry.lines() if (v := registry.champion(line)) is not None}
@@ -428,9 +432,13 @@ class FeedbackStore:
         }
 
         def run(connection: Connection) -> None:
-            # A user who asks to be forgotten while the answer is under way stays forgotten.
-            open_row = (RESPONSES.c.id == id) & (RESPONSES.c.status == "started")
-            if connection.execute(update(RESPONSES).where(open_row).values(**values)).rowcount == 0:
+            # Taken for dead by `abort_started`, but alive: then what it says counts. A user who asks to be forgotten
+            # while the answer is under way stays forgotten.
+            is_open = (RESPONSES.c.status == "started") | (RESPONSES.c.finish_reason == CRASHED)
+            if (
+                connection.execute(update(RESPONSES).where(RESPONSES.c.id == id, is_open).values(**values)).rowcount
+                == 0
+            ):
                 present = _response_row(connection, id)["status"]
                 if present != "forgotten":
                     raise ConflictError(f"response {id} is {present} already")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -42,17 +43,22 @@ class Home:
         """`url`: an SQLAlchemy URL in place of HOME/prairie.db."""
         self.root = Path(root).expanduser().absolute() if root is not None else default_home().absolute()
         self.url = url
+        self._opening = threading.Lock()
+        self._database: Database | None = None
         with disk_errors(f"the home {self.root} cannot be made"):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("artifacts", "work", "tmp", "locks"):
                 (self.root / name).mkdir(exist_ok=True)
 
-    @cached_property
+    @property
     def database(self) -> Database:
         """Opened at first use."""
-        from prairie.store.database import Database
+        with self._opening:
+            if self._database is None:
+                from prairie.store.database import Database
 
-        return Database(self.url or self.root / "prairie.db")
+                self._database = Database(self.url or self.root / "prairie.db")
+            return self._database
 
     @cached_property
     def artifacts(self) -> ArtifactStore:
@@ -95,11 +101,11 @@ class Home:
         return locked(self.root / "locks" / f"{_file_name(name)}.lock", f"`{name}` of {self.root}", wait_s)
 
     def close(self) -> None:
-        """Closes the database if it was opened."""
-        if "database" in self.__dict__:
-            self.database.close()
-            for name in ("database", "registry", "feedback", "keys", "artifacts"):
-                self.__dict__.pop(name, None)
+        """Closes the database if it was opened; it opens again when it is used again."""
+        with self._opening:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
 
     def __enter__(self) -> Home:
         return self

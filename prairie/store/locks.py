@@ -55,6 +55,22 @@ def locked(path: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
         os.close(descriptor)
 
 
+def share(path: Path) -> tuple[int, bool]:
+    """Marks this process as one of the users of something until the descriptor is closed; True when it is the only one.
+
+    Two processes must not do so at the same moment: call it under `locked`.
+    """
+    with disk_errors(f"the lock {path} cannot be made"):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except BlockingIOError:
+        alone = False
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor, alone
+
+
 def _holder(path: Path) -> str:
     """The pid that stands in a lock file, `unknown` if its holder has not written it yet."""
     try:

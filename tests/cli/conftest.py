@@ -55,6 +55,8 @@ def filled(root):
         def make(kind, name, inputs=(), events=()):
             with home.artifacts.create(kind, name, {"name": name}, list(inputs), "", events=events) as folder:
                 (folder / "config.json").write_text("{}")
+                if kind != "dataset":
+                    (folder / "prairie.json").write_text("{}")
                 (folder / "sub").mkdir()
                 (folder / "sub" / "model.safetensors").write_text(name)
             return home.artifacts.id_of(kind, {"name": name}, list(inputs), "")

@@ -1,12 +1,14 @@
 """The database: migrations, refusals, durability settings, shared commits, and how it fails."""
 
+import os
+import signal
 import sqlite3
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event, func, select, text
+from sqlalchemy import Engine, event, func, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -150,6 +152,48 @@ def test_a_damaged_page_is_found_at_open(path):
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"is damaged.*put a backup in its place.*\.recover"):
         Database(path)
+
+
+def test_a_large_file_is_checked_only_after_a_death(path, monkeypatch):
+    monkeypatch.setattr("prairie.store.database.CHEAP_CHECK_BYTES", 0)
+    asked = []
+
+    def opened():
+        def watch(connection, _record):
+            connection.set_trace_callback(lambda sql: asked.append(sql) if "quick_check" in sql else None)
+
+        event.listen(Engine, "connect", watch)
+        asked.clear()
+        database = Database(path)
+        event.remove(Engine, "connect", watch)
+        return database, bool(asked)
+
+    first, _ = opened()
+    first.write(insert("one"))
+    second, checked = opened()
+    assert not checked, "the log is in use by another one"
+    first.close()
+    second.close()
+    third, checked = opened()
+    assert not checked, "the last one closed it"
+    third.close()
+    child = os.fork()
+    if child == 0:
+        Database(path).write(insert("two"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    fourth, checked = opened()
+    assert checked, "a log that nobody uses"
+    fourth.close()
+
+
+def test_a_work_that_writes_through_the_database_is_a_mistake(path):
+    database = Database(path)
+    with pytest.raises(AssertionError, match="its own connection"):
+        database.write(lambda connection: database.write(insert("inner")))
+    database.write(insert("outer"))
+    database.close()
+    assert names(path) == {"outer"}
 
 
 def test_a_file_that_is_no_database_is_a_sentence(path):

@@ -75,6 +75,8 @@ def test_what_was_cut_off_is_said_to_be(home):
     assert feedback.abort_started(older_than_s=50) == 1
     assert feedback.get_response("old").finish_reason == "crashed"
     assert feedback.get_response("young").status == "started"
+    feedback.finish_response("old", [5], None, "alive after all", "stop")
+    assert (feedback.get_response("old").status, feedback.get_response("old").finish_reason) == ("done", "stop")
 
 
 # Adding
@@ -286,6 +288,7 @@ def test_events_are_narrowed(feedback):
     assert [e.kind for e in feedback.events(["rating"])] == ["rating"]
     assert [e.kind for e in feedback.events(users=["bob"])] == ["rating", "thumb"]
     assert [e.response_id for e in feedback.events(purpose="gate")] == ["judged"]
+    assert [e.kind for e in feedback.events(response_id="r1")] == ["thumb", "rating"]
     assert feedback.events(since=time.time() + 1) == []
     assert len(feedback.events(since=time.time() - 10, line="spark")) == 3
 
@@ -326,13 +329,14 @@ def test_forget_deletes_on_the_disk_and_names_what_learned(home):
 
     def make(kind, name, inputs, events=()):
         with store.create(kind, name, {"name": name}, inputs, "", events=events) as folder:
-            (folder / "x").write_text(name)
+            (folder / ("prairie.json" if kind == "candidate" else "x")).write_text("{}")
         return store.id_of(kind, {"name": name}, inputs, "")
 
     dataset = make("dataset", "votes", [], [own, kept])
     clean = make("dataset", "clean", [], [kept])
-    model = make("model", "learned", [dataset])
-    make("model", "innocent", [clean])
+    model = make("candidate", "learned", [dataset])
+    later = make("candidate", "went on from it", [model, clean])
+    make("candidate", "innocent", [clean])
     home.registry.register("spark", model, kind="model")
     home.registry.promote("spark@1")
 
@@ -345,7 +349,10 @@ def test_forget_deletes_on_the_disk_and_names_what_learned(home):
     assert not readable(b"SECRET-ANSWER") and not readable(b"SECRET-PROMPT") and not readable(b"SECRET-COMMENT")
     assert (report["events"], report["responses"], report["erased_from_log"]) == (1, 1, True)
     assert report["datasets"] == [{"id": dataset, "name": "votes", "events": 1}]
-    assert report["models"] == [{"id": model, "name": "learned", "versions": ["spark@1"]}]
+    assert report["models"] == [
+        {"id": model, "name": "learned", "versions": ["spark@1"]},
+        {"id": later, "name": "went on from it", "versions": []},
+    ]
     assert report["champions"] == ["spark@1"]
     assert feedback.forgotten() == [own]
     tomb = feedback.get_response("r1")
