@@ -1,9 +1,9 @@
-"""The exception tree. Every message is one sentence that says what happened, what was got, what was wanted and the mend.
+"""The exception tree. Every message is one sentence that says what happened, was got, was wanted, and the mend.
 
     raise DataError("row 17 of chats.jsonl has no assistant turn", got="roles user, user",
                     wanted="at least one assistant message", mend="remove the row or add the answer")
 
-A command prints the sentence and leaves with `exit_code`; the server answers with `http_status` and OpenAI's error object.
+A command prints the sentence and leaves with `exit_code`; the server answers with `http_status` and an error object.
 """
 
 from __future__ import annotations

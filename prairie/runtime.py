@@ -1,4 +1,4 @@
-"""The machine as a value: device, dtype, threads, seed, progress. Built once by the command and passed on, never global.
+"""The machine as a value: device, dtype, threads, seed, progress. Built once by a command, passed on, never global.
 
 torch is imported inside the functions, so that commands that do not compute answer at once.
 """

@@ -103,6 +103,10 @@ class TaskChange:
             "holds": self.holds,
         }
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> TaskChange:
+        return cls(row["task"], row["before"], row["after"], Interval(**row["change"]), row["margin"])
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -138,6 +142,17 @@ class Verdict:
             "probes": [probe.to_json() for probe in self.probes],
             "reasons": list(self.reasons),
         }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Verdict:
+        """The verdict that `to_json` wrote."""
+        return cls(**{
+            **row,
+            "win_rate": math.nan if row["win_rate"] is None else row["win_rate"],
+            "suite": {name: TaskChange.from_json(change) for name, change in row["suite"].items()},
+            "probes": tuple(Probe(p["name"], p["value"], p["low"], p["high"]) for p in row["probes"]),
+            "reasons": tuple(row["reasons"]),
+        })  # fmt: skip
 
     def text(self) -> str:
         """The verdict on one screen."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from prairie.errors import NotFoundError
 from prairie.flywheel.gate import Verdict
 from prairie.store.artifacts import Artifact
-from prairie.store.registry import Registry, Version
+from prairie.store.registry import Registry, Turn, Version
 
 
 class Actor(Protocol):
@@ -67,9 +67,13 @@ class Flywheel:
     learner: Learner
     gate: Gate
 
-    def turn(self, *, dry: bool = False) -> Turned:
+    def turn(self, *, dry: bool = False, key: str | None = None) -> Turned:
         """One turn; `dry` judges and promotes nobody. Raises NotFoundError if the line has no champion; whatever fails
-        on the way changes no line. A turn whose process died is done again and ends as it would have."""
+        on the way changes no line. A turn whose process died is done again and ends as it would have; what was turned
+        under the same `key` before is not turned twice, its recorded outcome is returned."""
+        known = self.registry.turn_of(self.line, key) if key is not None else None
+        if known is not None:
+            return self._recall(known)
         number = 1 + max((turn.number for turn in self.registry.turns(self.line)), default=0)
         champion = self.registry.champion(self.line)
         if champion is None:
@@ -79,11 +83,11 @@ class Flywheel:
         verdict = self.gate.judge(candidate, champion)
         turned = Turned(number, champion, candidate, records, verdict)
         if not dry:
-            self._remember(turned)
+            self._remember(turned, key)
         return turned
 
-    def _remember(self, turned: Turned) -> None:
-        """The turn's row, then the champion's: a crash between the two is seen by the next turn's first look."""
+    def _remember(self, turned: Turned, key: str | None) -> None:
+        """The turn's row and the champion's, in one transaction."""
         self.registry.record_turn(
             self.line,
             turned.number,
@@ -92,6 +96,16 @@ class Flywheel:
             turned.records.id,
             turned.verdict.to_json(),
             turned.verdict.passed,
+            key,
         )
-        if turned.verdict.passed:
-            self.registry.promote(turned.candidate, why=f"turn {turned.number}", verdict=turned.verdict.to_json())
+
+    def _recall(self, turn: Turn) -> Turned:
+        """What a recorded turn did."""
+        versions = {version.artifact_id: version for version in self.registry.versions(self.line)}
+        return Turned(
+            turn.number,
+            versions[str(turn.champion)],
+            versions[str(turn.candidate)],
+            self.registry.home.artifacts.get(str(turn.dataset)),
+            Verdict.from_json(turn.verdict),
+        )

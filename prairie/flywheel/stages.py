@@ -36,7 +36,7 @@ class Caller(threading.Thread):
         self._stop_asking = threading.Event()
 
     def run(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=30, headers={"X-Prairie-Purpose": "probe"}) as client:
+        with httpx.Client(base_url=self.url, timeout=30, headers={"X-Prairie-Purpose": "gate"}) as client:
             while not self._stop_asking.wait(self.every_s):
                 self.requests += 1
                 body = {"model": self.line, "messages": [{"role": "user", "content": "1 + 1"}], "max_tokens": 4}
@@ -61,7 +61,8 @@ class Caller(threading.Thread):
 
 
 def turn(work: Work) -> dict[str, Any]:
-    """Carries out one turn; done again after a crash it doubles no vote and promotes nothing twice."""
+    """Carries out one turn; done again after a crash it doubles no vote and turns nothing twice (`talk` is then None:
+    nobody was sent)."""
     config: Turn = work.config
     context, url = work.context, str(work.inputs[config.server].figures["url"])
     actor = ChatActor(
@@ -75,14 +76,12 @@ def turn(work: Work) -> dict[str, Any]:
     caller = Caller(url, config.line)
     caller.start()
     try:
-        turned = Flywheel(config.line, Registry(context.home), actor, learner, gate).turn()
+        turned = Flywheel(config.line, Registry(context.home), actor, learner, gate).turn(key=work.identity)
         switched_s = caller.wait_for(turned.winner.artifact_id)
     finally:
         caller.stop()
     first = _first_version(context, config.line)
     true = true_win_rate(context, turned.winner, first, config)
-    talked = actor.report
-    assert talked is not None
     return {
         **turned.to_json(),
         "champion_artifact": turned.winner.artifact_id,
@@ -97,8 +96,8 @@ def turn(work: Work) -> dict[str, Any]:
         ),
         "rows": turned.records.figures["rows"],
         "votes": turned.records.figures["votes"],
-        "talk": talked.to_json(),
-        "learned": learner.figures,
+        "talk": actor.report.to_json() if actor.report is not None else None,
+        "learned": turned.candidate.figures,
         "during": {"requests": caller.requests, "failed": caller.failed, "switched_s": switched_s},
     }
 

@@ -39,6 +39,11 @@ class Made:
         """The artifact id that later stages stand on; empty for a service."""
         return self.artifact.id if self.artifact else str(self.figures.get("artifact", ""))
 
+    @property
+    def stands_on(self) -> list[str]:
+        """The artifacts that what is made from this stage is made from: after a turn, its champion as well."""
+        return [id for id in dict.fromkeys((self.identity, str(self.figures.get("champion_artifact", "")))) if id]
+
 
 @dataclass
 class Context:
@@ -64,6 +69,8 @@ class Work:
     """Where the product is written; becomes the artifact when the stage ends well."""
     scratch: Path
     """Survives a kill: checkpoints live here until the artifact exists."""
+    identity: str = ""
+    """The id that the artifact will have; the same work done again after a kill has the same. Empty if it leaves none."""
 
     def model(self, name: str) -> Artifact:
         """The model that a stage gave: what it made, what it published, or the champion after its turn."""

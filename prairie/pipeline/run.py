@@ -55,7 +55,7 @@ def make_artifact(context: Context, handler: Handler, name: str, config: Any, in
         "reads": {read: made.identity for read, made in inputs.items()},
         "outside": handler.outside(config),
     }
-    below = [made.identity for made in inputs.values() if made.identity]
+    below = list(dict.fromkeys(id for made in inputs.values() for id in made.stands_on))
     code = code_revision(handler.rooms)
     identity = store.id_of(config.kind, keys, below, code)
     found = store.find(identity)
@@ -63,7 +63,7 @@ def make_artifact(context: Context, handler: Handler, name: str, config: Any, in
         return Made(name, config.kind, found.figures, found, time.monotonic() - began, reused=True)
     figures: dict[str, Any] = {}
     with store.create(config.kind, name, keys, below, code, figures=figures) as folder:
-        figures.update(handler.make(Work(context, name, config, inputs, folder, context.home.work(identity))))
+        figures.update(handler.make(Work(context, name, config, inputs, folder, context.home.work(identity), identity)))
         figures["seconds"] = round(time.monotonic() - began, 2)
     context.home.clear_work(identity)
     return Made(name, config.kind, figures, store.get(identity), time.monotonic() - began)

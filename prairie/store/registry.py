@@ -80,6 +80,8 @@ class Turn:
     dataset: str | None
     verdict: dict[str, Any]
     promoted: bool
+    key: str | None
+    """Of the work that turned."""
     created: float
 
     def to_json(self) -> dict[str, Any]:
@@ -270,8 +272,15 @@ class Registry:
         dataset: str | None,
         verdict: Mapping[str, Any],
         promoted: bool,
+        key: str | None = None,
     ) -> Turn:
-        """Appends a turn; the same again changes nothing. ConflictError when the number holds another outcome."""
+        """Appends a turn and, when `promoted`, makes its candidate the champion: one transaction, both or neither.
+
+        `key` names the work that turned, so that the work done again finds its turn (`turn_of`). The same again changes
+        nothing, not even a champion that was rolled back since. Raises ConflictError when the number or the key holds
+        another outcome, or when the candidate was judged against a version that is champion no more; NotFoundError when
+        it is no version of the line.
+        """
         row = {
             "line": line,
             "number": number,
@@ -280,19 +289,32 @@ class Registry:
             "dataset": dataset,
             "verdict": json.loads(json.dumps(dict(verdict))),
             "promoted": promoted,
+            "key": key,
         }
 
         def run(connection: Connection) -> Turn:
-            query = select(TURNS).where(TURNS.c.line == line, TURNS.c.number == number)
-            known = connection.execute(query).mappings().first()
+            query = select(TURNS).where(TURNS.c.line == line)
+            same = TURNS.c.number == number
+            if key is not None:
+                same |= TURNS.c.key == key
+            known = connection.execute(query.where(same)).mappings().first()
             if known is None:
+                if promoted:
+                    _promote_after_turn(connection, row)
                 connection.execute(TURNS.insert().values(created=time.time(), **row))
-                known = connection.execute(query).mappings().one()
-            elif {key: known[key] for key in row} != row:
-                raise ConflictError(f"turn {number} of line {line} is recorded already, with another outcome")
+                known = connection.execute(query.where(TURNS.c.number == number)).mappings().one()
+            elif {name: known[name] for name in row} != row:
+                raise ConflictError(f"turn {known['number']} of line {line} is recorded already, with another outcome")
             return Turn(**known)
 
         return self.home.database.write(run)
+
+    def turn_of(self, line: str, key: str) -> Turn | None:
+        """The turn that was recorded under this key, None when there is none."""
+        with self.home.database.read() as connection:
+            query = select(TURNS).where(TURNS.c.line == line, TURNS.c.key == key)
+            row = connection.execute(query).mappings().first()
+            return None if row is None else Turn(**row)
 
     def turns(self, line: str) -> list[Turn]:
         """All turns of a line, oldest first."""
@@ -355,6 +377,24 @@ def _set_champion(
             verdict=dict(verdict) if verdict is not None else None, created=time.time(),
         )
     )  # fmt: skip
+
+
+def _promote_after_turn(connection: Connection, turn: Mapping[str, Any]) -> None:
+    """Makes the candidate of a turn champion, if the champion is still the one that it was judged against."""
+    line, present = turn["line"], _champion_number(connection, turn["line"])
+    if present is None or _one(connection, line, present)["artifact_id"] != turn["champion"]:
+        raise ConflictError(
+            f"the champion of {line} changed while turn {turn['number']} was under way",
+            got="nobody" if present is None else f"{line}@{present}", wanted=f"artifact {turn['champion']}",
+            mend="turn again",
+        )  # fmt: skip
+    query = select(VERSIONS.c.number).where(VERSIONS.c.line == line, VERSIONS.c.artifact_id == turn["candidate"])
+    number = connection.execute(query).scalar()
+    if number is None:
+        raise NotFoundError(f"the candidate of turn {turn['number']} is no version of {line}", got=turn["candidate"])
+    if number != present:
+        why = f"turn {turn['number']}"
+        _set_champion(connection, line, "promote", number, present, None, why, turn["verdict"])
 
 
 def _succession(connection: Connection, line: str) -> list[int]:

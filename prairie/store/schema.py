@@ -88,7 +88,9 @@ TURNS = Table(
     Column("dataset", String(64), nullable=True),
     Column("verdict", _Json, nullable=False),
     Column("promoted", Boolean, nullable=False),
+    Column("key", String(200), nullable=True, comment="of the work that turned; done again it finds this row"),
     Column("created", Float, nullable=False),
+    UniqueConstraint("line", "key", name="one_turn_per_key"),
 )
 
 RESPONSES = Table(

@@ -82,8 +82,10 @@ CREATE TABLE turns (
 	dataset VARCHAR(64), 
 	verdict JSON NOT NULL, 
 	promoted BOOLEAN NOT NULL, 
+	"key" VARCHAR(200), 
 	created FLOAT NOT NULL, 
-	PRIMARY KEY (line, number)
+	PRIMARY KEY (line, number), 
+	CONSTRAINT one_turn_per_key UNIQUE (line, "key")
 );
 CREATE TABLE versions (
 	line VARCHAR(200) NOT NULL, 

@@ -150,16 +150,68 @@ def test_lineage_goes_down_to_the_votes(home):
     json.dumps(tree)
 
 
-def test_turns(home):
+def test_turns(home, line):
     registry = home.registry
-    turn = registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.01, "pair": (1, 2)}, True)
-    assert turn.verdict == {"p": 0.01, "pair": [1, 2]}
-    assert registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.01, "pair": (1, 2)}, True) == turn
-    with pytest.raises(ConflictError, match="recorded already"):
+    verdict = {"p": 0.01, "pair": (1, 2)}
+    turn = registry.record_turn("spark", 1, "a", "b", "d", verdict, False)
+    assert (turn.verdict, turn.key) == ({"p": 0.01, "pair": [1, 2]}, None)
+    assert registry.record_turn("spark", 1, "a", "b", "d", verdict, False) == turn
+    with pytest.raises(ConflictError, match="turn 1 of line spark is recorded already"):
         registry.record_turn("spark", 1, "a", "b", "d", {"p": 0.5}, False)
     registry.record_turn("spark", 2, "b", None, None, {}, False)
     assert [t.number for t in registry.turns("spark")] == [1, 2]
     assert registry.turns("other") == []
+    assert registry.history("spark") == []
+
+
+def test_a_turn_and_its_promotion_are_one_transaction(home, line):
+    registry = home.registry
+    registry.promote(line[0])
+    outcome = (line[0].artifact_id, line[1].artifact_id, "d", {"passed": True}, True)
+    for name, sabotage in (
+        ("turn", "before insert on turns"),
+        ("history", "before insert on registry_events"),
+        ("champion", "before update on lines"),
+    ):
+        home.database.write(
+            lambda c, name=name, when=sabotage: c.exec_driver_sql(
+                f"create trigger {name} {when} begin select raise(abort, 'no {name}'); end"
+            )
+        )
+        with pytest.raises(StoreError, match=f"no {name}"):
+            registry.record_turn("spark", 1, *outcome)
+        assert (registry.champion("spark"), registry.turns("spark"), len(registry.history("spark"))) == (line[0], [], 1)
+        home.database.write(lambda c, name=name: c.exec_driver_sql(f"drop trigger {name}"))
+    turn = registry.record_turn("spark", 1, *outcome)
+    assert registry.champion("spark") == line[1] and registry.turns("spark") == [turn]
+    promotion = registry.history("spark")[-1]
+    assert (promotion.previous, promotion.why, promotion.verdict) == (1, "turn 1", {"passed": True})
+
+
+def test_a_turn_is_found_by_its_key_and_not_recorded_twice(home, line):
+    registry = home.registry
+    registry.promote(line[0])
+    outcome = (line[0].artifact_id, line[1].artifact_id, "d", {}, True)
+    turn = registry.record_turn("spark", 1, *outcome, key="k")
+    assert registry.turn_of("spark", "k") == turn
+    assert registry.turn_of("spark", "other") is None and registry.turn_of("other", "k") is None
+    registry.rollback("spark")
+    assert registry.record_turn("spark", 1, *outcome, key="k") == turn
+    assert registry.champion("spark") == line[0], "a repeat does not undo a roll-back"
+    with pytest.raises(ConflictError, match="turn 1 of line spark is recorded already"):
+        registry.record_turn("spark", 2, *outcome, key="k")
+
+
+def test_who_cannot_win_a_turn(home, line):
+    registry = home.registry
+    with pytest.raises(ConflictError, match="champion of spark changed while turn 1 was under way: got nobody"):
+        registry.record_turn("spark", 1, line[0].artifact_id, line[1].artifact_id, "d", {}, True)
+    registry.promote(line[2])
+    with pytest.raises(ConflictError, match="got spark@3"):
+        registry.record_turn("spark", 1, line[0].artifact_id, line[1].artifact_id, "d", {}, True)
+    with pytest.raises(NotFoundError, match="no version of spark"):
+        registry.record_turn("spark", 1, line[2].artifact_id, "ffffffffffffffff", "d", {}, True)
+    assert registry.turns("spark") == [] and registry.champion("spark") == line[2]
 
 
 def test_a_registry_opens_a_home_by_its_path(home, line):
