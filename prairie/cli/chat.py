@@ -60,12 +60,15 @@ def chat(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     opening = (Message("system", system),) if system else ()
-    runtime = Runtime.detect(threads=threads)
-    if Path(model).expanduser().is_dir():
-        loaded, store, version = _from_folder(model, runtime), None, None
-    else:
+    store, version = None, None
+    if not Path(model).expanduser().is_dir():
+        # Before torch is imported: a name that is unknown is said at once.
         store = open_home(home)
-        loaded, version = _from_registry(store, model, runtime)
+        version = store.registry.resolve(model)
+    runtime = Runtime.detect(threads=threads)
+    loaded = (
+        _load_folder(model, runtime) if store is None or version is None else _load_version(store, version, runtime)
+    )
     if prompt is None:
         Conversation(loaded, params, opening, model, store, version).run()
         return
@@ -202,21 +205,20 @@ class Conversation:
         say("saved")
 
 
-def _from_folder(folder: str, runtime: Runtime) -> LanguageModel:
+def _load_folder(folder: str, runtime: Runtime) -> LanguageModel:
     from prairie.engine.language_model import LanguageModel
 
     return LanguageModel.load(Path(folder).expanduser(), runtime=runtime)
 
 
-def _from_registry(store: Home, name: str, runtime: Runtime) -> tuple[LanguageModel, Version]:
+def _load_version(store: Home, version: Version, runtime: Runtime) -> LanguageModel:
     from prairie.engine.language_model import LanguageModel
 
-    version = store.registry.resolve(name)
     folder = store.artifacts.get(version.artifact_id).path
     if version.base_artifact_id is None:
-        return LanguageModel.load(folder, runtime=runtime), version
+        return LanguageModel.load(folder, runtime=runtime)
     base = store.artifacts.get(version.base_artifact_id).path
-    return LanguageModel.load(base, adapter=folder, runtime=runtime), version
+    return LanguageModel.load(base, adapter=folder, runtime=runtime)
 
 
 def _print_piece(text: str) -> None:

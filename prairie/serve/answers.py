@@ -1,7 +1,7 @@
 """What goes out over HTTP: OpenAI's chat and text completion objects, whole and as stream chunks.
 
-Plain functions from tokens to JSON-able dicts; no state, no IO. Beside OpenAI's fields every choice carries `response_id`
-(what a vote refers to) and the top level carries `prairie`: the version that made the answer.
+Plain functions from tokens to JSON-able dicts; no state, no IO. Beside OpenAI's fields every choice carries
+`response_id` (what a vote refers to) and the top level carries `prairie`: the version that made the answer.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 class TokenText:
-    """Names of single tokens for log-probabilities; half characters show as U+FFFD in `token` and exactly in `bytes`."""
+    """Names of single tokens for log-probabilities; half characters are U+FFFD in `token` and exact in `bytes`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -33,7 +33,7 @@ from prairie.serve.metrics import CONTENT_TYPE, Metrics
 from prairie.serve.models import Models
 from prairie.serve.records import feedback_of
 from prairie.serve.reload import Keys, Watcher
-from prairie.serve.schema import ChatRequest, CompletionRequest, ErrorBody, FeedbackRequest, sound
+from prairie.serve.schema import ChatRequest, CompletionRequest, ErrorBody, FeedbackRequest
 from prairie.serve.scoring import score
 from prairie.serve.stream import Chat, EventStream, Text, Whole
 from prairie.serve.worker import Worker
@@ -187,7 +187,7 @@ def _caller(user: str | None, surface: str | None, purpose: str | None) -> Calle
         raise RequestError(
             "unknown X-Prairie-Purpose", got=repr(purpose), wanted="chat | gate", param="X-Prairie-Purpose"
         )
-    return Caller(sound(user) if user else None, surface or "api", purpose or "chat")
+    return Caller(user or None, surface or "api", purpose or "chat")
 
 
 def _completions(app: FastAPI, service: Service) -> None:
@@ -240,13 +240,7 @@ def _feedback(app: FastAPI, service: Service) -> None:
         """A vote, edit, comment or retraction: 201 once it is on disk, 200 and the same id for the same key again."""
         from prairie.store.feedback import FeedbackEvent
 
-        event = FeedbackEvent(
-            sound(body.response_id),
-            body.kind,
-            sound(body.value),
-            sound(body.user) if body.user else None,
-            surface or "api",
-        )
+        event = FeedbackEvent(body.response_id, body.kind, body.value, body.user or None, surface or "api")
         id, created = await service.desk.do(home_feedback.add, event, idempotency_key)
         if created:
             service.metrics.votes.labels(body.kind).inc()

@@ -1,8 +1,9 @@
 """One request's answers while they are written: admission, prompts, records, tokens as they come, the end.
 
-The order that everything rests on: the rows of all choices are committed before the first byte is sent; a choice's whole
-answer is committed before its last byte is sent; whatever ends early (client gone, engine fault, shutdown) is cancelled at
-the next step and recorded as aborted with what it had said. Database work happens in threads, never on the event loop.
+The order that everything rests on: the rows of all choices are committed before the first byte is sent; a choice's
+whole answer is committed before its last byte is sent; whatever ends early (client gone, engine fault, shutdown) is
+cancelled at the next step and recorded as aborted with what it had said. Database work happens in threads, never on the
+event loop.
 Not here: HTTP (`app`, `stream`), JSON shapes (`answers`).
 """
 
@@ -193,7 +194,7 @@ class Desk:
 
 
 class Answer:
-    """The choices of one request from their start to their last record. A Sink of the worker; lives on the event loop."""
+    """The choices of one request from start to last record. A Sink of the worker; lives on the event loop."""
 
     def __init__(
         self,
@@ -278,7 +279,7 @@ class Answer:
         return self.choices
 
     async def close(self) -> None:
-        """Gives everything back, once; what had not ended is cancelled and recorded as aborted. Survives cancellation."""
+        """Gives everything back, once; what had not ended is cancelled and recorded as aborted. Cannot be cancelled."""
         if self._closed:
             return
         self._closed = True
@@ -398,11 +399,11 @@ def _choices(
     limit: int,
     stops: tuple[str, ...],
 ) -> list[Choice]:
-    """In a thread: prompts rendered and tokenised, one Choice for each answer. Raises RequestError, ContextLengthError."""
+    """In a thread: prompts rendered and tokenised, a Choice for each answer. RequestError, ContextLengthError."""
     from prairie.engine.request import Request
 
     seed = body.seed if body.seed is not None else secrets.randbits(48)
-    choices = []
+    choices: list[Choice] = []
     for prompt in prompts:
         prompt_ids, record = _prompt_ids(resident, prompt)
         _check_prompt(resident, prompt_ids, limit)

@@ -145,7 +145,7 @@ class Gate:
 def loopback_names(host: str) -> Callable[[str], bool]:
     """Which Host headers a server on a loopback address answers to: any IP address, localhost, and its own name.
 
-    A page from elsewhere can make a browser talk to 127.0.0.1 under a name of its own (DNS rebinding), never under these.
+    A page from elsewhere can make a browser talk to 127.0.0.1 under a name of its own (DNS rebinding), not under these.
     """
 
     def allowed(header: str) -> bool:

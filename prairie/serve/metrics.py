@@ -24,12 +24,10 @@ class Metrics:
             "prairie_http_requests", "HTTP requests answered", ["method", "route", "status"], registry=r
         )
         self.http_seconds = Histogram(
-            "prairie_http_request_seconds", "From the request line to the last byte", ["route"], buckets=LATENCY_S, registry=r
+            "prairie_http_request_seconds", "First line to last byte", ["route"], buckets=LATENCY_S, registry=r
         )  # fmt: skip
         self.choices = Counter("prairie_choices", "Answers finished", ["model", "finish_reason"], registry=r)
-        self.tokens = Counter(
-            "prairie_tokens", "Tokens by kind: prompt, cached, completion", ["model", "kind"], registry=r
-        )
+        self.tokens = Counter("prairie_tokens", "prompt, cached, completion", ["model", "kind"], registry=r)
         self.first_token = Histogram(
             "prairie_first_token_seconds", "From arrival to the first token", ["model"], buckets=LATENCY_S, registry=r
         )

@@ -1,9 +1,9 @@
 """Which versions are in memory, under which names, and for how long.
 
 A base model is loaded once (an engine); every version that is an adapter on it adds only its adapter. A name ("spark",
-"spark:poet") points at its line's champion; a refresh moves all pointers at once, and a request keeps the version it was
-given at its start until its end. A version leaves memory when no name points at it and nobody uses it; one that was asked
-for by number or id ("spark@3") may stay for a while, so that a candidate can be judged without being read again each time.
+"spark:poet") points at its line's champion; a refresh moves all pointers at once, and a request keeps the version it
+was given at its start until its end. A version leaves memory when no name points at it and nobody uses it; one that was
+asked for by number or id ("spark@3") may stay for a while, so that a candidate that is judged is read once.
 Not here: when to look for new champions (`reload`), computing (`worker`).
 """
 
@@ -174,13 +174,13 @@ class Models:
         if not names and not self._champions():
             raise NotFoundError(
                 f"there is no model to serve in {home.root}",
-                mend="make one with `prairie demo` or `prairie run RECIPE`, or name a model folder: `prairie serve DIR`",
+                mend="make one with `prairie demo` or `prairie run RECIPE`, or name a folder: `prairie serve DIR`",
             )
 
     # -- requests --------------------------------------------------------------------------------------------------
 
     async def acquire(self, name: str) -> Resident:
-        """The version that answers to `name`, kept in memory until `release`; loads it if need be. Raises ModelNotFound."""
+        """The version that answers to `name`, in memory until `release`; loads it if need be. Raises ModelNotFound."""
         resident = self._take(name)
         if resident is not None:
             return resident

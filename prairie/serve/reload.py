@@ -1,7 +1,7 @@
 """The watcher: looks at the registry's generation five times a second and brings the server to what it says.
 
-It also keeps the list of API keys fresh. Loading happens off the hot path (`models`); an unreadable store is waited out,
-the versions in memory go on serving.
+It also sees the first API key that is made. Loading happens off the hot path (`models`); an unreadable store is waited
+out, the versions in memory go on serving.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BELIEVED_S = 1.0
 
 
 class Keys:
-    """The store's API keys as the gate asks for them: a good key is believed for a second before it is looked up again."""
+    """The store's API keys as the gate asks for them: a good key is believed for a second, then looked up again."""
 
     def __init__(self, home: Home) -> None:
         self._store = home.keys

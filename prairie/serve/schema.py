@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prairie.data.records import Message
 from prairie.errors import RequestError
@@ -32,7 +32,7 @@ def sound(value: Any) -> Any:
 
 
 class Body(BaseModel):
-    """JSON types as they are (no "1" for 1); unknown keys are kept aside, so that `refuse_unsupported` can look at them."""
+    """JSON types as they are (no "1" for 1); unknown keys are kept aside for `refuse_unsupported`."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -67,10 +67,19 @@ class ChatMessage(Body):
                     f"{where} holds a part that is not text", got=other, wanted="text", param=f"{where}.content"
                 )
             text = "".join(p.text or "" for p in self.content)
-        return Message("system" if self.role == "developer" else self.role, sound(text))
+        return Message("system" if self.role == "developer" else self.role, text)
 
 
-class Sampling(Body):
+class Request(Body):
+    """A whole request body."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sound(cls, value: Any) -> Any:
+        return sound(value)
+
+
+class Sampling(Request):
     """What chat and text completions share."""
 
     model: str
@@ -98,10 +107,10 @@ class Sampling(Body):
             raise RequestError("too many stop strings", got=len(stops), wanted=f"at most {MAX_STOPS}", param="stop")
         if any(not stop for stop in stops):
             raise RequestError("a stop string is empty", mend="remove it", param="stop")
-        return tuple(sound(stop) for stop in stops)
+        return stops
 
     def biases(self, vocab_size: int) -> dict[int, float]:
-        """`logit_bias` with token ids as numbers. Raises RequestError for ids outside the vocabulary, biases outside ±100."""
+        """`logit_bias` with ids as numbers. Raises RequestError for ids outside the vocabulary, biases outside ±100."""
         out = {}
         for key, bias in (self.logit_bias or {}).items():
             if not key.isdecimal() or int(key) >= vocab_size:
@@ -118,7 +127,8 @@ class Sampling(Body):
 
     UNSUPPORTED: ClassVar[Sequence[str]] = (
         "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_json",
-        "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "repetition_penalty", "best_of", "suffix",
+        "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "repetition_penalty", "best_of",
+        "suffix",
     )  # fmt: skip
 
     def refuse_unsupported(self) -> None:
@@ -180,11 +190,11 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt. Raises RequestError for none or an empty one."""
         if isinstance(self.prompt, str):
-            prompts: list[str | list[int]] = [sound(self.prompt)]
+            prompts: list[str | list[int]] = [self.prompt]
         elif all(isinstance(p, int) for p in self.prompt) and self.prompt:
             prompts = [[p for p in self.prompt if isinstance(p, int)]]
         else:
-            prompts = [sound(p) for p in self.prompt if not isinstance(p, int)]
+            prompts = [p for p in self.prompt if not isinstance(p, int)]
         if not prompts:
             raise RequestError("prompt is an empty list", wanted="at least one prompt", param="prompt")
         if len(prompts) * (self.n or 1) > 8 * MAX_CHOICES:
@@ -195,7 +205,7 @@ class CompletionRequest(Sampling):
         return prompts
 
 
-class FeedbackRequest(BaseModel):
+class FeedbackRequest(Request):
     """POST /v1/feedback. `value` by kind: thumb "up"|"down" (or {"thumb", "reasons"}), rating 1-5,
     choice {"over": [response ids], "tie"?, "both_bad"?}, edit {"text"}, comment {"text"}, retract {"event": id}."""
 

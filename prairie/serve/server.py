@@ -25,7 +25,7 @@ BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises BusyError, UsageError for a host that is not this machine's."""
+    """A listening socket; port 0 takes a free one. Raises BusyError; UsageError for a host that is not ours."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -73,7 +73,7 @@ class Chat:
 
 
 class Text:
-    """A text completion's objects. With echo the prompt stands before the text, scored if log-probabilities are asked."""
+    """A text completion's objects. With echo the prompt stands before the text, scored if logprobs are asked for."""
 
     whole = chunk = "text_completion"
 

@@ -1,7 +1,7 @@
 """The thread that computes: it steps every resident engine in turn and hands what they say to the event loop.
 
-Engines are not thread-safe, so whatever touches one (a new request, a cancel, an adapter added or removed) is left here as
-an errand and done between two steps. Outputs of one step cross to the event loop in one call.
+Engines are not thread-safe, so whatever touches one (a new request, a cancel, an adapter added or removed) is left here
+as an errand and done between two steps. Outputs of one step cross to the event loop in one call.
 Not here: which versions are resident (`models`), what an answer looks like (`answers`, `choices`).
 """
 
@@ -50,6 +50,7 @@ class Worker:
         self._wake = threading.Condition()
         self._sinks: dict[Engine, dict[str, Sink]] = {}
         """Engines that have work, each with who waits for which request."""
+        self._working = False
         self._stopping = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="prairie-engine", daemon=True)
@@ -74,7 +75,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        return bool(self._errands or self._sinks)
+        return bool(self._working or self._errands or self._sinks)
 
     def stuck_s(self) -> float:
         """Seconds since the thread last came round although there is work; 0 when it is idle."""
@@ -119,8 +120,10 @@ class Worker:
         while True:
             with self._wake:
                 while not (self._errands or self._sinks or self._stopping):
+                    self._working = False
                     self._wake.wait()
                     self.beat = time.monotonic()
+                self._working = True
                 errands = list(self._errands)
                 self._errands.clear()
                 if self._stopping and not errands:

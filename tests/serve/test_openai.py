@@ -59,7 +59,9 @@ def test_a_stream_joins_to_the_same_text(client, seed):
 
 def test_every_event_is_whole_utf8(http):
     """Chunk by chunk: a character is never cut in two, in the bytes or in the deltas."""
-    with http.stream("POST", "/v1/chat/completions", json=ask("spark", "草原" * 5, max_tokens=60, stream=True)) as answer:
+    with http.stream(
+        "POST", "/v1/chat/completions", json=ask("spark", "草原" * 5, max_tokens=60, stream=True)
+    ) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         raw = list(answer.iter_raw())
     for piece in raw:
@@ -159,7 +161,10 @@ def test_text_parts_and_developer_messages(client):
     assert one.choices[0].message.content == client.chat.completions.create(**ask("spark")).choices[0].message.content
     two = [{"role": role, "content": "be brief"} for role in ("developer", "user")]
     three = [{"role": role, "content": "be brief"} for role in ("system", "user")]
-    said = [client.chat.completions.create(**ask("spark") | {"messages": m}).choices[0].message.content for m in (two, three)]
+    said = [
+        client.chat.completions.create(**ask("spark") | {"messages": m}).choices[0].message.content
+        for m in (two, three)
+    ]
     assert said[0] == said[1]
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from prairie.data.chat_template import ChatTemplate
@@ -28,7 +27,12 @@ from prairie.serve.server import bind, serve_on, url_of
 from prairie.store.home import Home
 from prairie.store.registry import Version
 
-TEXTS = ["The quick brown fox jumps over 13 lazy dogs.", "草原上的马在奔跑。", "café naïve 🐎🌾", "User: hi\nAssistant: hello"]
+TEXTS = [
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "草原上的马在奔跑。",
+    "café naïve 🐎🌾",
+    "User: hi\nAssistant: hello",
+]
 CONTEXT = 160
 
 
@@ -102,7 +106,9 @@ def make_home(root: Path) -> Home:
 class Running:
     """A server in a thread."""
 
-    def __init__(self, home: Home, names: Sequence[str] = (), settings: Settings | None = None, **engine: Any) -> None:
+    def __init__(
+        self, home: Home, names: Sequence[str] = (), settings: Settings | None = None, grace_s: float = 5, **engine: Any
+    ) -> None:
         self.listening = bind("127.0.0.1", 0)
         self.url = url_of(self.listening)
         self.app = create_app(home, names, settings, **engine)
@@ -113,7 +119,7 @@ class Running:
 
         def run() -> None:
             try:
-                serve_on(self.listening, self.app, grace_s=5, on_ready=ready.set)
+                serve_on(self.listening, self.app, grace_s=grace_s, on_ready=ready.set)
             except BaseException as error:
                 self.error = error
             finally:
@@ -143,7 +149,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(home: Home, names: Sequence[str] = (), settings: Settings | None = None, **engine: Any) -> Iterator[Running]:
+def running(
+    home: Home, names: Sequence[str] = (), settings: Settings | None = None, **engine: Any
+) -> Iterator[Running]:
     server = Running(home, names, settings, **engine)
     try:
         yield server
@@ -154,9 +162,20 @@ def running(home: Home, names: Sequence[str] = (), settings: Settings | None = N
 class Process:
     """`prairie serve` as a user starts it."""
 
-    def __init__(self, root: Path, *arguments: str, port: int = 0, log: Path | None = None) -> None:
-        self.log = log or root / "server.log"
-        command = [sys.executable, "-m", "prairie", "serve", "--home", str(root), "--port", str(port), "--json", *arguments]
+    def __init__(self, root: Path, *arguments: str, port: int = 0) -> None:
+        self.log = root.with_suffix(".log")
+        command = [
+            sys.executable,
+            "-m",
+            "prairie",
+            "serve",
+            "--home",
+            str(root),
+            "--port",
+            str(port),
+            "--json",
+            *arguments,
+        ]
         with self.log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -178,20 +197,15 @@ class Process:
         return code
 
 
-def wait_open(url: str, limit_s: float = 30.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while True:
-        try:
-            httpx.get(f"{url}/healthz", timeout=5)
-            return
-        except httpx.TransportError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-
 def ask(model: str, content: str = "草原 fox", **more: Any) -> dict[str, Any]:
     """A chat request's body."""
-    return {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0, **more}
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 12,
+        "temperature": 0,
+        **more,
+    }
 
 
 def events(text: str) -> list[Any]:
