@@ -48,7 +48,7 @@ class Prepare(_Stage):
     tasks: list[str] = []
     """tasks: which of `tasks/`."""
     rows: int = Field(2000, gt=0)
-    """tasks: training conversations in all, shared evenly."""
+    """tasks: training conversations of each task."""
     wordings: list[str] = []
     """tasks: how the answers are worded; empty = all wordings evenly."""
     path: str | None = None

@@ -26,11 +26,12 @@ from prairie.errors import TokenizerError
 CHATML_SPECIALS: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}ー"
-# GPT-2's words with GPT-4's contractions and line ends; every digit alone, so that numbers are read digit by digit;
-# runs of Han and kana apart from other letters, so that 你好world never becomes one word.
+_NUMERALS = "零〇一二三四五六七八九十百千万亿两"
+# GPT-2's words with GPT-4's contractions and line ends; every digit alone, Chinese ones too, so that numbers are read
+# digit by digit; runs of Han and kana apart from other letters, so that 你好world never becomes one word.
 PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    rf"|[{_CJK}]+"
+    rf"|[{_NUMERALS}]|(?:(?![{_NUMERALS}])[{_CJK}])+"
     rf"| ?(?:(?![{_CJK}])[\p{{L}}\p{{M}}])+"
     r"|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"

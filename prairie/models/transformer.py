@@ -84,16 +84,19 @@ class Transformer(nn.Module):
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
     def init_weights(self, seed: int | torch.Generator = 0) -> Transformer:
-        """Sets every parameter by a seed: normal, std 0.02, less where a layer adds to the residual (GPT-2's rule)."""
+        """Sets every parameter by a seed: normal, std 1/sqrt(inputs), less where a layer adds to the residual (as GPT-2).
+
+        The usual fixed 0.02 is that std at a width of 2,500; narrow models learn far more slowly from it (docs/log.md).
+        """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
-        residual_std = 0.02 / math.sqrt(2 * self.config.layers)
+        residual_share = 1 / math.sqrt(2 * self.config.layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 kind = name.rsplit(".", 1)[-1]
                 if parameter.ndim == 1:
                     parameter.fill_(0.0 if kind.endswith("bias") else 1.0)
                 else:
-                    std = residual_std if kind in ("o", "down") else 0.02
+                    std = (residual_share if kind in ("o", "down") else 1.0) / math.sqrt(parameter.shape[1])
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         return self
 

@@ -14,6 +14,7 @@ from prairie.errors import DataError
 from prairie.evals.harness import Evaluation, evaluate
 from prairie.evals.statistics import wilson
 from prairie.models.lora import AdapterRows
+from prairie.models.weights import hash_of
 from prairie.pipeline.context import Work
 from prairie.pipeline.data_stages import held_out_records
 from prairie.pipeline.model_stages import load_language_model
@@ -82,14 +83,19 @@ def _loss(model: LanguageModel, rows: list[Record], row_tokens: int) -> dict[str
 def _preferences(
     model: LanguageModel, reference: LanguageModel, rows: list[Record], row_tokens: int
 ) -> dict[str, float]:
-    """Share of held-out pairs ranked as people did, by how much likelier than at the reference each answer became."""
+    """Share of held-out pairs ranked as people did: `accuracy` by how much likelier than at the reference each answer
+    became (ties, as of the reference itself, count half), `by_likelihood` by its probability alone."""
     pairs = [row for row in rows if isinstance(row, Preference)]
     template = _same_template(model, reference)
-    dataset = TokenDataset.from_preferences(pairs, template, row_tokens, on_long="refuse")
+    dataset = TokenDataset.from_preferences(pairs, template, row_tokens, on_long="truncate")
     known = reference_logprobs(reference.model, dataset, _adapters(reference))
     figures = held_out_preferences(model.model, dataset, _adapters(model), reference_logps=known, config=DPOConfig())
-    interval = wilson(round(figures["accuracy"] * len(dataset)), len(dataset))
-    return {**figures, "low": interval.low, "high": interval.high}
+    if model.adapter_hash == reference.adapter_hash and hash_of(model.model) == hash_of(reference.model):
+        figures["accuracy"] = 0.5
+    for name, share in (("", figures["accuracy"]), ("likelihood_", figures["accuracy_by_likelihood"])):
+        interval = wilson(share * len(dataset), len(dataset))
+        figures |= {f"{name}low": interval.low, f"{name}high": interval.high}
+    return figures
 
 
 def _adapters(model: LanguageModel) -> list[AdapterRows]:

@@ -105,7 +105,12 @@ def _score_lines(models: dict[str, Any]) -> list[str]:
     tasks = list(dict.fromkeys(task for scores in models.values() for task in scores["tasks"]))
     losses = list(dict.fromkeys(stage for scores in models.values() for stage in scores["loss"]))
     pairs = list(dict.fromkeys(stage for scores in models.values() for stage in scores["preferences"]))
-    head = [*tasks, *(f"loss {stage}" for stage in losses), *(f"pairs {stage}" for stage in pairs)]
+    head = [
+        *tasks,
+        *(f"loss {stage}" for stage in losses),
+        *(f"reward {stage}" for stage in pairs),
+        *(f"likelier {stage}" for stage in pairs),
+    ]
     widths = [max(len(title), 11) for title in head]
     first = max([len(name) for name in models] + [5])
     rows = [["model".ljust(first), *(t.rjust(w) for t, w in zip(head, widths, strict=True))]]
@@ -113,6 +118,7 @@ def _score_lines(models: dict[str, Any]) -> list[str]:
         cells = [_accuracy(scores["tasks"].get(task)) for task in tasks]
         cells += [_loss_cell(scores["loss"].get(stage)) for stage in losses]
         cells += [_accuracy(scores["preferences"].get(stage)) for stage in pairs]
+        cells += [_likelihood(scores["preferences"].get(stage)) for stage in pairs]
         rows.append([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
     return ["  ".join(row) for row in rows]
 
@@ -121,6 +127,13 @@ def _accuracy(score: dict[str, Any] | None) -> str:
     if not score:
         return "-"
     return f"{score['accuracy']:.1%} ±{(score['high'] - score['low']) / 2:.1%}"
+
+
+def _likelihood(pairs: dict[str, Any] | None) -> str:
+    if not pairs:
+        return "-"
+    low, high = pairs["likelihood_low"], pairs["likelihood_high"]
+    return _accuracy({"accuracy": pairs["accuracy_by_likelihood"], "low": low, "high": high})
 
 
 def _loss_cell(loss: dict[str, Any] | None) -> str:
