@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("prairie.cli.run:demo", "Make, serve and improve a small assistant in minutes."),
     "run": ("prairie.cli.run:run", "Carry out a recipe; resume what was cut off, skip what is made."),
     "plan": ("prairie.cli.run:plan", "Say what a recipe would do and cost; train nothing."),
-    "models": ("prairie.cli.models:app", "List, show, promote, roll back and export models."),
+    "models": ("prairie.cli.models:app", "List, show, promote, roll back, export and import models."),
     "chat": ("prairie.cli.chat:chat", "Talk to a model in the terminal."),
     "evaluate": ("prairie.cli.evaluate:evaluate", "Score models on held-out tasks, with intervals."),
     "serve": ("prairie.cli.serve:serve", "Serve models over OpenAI's HTTP API, with a chat page."),

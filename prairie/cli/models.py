@@ -1,4 +1,4 @@
-"""`prairie models`: what is registered, where it comes from, which is served, and a copy to take away."""
+"""`prairie models`: what is registered, where it comes from, which is served; copies in and out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prairie.errors import RequestError
 if TYPE_CHECKING:
     from prairie.store.artifacts import Artifact
 
-app = typer.Typer(help="List, show, promote, roll back and export models.", no_args_is_help=True)
+app = typer.Typer(help="List, show, promote, roll back, export and import models.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="spark, spark@3, spark@ARTIFACT, spark:poet")]
 WhyOption = Annotated[str | None, typer.Option("--why", help="A reason, for the history.")]
@@ -141,6 +141,37 @@ def export(
     if version.base_artifact_id:
         say(f"This is an adapter; the model that it stands on is artifact {version.base_artifact_id}.")
     emit(facts, as_json, f"{version.name} is in {folder}.")
+
+
+@app.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder with safetensors.")],
+    line: Annotated[str, typer.Argument(metavar="LINE", help="The line that it becomes a version of.")],
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="A built-in chat template instead of its own: chatml, zephyr, plain."),
+    ] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in an open model; it becomes its line's champion."""
+    from prairie.pipeline.context import Context
+    from prairie.pipeline.handlers import HANDLERS
+    from prairie.pipeline.run import run
+    from prairie.recipe import resolve_recipe
+    from prairie.runtime import Progress, Runtime
+
+    # The same two stages as in a recipe, so that the same folder gives the same artifact there.
+    stages = {
+        "model": {"kind": "import", "path": str(folder.expanduser().absolute()), "template": template},
+        "publish": {"kind": "publish", "line": line, "model": "model"},
+    }
+    recipe = resolve_recipe({"name": "import", "stages": stages}, where="import")
+    with open_home(home, make=True) as store:
+        made = run(Context(recipe, store, Runtime.detect(progress=Progress(quiet=as_json))), HANDLERS)
+        version = store.registry.resolve(f"{line}@{made['publish'].figures['version']}")
+    facts = {"imported": version.name, "version": version.to_json(), **made["model"].figures}
+    emit(facts, as_json, f"{version.name} is artifact {version.artifact_id}.")
 
 
 def copy_artifact(artifact: Artifact, folder: Path) -> None:

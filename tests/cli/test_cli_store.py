@@ -90,6 +90,33 @@ def test_models_export(call, ask, filled, tmp_path, root):
     assert not (tmp_path / "never").exists() and not list(tmp_path.glob("*.part"))
 
 
+def test_models_export_and_import_again(ask, call, tmp_path, root):
+    """Out and in: the same weights, under the name that was asked for."""
+    from prairie.data.chat_template import ChatTemplate
+    from prairie.data.tokenizer import Tokenizer
+    from prairie.models.config import ModelConfig
+    from prairie.models.transformer import Transformer
+    from prairie.models.weights import save_model
+
+    folder = tmp_path / "open model"
+    folder.mkdir()
+    tokenizer = Tokenizer.train_bpe(["a small text of few words"] * 3, 300)
+    tokenizer.save(folder)
+    ChatTemplate.builtin("chatml", tokenizer).save(folder)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, dim=32, layers=1, heads=2, kv_heads=1, head_dim=16, ffn_dim=48, max_context=64
+    )
+    save_model(Transformer(config).init_weights(0), folder)
+    facts = ask("models", "import", folder, "smol")
+    assert facts["imported"] == "smol@1" and facts["vocab_size"] == tokenizer.vocab_size
+    assert ask("models", "import", folder, "smol")["imported"] == "smol@1"
+    ask("models", "export", "smol", tmp_path / "out")
+    again = ask("models", "import", tmp_path / "out", "other")
+    assert again["version"]["weights_hash"] == facts["version"]["weights_hash"]
+    code, _, err = call("models", "import", tmp_path / "nowhere", "smol")
+    assert code == 1 and "no such model folder" in err
+
+
 def test_feedback_list_and_stats(call, ask, filled):
     events = ask("feedback", "list")["events"]
     assert [(e["kind"], e["user"]) for e in events] == [("thumb", "ann"), ("comment", "bob")]
