@@ -160,7 +160,7 @@ class Registry:
 
         def run(connection: Connection) -> Version:
             row = _one(connection, chosen.line, chosen.number)
-            previous = _champion_number(connection, chosen.line)
+            previous = _champion_number(connection, chosen.line, to_change=True)
             if previous != chosen.number:
                 _set_champion(connection, chosen.line, "promote", chosen.number, previous, who, why, verdict)
             return _version(row)
@@ -171,7 +171,7 @@ class Registry:
         """Makes the champion before the present one champion again; twice goes two back. NotFoundError if none."""
 
         def run(connection: Connection) -> Version:
-            present = _champion_number(connection, line)
+            present = _champion_number(connection, line, to_change=True)
             if present is None:
                 raise NotFoundError(f"line {line} has no champion to roll back")
             throne = _succession(connection, line)
@@ -351,8 +351,9 @@ def _one(connection: Connection, line: str, number: int) -> RowMapping:
     return row
 
 
-def _champion_number(connection: Connection, line: str) -> int | None:
-    row = connection.execute(select(LINES.c.champion).where(LINES.c.name == line).with_for_update()).first()
+def _champion_number(connection: Connection, line: str, to_change: bool = False) -> int | None:
+    query = select(LINES.c.champion).where(LINES.c.name == line)
+    row = connection.execute(query.with_for_update() if to_change else query).first()
     if row is None:
         names = list(connection.execute(select(LINES.c.name).order_by(LINES.c.name)).scalars())
         raise NotFoundError("no such model", got=f"`{line}`", wanted=", ".join(names) or "none is registered yet")

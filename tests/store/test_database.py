@@ -6,10 +6,12 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import Engine, event, func, select, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.schema import CreateTable
 
 from prairie.errors import BusyError, NotFoundError, StorageFullError, StoreError
@@ -220,6 +222,23 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_state(path):
     database.write(insert("after"))
     database.close()
     assert "after" in names(path)
+
+
+@pytest.mark.parametrize("free, kind", [(0, StorageFullError), (2**30, StoreError)])
+def test_an_io_error_on_a_full_disk_is_called_so(path, monkeypatch, free, kind):
+    """SQLite reports ENOSPC of a sync as an I/O error."""
+    database = Database(path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+    def failing(connection):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+        raise DBAPIError("commit", None, error)
+
+    with pytest.raises(StoreError) as caught:
+        database.write(failing)
+    assert type(caught.value) is kind
+    database.close()
 
 
 def test_a_full_disk_fails_every_work_of_the_shared_commit(path):
