@@ -13,7 +13,7 @@ import re
 from prairie.tasks.numbers import chinese, english, from_chinese, from_english
 from prairie.tasks.task import Language, Split, Task, is_held_out
 
-LARGEST_OPERAND = 50
+LARGEST_OPERAND = 20
 LARGEST_FACTOR = 12
 _SIGNS = {"+": ("plus", "加"), "-": ("minus", "减"), "x": ("times", "乘")}
 _PHRASINGS: dict[Language, tuple[str, ...]] = {

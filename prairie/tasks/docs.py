@@ -34,8 +34,14 @@ LONGEST_SENTENCE = 72
 
 _PHRASINGS: dict[Split, dict[Language, tuple[str, ...]]] = {
     "train": {
-        "en": ("What does {} do?", "What is {} for?", "Explain {}.", "Tell me about {}."),
-        "zh": ("{} 是做什么的?", "{} 有什么用?", "解释一下 {}。", "介绍一下 {}。"),
+        "en": (
+            *("What does {} do?", "What is {} for?", "Explain {}.", "Tell me about {}.", "Describe {}."),
+            *("Can you explain {}?", "What does the function {} do?", "I would like to know what {} does."),
+        ),
+        "zh": (
+            *("{} 是做什么的?", "{} 有什么用?", "解释一下 {}。", "介绍一下 {}。", "说明 {}。"),
+            *("函数 {} 是干什么的?", "请问 {} 有什么作用?", "我想知道 {} 做什么。"),
+        ),
     },
     "held_out": {
         "en": ("Describe what {} is for.", "Please explain what {} does."),

@@ -24,6 +24,8 @@ CONVERSIONS: tuple[tuple[str, str, int, int], ...] = (
     ("minutes", "seconds", 60, 30),
     ("weeks", "days", 7, 30),
 )
+_WEIGHTS = [3 if factor % 10 == 0 and factor != 60 else 1 for _, _, factor, _ in CONVERSIONS]
+"""Decimal units have thirty times the quantities of the others, and are asked for three times as often."""
 _CHINESE = {
     "km": "公里",
     "m": "米",
@@ -55,7 +57,7 @@ def _in_english(quantity: int, unit: str) -> str:
 
 
 def draw(split: Split, rng: random.Random) -> tuple[Language, str, str]:
-    large, small, factor, largest = rng.choice(CONVERSIONS)
+    large, small, factor, largest = rng.choices(CONVERSIONS, _WEIGHTS)[0]
     while True:
         quantity = rng.randint(1, rng.choice((9, 99, largest)) if largest > 99 else largest)
         if is_held_out("units", f"{quantity} {large} {small}") == (split == "held_out"):
