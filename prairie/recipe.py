@@ -123,7 +123,7 @@ class Learning(_Strict):
     micro_batches: int = Field(1, gt=0)
     lr: float = Field(1e-3, gt=0)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon needs far fewer tokens on small models; adapters always take adamw."""
+    """muon needs far fewer tokens on small models; it is for whole models, an adapter takes adamw."""
     muon_lr: float = Field(0.02, gt=0)
     """muon: the rate of the matrices inside the blocks; `lr` is that of everything else."""
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -150,6 +150,8 @@ class Learning(_Strict):
     def _length(self) -> Learning:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give `epochs` or `steps`, one of them")
+        if self.adapter is not None and self.optimizer == "muon":
+            raise ValueError("`optimizer: muon` trains whole models, an adapter takes adamw")
         return self
 
 

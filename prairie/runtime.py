@@ -96,6 +96,11 @@ def _short(value: Any) -> str:
     return str(value)
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a computation runs."""
@@ -114,7 +119,7 @@ class Runtime:
         """Looks at the machine: CUDA if torch sees one, else the CPU with all cores this process may use."""
         import torch
 
-        count = threads or len(os.sched_getaffinity(0))
+        count = threads or usable_cores()
         torch.set_num_threads(count)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(device=device, threads=count, seed=seed, progress=progress or Progress())

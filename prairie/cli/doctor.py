@@ -34,7 +34,7 @@ def examine(home: Path | None, threads: int | None, port: int) -> dict[str, Any]
     from prairie.errors import BusyError
     from prairie.pipeline.plan import machine_memory_mb
     from prairie.pipeline.publishing import check_port
-    from prairie.runtime import Runtime
+    from prairie.runtime import Runtime, usable_cores
     from prairie.store.home import default_home
 
     runtime = Runtime.detect(threads=threads)
@@ -49,7 +49,7 @@ def examine(home: Path | None, threads: int | None, port: int) -> dict[str, Any]
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": runtime.device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": runtime.threads,
         "load": round(os.getloadavg()[0], 2),
         "memory_mb": machine_memory_mb(),

@@ -74,11 +74,16 @@ def _context(line: str, home: Path | None, threads: int | None, overrides: list[
     from prairie.recipe import resolve_recipe
     from prairie.runtime import Progress, Runtime
 
-    stage = {"kind": "turn", "line": line, "start": "-", "server": "-", "tasks": [], "learn": dict(LEARN)}
+    learn = {key: value for key, value in LEARN.items() if key != "epochs" or not _sets(overrides, "steps")}
+    stage = {"kind": "turn", "line": line, "start": "-", "server": "-", "tasks": [], "learn": learn}
     tree = {"name": "turn", "about": f"a turn of {line}", "stages": {"turn": stage}}
     recipe = resolve_recipe(tree, [f"turn.learn.{override}" for override in overrides], "the command")
     runtime = Runtime.detect(seed=recipe.seed, threads=threads, progress=Progress(quiet=quiet))
     return Context(recipe, open_home(home), runtime)
+
+
+def _sets(overrides: list[str], key: str) -> bool:
+    return any(override.startswith(f"{key}=") for override in overrides)
 
 
 def _tasks(names: str) -> list[str]:

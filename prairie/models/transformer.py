@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
     def init_weights(self, seed: int | torch.Generator = 0) -> Transformer:
-        """Sets every parameter by a seed: normal, std 1/sqrt(inputs), less where a layer adds to the residual (as GPT-2).
+        """Sets every parameter by a seed: normal, std 1/sqrt(inputs), less where a layer adds to the residual (GPT-2).
 
         The usual fixed 0.02 is that std at a width of 2,500; narrow models learn far more slowly from it (docs/log.md).
         """

@@ -70,7 +70,7 @@ class Work:
     scratch: Path
     """Survives a kill: checkpoints live here until the artifact exists."""
     identity: str = ""
-    """The id that the artifact will have; the same work done again after a kill has the same. Empty if it leaves none."""
+    """The id that the artifact will have, the same when the work is done again; empty if it leaves none."""
 
     def model(self, name: str) -> Artifact:
         """The model that a stage gave: what it made, what it published, or the champion after its turn."""

@@ -63,10 +63,11 @@ def prepare(work: Work) -> dict[str, Any]:
 def outside_of_prepare(config: Prepare) -> list[str]:
     """A changed file, or another interpreter, is another product."""
     if config.source == "file":
-        path = Path(config.path or "")
-        if not path.is_file():
+        path = Path(config.path or "").expanduser()
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
             raise DataError("no such data file", got=str(path), wanted="JSONL, JSON, .gz, Parquet or text")
-        return [file_fingerprint(path)]
+        return [f"{file.name}:{file_fingerprint(file)}" for file in files]
     return [sys.version]
 
 

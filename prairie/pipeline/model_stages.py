@@ -150,13 +150,14 @@ def learn(
     title: str,
 ) -> dict[str, Any]:
     """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`."""
+    runtime = replace(runtime, dtype=config.dtype)
     runtime.seed_all()
     dataset = dataset_of(records, start.tokenizer, start.template, config, objective)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     reference = None
     if objective == "dpo":
-        reference = reference_logprobs(start.model, dataset, start.adapters)
+        reference = reference_logprobs(start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
     adapter = _adapter_to_train(config, start, runtime.seed)
     trainer = Trainer(
         start.model,
