@@ -142,7 +142,7 @@ class LoRA(nn.Module):
             )
         lora = cls(config, pairs, manifest.get("base_hash"))
         lora.chain = tuple(manifest.get("chain", ()))
-        return lora.requires_grad_(False)
+        return lora.requires_grad_(False).eval()
 
     def save(
         self,
@@ -231,7 +231,7 @@ class LoRA(nn.Module):
         fused = self._fused(layer, group, parts)
         if fused is None:
             return y_NO
-        if self.training and self.config.dropout > 0:
+        if self.training and self.config.dropout > 0 and torch.is_grad_enabled():  # never while serving or judging
             x_NI = F.dropout(x_NI, self.config.dropout)
         return add_lora(y_NO, x_NI, *fused, rows)
 
@@ -247,7 +247,7 @@ class LoRA(nn.Module):
         version = sum(p._version for pair in present for p in pair)
         kept = self._served.get((layer, group))
         if kept is None or kept[0] != version:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 kept = self._served[layer, group] = (version, self._fuse(parts, pairs))
         return kept[1]
 

@@ -116,13 +116,14 @@ def save_model(model: Transformer, folder: Path | str, dtype: torch.dtype | None
     kind = str(next(iter(state.values())).dtype).removeprefix("torch.")
     c = model.config
     stops = list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id
+    marks = {"bos_token_id": c.bos_id, "eos_token_id": stops, "pad_token_id": c.pad_id}
     found = weights_hash(state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", write_config(c, kind))
         write_json(
             folder / "generation_config.json",
-            {"bos_token_id": c.bos_id, "eos_token_id": stops, "pad_token_id": c.pad_id},
+            {k: v for k, v in marks.items() if v is not None},
         )
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / MANIFEST, {"kind": "model", **manifest, "weights_hash": found})

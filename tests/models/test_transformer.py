@@ -125,6 +125,26 @@ def test_packed_rows_equal_rows_alone(lengths: list[int]) -> None:
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16", "float16"])
+@pytest.mark.parametrize("lengths", [[9, 9], LENGTHS])
+def test_half_precision_stays_close(mode: str, lengths: list[int]) -> None:
+    model = Transformer(ModelConfig(50, 32, 2, 4, 2, 48, qk_norm=True)).init_weights(5)
+    tokens = tokens_of(lengths, 50)
+    wanted = model(tokens, PackedDocuments(lengths))
+    linear_cross_entropy(wanted, model.head_weight, tokens).backward()
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    if mode != "autocast":
+        model.to(getattr(torch, mode))
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        got = model(tokens, PackedDocuments(lengths))
+        linear_cross_entropy(got, model.head_weight, tokens).backward()
+    torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.1)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert p.grad is not None and grad is not None and p.grad.dtype == p.dtype
+        assert torch.nn.functional.cosine_similarity(p.grad.float().flatten(), grad.flatten(), dim=0) > 0.99
+
+
 def test_saved_model_loads_in_transformers(tmp_path: Path) -> None:
     model = Transformer(ModelConfig(50, 32, 2, 4, 2, 48, bos_id=1, eos_id=2)).init_weights(5)
     save_model(model, tmp_path)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prairie.ops import attention
 from prairie.ops.attention import PackedDocuments, attention_reference, buckets_of, rotary_turns, rotate
 
 
@@ -17,8 +18,16 @@ def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.T
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize("lengths", [[6, 6, 6], [1], [1, 30, 2, 29, 28, 11, 1], [50, 3]])
-def test_packed_equals_reference(lengths: list[int], heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [1], [1, 30, 2, 29, 28, 11, 1], [150, 3], [130, 130], [64, 65, 128]])
+@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel"])
+def test_packed_equals_reference(
+    lengths: list[int], heads: int, kv_heads: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "kernel":
+        monkeypatch.setattr(attention, "MATRIX_LENGTH", 0)
+    if form == "small pieces":
+        monkeypatch.setattr(attention, "CACHED_NUMBERS", 1000)
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
     ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
     got = PackedDocuments(lengths)(0, *ours)
     wanted = attention_reference(*plain, lengths)
@@ -62,6 +71,33 @@ def test_a_row_sees_neither_its_neighbour_nor_its_future() -> None:
 def test_empty_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         PackedDocuments([3, 0])
+
+
+def test_pairs_survive_the_round_trip() -> None:
+    x = torch.arange(24).view(12, 2)
+    together = attention.pairs_together(x, 6)
+    assert together[:, 0].tolist() == [0, 6, 2, 8, 4, 10, 12, 18, 14, 20, 16, 22]
+    assert torch.equal(attention.pairs_apart(together, 6), x)
+
+
+def test_split_and_rotate_equals_its_steps() -> None:
+    columns = torch.randn(7, 8 * 6, generator=torch.Generator().manual_seed(1))
+    turns = rotary_turns(torch.arange(7), torch.tensor([1.0, 0.1, 0.01]))
+    seeds = torch.randn(7, 8, 6, generator=torch.Generator().manual_seed(2)).split([4, 2, 2], 1)
+    grads = []
+    for steps in (False, True):
+        x = columns.clone().requires_grad_()
+        if steps:
+            q, k, v = x.view(7, 8, 6).split([4, 2, 2], 1)
+            parts = (rotate(q, turns), rotate(k, turns), v)
+        else:
+            parts = attention.split_and_rotate(x, 4, 2, turns)
+        torch.stack([(p * s).sum() for p, s in zip(parts, seeds, strict=True)]).sum().backward()
+        grads.append((x.grad, torch.cat([p.detach() for p in parts], 1)))
+    torch.testing.assert_close(grads[0], grads[1])
+    first, second = columns.view(7, 8, 3, 2).unbind(-1)
+    turned = torch.stack([first * turns.real - second * turns.imag, second * turns.real + first * turns.imag], -1)
+    torch.testing.assert_close(grads[0][1][:, :6], turned.flatten(2)[:, :6])
 
 
 def test_rotation_depends_on_distance_only() -> None:
