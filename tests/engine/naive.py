@@ -6,12 +6,14 @@ import functools
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.tokenizer import Tokenizer
 from prairie.engine.engine import Engine
 from prairie.engine.request import Request, SamplingParams
+from prairie.engine.sampler import uniform
 from prairie.models.config import ModelConfig
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
@@ -32,17 +34,18 @@ def template() -> ChatTemplate:
 
 @functools.cache
 def model(seed: int = 0, kv_heads: int = 2, vocab_size: int = 0, context: int = 96) -> Transformer:
-    """Weights are large, so that greedy answers are lively and the best token is far ahead of rounding."""
+    """Weights are large enough for lively answers, and small enough that rounding does not grow to matter."""
     vocab_size = vocab_size or tokenizer().vocab_size
     config = ModelConfig(
         vocab_size=vocab_size, dim=32, layers=2, heads=4, kv_heads=kv_heads, ffn_dim=48, max_context=context,
         tie_embeddings=False,
     )  # fmt: skip
     made = Transformer(config).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(10)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return made.requires_grad_(False).eval()
 
 
@@ -79,6 +82,16 @@ def greedy(
         ids.append(int(logits_of(ids, lora, base)[-1, : tokenizer().vocab_size].argmax()))
         if stops and ids[-1] in template().stop_ids:
             break
+    return ids[len(prompt) :]
+
+
+def sampled(prompt: Sequence[int], count: int, seed: int, temperature: float) -> list[int]:
+    """Token i is where the cumulated probability passes the number that (seed, i) hashes to."""
+    ids = list(prompt)
+    for i in range(count):
+        row_V = logits_of(ids)[-1, : tokenizer().vocab_size].double() / temperature
+        number = float(uniform(np.array([seed], dtype=np.uint64), np.array([i], dtype=np.uint64))[0])
+        ids.append(int(torch.searchsorted(row_V.softmax(-1).cumsum(-1), number, right=True)))
     return ids[len(prompt) :]
 
 
