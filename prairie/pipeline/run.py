@@ -60,6 +60,7 @@ def make_artifact(context: Context, handler: Handler, name: str, config: Any, in
     identity = store.id_of(config.kind, keys, below, code)
     found = store.find(identity)
     if found is not None:
+        context.home.clear_work(identity)  # of a run that was killed between sealing and clearing
         return Made(name, config.kind, found.figures, found, time.monotonic() - began, reused=True)
     figures: dict[str, Any] = {}
     with store.create(config.kind, name, keys, below, code, figures=figures) as folder:

@@ -1,0 +1,134 @@
+"""Carrying out a recipe: what exists is not made again, what changed is, and what stands below it with it."""
+
+import pytest
+from tiny_recipes import contents, data_stages, learning, run_here, training_recipe, write_jsonl
+
+from prairie.errors import BusyError, DataError, NotFoundError, RecipeError
+from prairie.pipeline import run as module
+from prairie.store.home import Home
+
+
+@pytest.fixture
+def home(tmp_path):
+    with Home(tmp_path / "home") as home:
+        yield home
+
+
+def reused(made):
+    return {name for name, one in made.items() if one.reused}
+
+
+def test_what_exists_is_skipped_and_a_changed_key_remakes_what_stands_below_it(home, tmp_path):
+    tree = training_recipe(tmp_path, steps=2)
+    first = run_here(tree, home)
+    assert reused(first) == set() and len(home.artifacts.list()) == 7
+    again = run_here(tree, home)
+    assert reused(again) == set(again)
+    assert {name: one.identity for name, one in again.items()} == {name: one.identity for name, one in first.items()}
+    assert again["sft"].figures == first["sft"].figures, "a reused stage has the figures of the one that made it"
+
+    changed = run_here(tree, home, ("dpo.lr=0.0007",))
+    assert reused(changed) == {"chats", "pairs", "tokenizer", "base", "sft"}
+    assert reused(run_here(tree, home, ("seed=6",))) == set()
+    assert reused(run_here(tree, home)) == set(first), "the first ones are still there"
+    assert list((home.root / "tmp").iterdir()) == [] and list((home.root / "work").iterdir()) == []
+
+
+def test_another_file_or_another_code_is_another_product(home, tmp_path, monkeypatch):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    first = run_here(tree, home)
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    second = run_here(tree, home)
+    assert reused(second) == {"chats"}
+    assert second["tokenizer"].identity != first["tokenizer"].identity
+
+    plain = module.code_revision
+    monkeypatch.setattr(module, "code_revision", lambda rooms: plain(rooms) + "changed" * ("data" in rooms))
+    third = run_here(tree, home)
+    assert reused(third) == set()
+    assert third["chats"].product.manifest["code"] == plain(module_rooms("prepare")) + "changed"
+
+
+def module_rooms(kind):
+    from prairie.pipeline.handlers import HANDLERS
+
+    return HANDLERS[kind].rooms
+
+
+def test_the_code_revision_is_of_the_rooms_that_a_stage_names():
+    assert module.code_revision(("data",)) == module.code_revision(("data",))
+    assert module.code_revision(("data",)) != module.code_revision(("data", "tasks"))
+    assert module.code_revision(("pipeline/run",)) != module.code_revision(("pipeline/context",))
+
+
+@pytest.mark.parametrize("kind", ["train", "sample", "evaluate", "prepare", "turn"])
+def test_every_room_of_a_revision_exists(kind):
+    """A room that is misspelt would silently leave its code out of the id."""
+    from pathlib import Path
+
+    import prairie
+    from prairie.flywheel.chat import LEARNING_CODE
+    from prairie.flywheel.stages import HANDLERS as TURNING
+    from prairie.pipeline.handlers import HANDLERS
+
+    package = Path(prairie.__file__).parent
+    for room in ({**HANDLERS, **TURNING}[kind].rooms, LEARNING_CODE)[kind == "turn"]:
+        assert (package / room).is_dir() or (package / room).with_suffix(".py").is_file(), room
+
+
+def test_what_fails_leaves_nothing_and_what_was_made_before_stays(home, tmp_path):
+    tree = training_recipe(tmp_path, steps=2)
+    tree["stages"]["dpo"]["data"] = "chats"  # no preferences
+    with pytest.raises(DataError, match="dpo needs preferences"):
+        run_here(tree, home)
+    assert set(contents(home.root)) == {"chats", "pairs", "tokenizer", "base", "sft"}
+    assert list((home.root / "tmp").iterdir()) == []
+    mended = run_here(training_recipe(tmp_path, steps=2), home)
+    assert reused(mended) == {"chats", "pairs", "tokenizer", "base", "sft"}
+
+
+def test_a_home_that_is_in_use_or_a_stage_that_nobody_knows(home, tmp_path):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    with home.lock("run"), pytest.raises(BusyError, match=r"in use by process \d+"):
+        run_here(tree, home)
+    turn = {"kind": "turn", "line": "spark", "start": "chats", "server": "pairs", "tasks": ["numbers"],
+            "learn": {"steps": 1}}  # fmt: skip
+    with pytest.raises(RecipeError, match="cannot be carried out here"):
+        run_here({"name": "t", "stages": {**tree["stages"], "turn": turn}}, home)
+
+
+def test_publishing_twice_is_one_version_and_does_not_undo_what_came_after(home, tmp_path):
+    tree = training_recipe(tmp_path, steps=2)
+    tree["stages"]["publish"] = {"kind": "publish", "line": "tiny", "model": "sft"}
+    run_here(tree, home)
+    other = run_here(tree, home, ("publish.model=dpo",))
+    assert [v.number for v in home.registry.versions("tiny")] == [1, 2]
+    run_here(tree, home)
+    assert home.registry.champion("tiny").artifact_id == other["publish"].identity
+    assert len(home.registry.history("tiny")) == 2
+    adapter = run_here(tree, home, ("publish.model=adapter", "publish.line=tiny:adapter"))
+    version = home.registry.champion("tiny:adapter")
+    assert (version.kind, version.base_artifact_id) == ("adapter", adapter["dpo"].identity)
+
+
+def test_a_model_of_a_published_stage_can_be_trained_on(home, tmp_path):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    tree["stages"]["base"] = learning(2, data="chats", tokenizer="tokenizer", shape={"depth": 1, "dim": 16})
+    tree["stages"]["publish"] = {"kind": "publish", "line": "tiny", "model": "base"}
+    tree["stages"]["more"] = learning(2, data="chats", start="publish")
+    made = run_here(tree, home)
+    assert made["base"].identity in made["more"].product.inputs
+
+
+def test_a_product_that_is_damaged_is_a_sentence(home, tmp_path):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    made = run_here(tree, home)
+    victim = made["tokenizer"].product.path / "tokenizer.json"
+    victim.chmod(0o644)
+    victim.write_text("{}")
+    from prairie.errors import StoreError
+
+    with pytest.raises(StoreError, match=f"artifact {made['tokenizer'].identity} is damaged"):
+        run_here(tree, home)
+    with pytest.raises(NotFoundError):
+        home.artifacts.get("ffff")
