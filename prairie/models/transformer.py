@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
     """(D/2,) turns per token in radians, scaled as the config says ("llama3": Llama 3.1's rule, arXiv 2407.21783)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    with torch.device("cpu"):  # also under "meta", where this would import torch's compiler and hold nothing
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
     if scaling is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prairie.errors import ModelError
 from prairie.models.families import read_config, write_config
-from prairie.models.transformer import Transformer, rope_frequencies
+from prairie.models.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,7 +92,6 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
                 mend="set tie_word_embeddings to false in config.json",
             )
     model.load_state_dict(parameters, assign=True)
-    model.frequencies = rope_frequencies(model_config)  # those made under "meta" hold nothing
     found = digest.hexdigest()
     claimed = manifest.get("weights_hash")
     if claimed is not None and claimed != found:
