@@ -13,6 +13,7 @@ const DEFAULTS = { temperature: 0.8, top_p: 0.95, max_tokens: 512 };
 const SAME_MODEL = "";
 const SAVE_EVERY_MS = 1000;
 const NEAR_THE_END_PX = 80;
+const LOADING_MS = 1500;
 
 const state = {
   chat: newChat(),
@@ -152,6 +153,7 @@ async function run(chat, nodes, work) {
   state.streams.set(chat.id, { chat, controller, nodes });
   save(chat);
   if (chat === state.chat) {
+    remember("open", chat.id);
     state.follow = true;
     draw();
     scrollAlong();
@@ -444,6 +446,7 @@ async function refreshModels() {
     if (away) banner(null, t("server.back"));
     away = null;
     outbox.flush();
+    if (!state.models.length) setTimeout(refreshModels, LOADING_MS); // the server is up, its models are still being read
   } catch (error) {
     if (error.status === 401) askForKey({ wrong: Boolean(recall("key")) });
     else {
@@ -510,6 +513,7 @@ function askForKey({ wrong = false } = {}) {
   if (dialog.open) return;
   $("key-text").textContent = (wrong ? t("key.wrong") + " " : "") + t("key.text");
   $("asked-key").value = "";
+  dialog.returnValue = ""; // Escape would leave what the last one said
   dialog.showModal();
 }
 
@@ -659,6 +663,7 @@ $("key-dialog").addEventListener("close", () => {
   const end = last(state.chat);
   if (end?.status === "error" && !end.text) retry(end);
 });
+$("cancel-key").addEventListener("click", () => $("key-dialog").close());
 $("jump").addEventListener("click", () => {
   state.follow = true;
   scrollAlong();

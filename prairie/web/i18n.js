@@ -27,7 +27,7 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name] ?? ""));
 }
 
-/** Fills `data-t` (text), `data-t-label` (aria-label and tooltip) and `data-t-placeholder` below `root`. */
+/** Fills `data-t` (text), `data-t-label` (name and tooltip), `data-t-title` (tooltip) and `data-t-placeholder` below `root`. */
 export function translate(root = document) {
   document.documentElement.lang = current === "zh" ? "zh-CN" : "en";
   for (const element of root.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
@@ -35,6 +35,7 @@ export function translate(root = document) {
     element.setAttribute("aria-label", t(element.dataset.tLabel));
     element.title = t(element.dataset.tLabel);
   }
+  for (const element of root.querySelectorAll("[data-t-title]")) element.title = t(element.dataset.tTitle);
   for (const element of root.querySelectorAll("[data-t-placeholder]")) element.placeholder = t(element.dataset.tPlaceholder);
 }
 

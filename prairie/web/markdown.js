@@ -9,18 +9,19 @@ const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)、])\s+(.*)$/;
 const QUOTE = /^ {0,3}>\s?(.*)$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const DEEPEST = 12;
 
 /**
  * Shows `source` in `target`. Blocks whose text did not change are left alone, so that a growing answer costs its last
  * block only and a selection in the finished part survives.
  */
-export function renderMarkdown(target, source) {
+export function renderMarkdown(target, source, depth = 0) {
   const blocks = split(source);
   const kept = target.blocks ?? [];
   let same = 0;
   while (same < kept.length && same < blocks.length && kept[same] === blocks[same].key) same++;
   while (target.children.length > same) target.lastElementChild.remove();
-  for (const block of blocks.slice(same)) target.append(element(block));
+  for (const block of blocks.slice(same)) target.append(element(block, depth));
   target.blocks = blocks.map((block) => block.key);
 }
 
@@ -68,8 +69,10 @@ export function split(source) {
   }
 }
 
-function element(block) {
-  switch (block.kind) {
+/** Deeper than people nest, a block is plain words: rubbish such as "> > > >" must not exhaust the stack. */
+function element(block, depth) {
+  const kind = depth < DEEPEST || block.kind === "code" ? block.kind : "paragraph";
+  switch (kind) {
     case "code":
       return codeBlock(block);
     case "heading": {
@@ -80,13 +83,13 @@ function element(block) {
       return h("hr");
     case "quote": {
       const quote = h("blockquote");
-      renderMarkdown(quote, block.lines.map((line) => QUOTE.exec(line)[1]).join("\n"));
+      renderMarkdown(quote, block.lines.map((line) => QUOTE.exec(line)[1]).join("\n"), depth + 1);
       return quote;
     }
     case "table":
       return table(block.lines);
     case "list":
-      return list(block.lines);
+      return list(block.lines, depth);
     default:
       return h("p", {}, withBreaks(block.lines));
   }
@@ -109,7 +112,7 @@ function table(lines) {
 }
 
 /** Items by indentation; deeper lines belong to the item above them and are blocks of their own. */
-function list(lines) {
+function list(lines, depth) {
   const [, base, mark] = ITEM.exec(lines[0]);
   const ordered = /\d/.test(mark);
   const items = [];
@@ -119,10 +122,10 @@ function list(lines) {
     else items.at(-1).push(line);
   }
   const start = ordered ? parseInt(mark, 10) : 1;
-  return h(ordered ? "ol" : "ul", { start: ordered && start !== 1 ? start : null }, items.map(listItem));
+  return h(ordered ? "ol" : "ul", { start: ordered && start !== 1 ? start : null }, items.map((item) => listItem(item, depth)));
 }
 
-function listItem(lines) {
+function listItem(lines, depth) {
   const entry = h("li");
   const indent = Math.min(...lines.slice(1).filter((line) => line.trim()).map((line) => line.search(/\S/)), 99);
   const first = lines.slice(1).findIndex((line) => line.trim() === "" || ITEM.test(line) || FENCE.test(line));
@@ -130,7 +133,7 @@ function listItem(lines) {
   entry.append(...withBreaks(head.map((line) => line.trim())));
   if (first >= 0) {
     const rest = h("div");
-    renderMarkdown(rest, lines.slice(first + 1).map((line) => line.slice(indent)).join("\n"));
+    renderMarkdown(rest, lines.slice(first + 1).map((line) => line.slice(indent)).join("\n"), depth + 1);
     entry.append(...rest.childNodes);
   }
   return entry;
@@ -138,11 +141,11 @@ function listItem(lines) {
 
 const INLINE = [
   [/^(`+)([\s\S]*?[^`])\1(?!`)/, (m) => h("code", {}, m[2].replace(/^ (.*) $/, "$1"))],
-  [/^\*\*(?=\S)([\s\S]*?\S)\*\*/, (m) => h("strong", {}, inline(m[1]))],
-  [/^__(?=\S)([\s\S]*?\S)__(?!\w)/, (m) => h("strong", {}, inline(m[1]))],
-  [/^~~(?=\S)([\s\S]*?\S)~~/, (m) => h("s", {}, inline(m[1]))],
-  [/^\*(?=[^\s*])([\s\S]*?[^\s*])\*(?!\*)/, (m) => h("em", {}, inline(m[1]))],
-  [/^_(?=[^\s_])([\s\S]*?[^\s_])_(?!\w)/, (m) => h("em", {}, inline(m[1]))],
+  [/^\*\*(?=\S)([\s\S]*?\S)\*\*/, (m, depth) => h("strong", {}, inline(m[1], depth + 1))],
+  [/^__(?=\S)([\s\S]*?\S)__(?!\w)/, (m, depth) => h("strong", {}, inline(m[1], depth + 1))],
+  [/^~~(?=\S)([\s\S]*?\S)~~/, (m, depth) => h("s", {}, inline(m[1], depth + 1))],
+  [/^\*(?=[^\s*])([\s\S]*?[^\s*])\*(?!\*)/, (m, depth) => h("em", {}, inline(m[1], depth + 1))],
+  [/^_(?=[^\s_])([\s\S]*?[^\s_])_(?!\w)/, (m, depth) => h("em", {}, inline(m[1], depth + 1))],
   [/^!?\[([^\]\n]*)\]\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+"[^"]*")?\s*\)/, (m) => link(m[2], m[1] || m[2])],
   [/^https?:\/\/[^\s<>"'`（）。，、；：！？【】《》]+[^\s<>"'`（）。，、；：！？【】《》.,;:!?)\]]/, (m) => link(m[0], m[0])],
 ];
@@ -161,14 +164,14 @@ function link(address, text) {
 }
 
 /** A list of text and elements for one line of markdown. */
-export function inline(text) {
+export function inline(text, depth = 0) {
   const out = [];
   let plain = "";
   let before = "";
   while (text) {
     const next = text.slice(1).search(SPECIAL) + 1;
     const escaped = /^\\([!-/:-@[-`{-~])/.exec(text);
-    const found = escaped ? null : match(text, before);
+    const found = escaped ? null : match(text, before, depth);
     if (found) {
       if (plain) out.push(plain);
       plain = "";
@@ -183,12 +186,12 @@ export function inline(text) {
   return out;
 }
 
-function match(text, before) {
-  if (!SPECIAL.test(text[0])) return null;
+function match(text, before, depth) {
+  if (depth > DEEPEST || !SPECIAL.test(text[0])) return null;
   if ((text[0] === "_" || text[0] === "h") && /\w/.test(before)) return null; // snake_case and `xhttp` are words
   for (const [pattern, build] of INLINE) {
     const m = pattern.exec(text);
-    if (m) return { element: build(m), length: m[0].length };
+    if (m) return { element: build(m, depth), length: m[0].length };
   }
   return null;
 }

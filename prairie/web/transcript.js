@@ -135,7 +135,7 @@ class UserView {
     this.pencil = iconButton("pencil", "action.edit_message", () => this.#edit());
     this.tools = h("div", { class: "tools" }, this.stepper.element, copyButton("action.copy", () => node.text), this.pencil);
     this.editor = editor({
-      label: t("action.edit_message"),
+      label: t("composer.label"),
       save: t("action.resend"),
       onsave: (text) => {
         this.#close();
@@ -210,7 +210,7 @@ function origin(node, actions) {
     update() {
       const speed = node.speed ? ` · ${t("answer.speed", { speed: node.speed >= 10 ? Math.round(node.speed) : node.speed.toFixed(1) })}` : "";
       element.textContent = versionName(node) + speed;
-      element.hidden = node.status === "streaming" || !versionName(node);
+      element.hidden = node.status === "streaming" || !node.response_id;
     },
   };
 }
@@ -387,7 +387,7 @@ class PairView {
     const writing = this.sides.some(({ node }) => node.status === "streaming");
     for (const { side, node, body, name, badge, go, foot, element } of this.sides) {
       body.update();
-      name.update();
+      if (verdict) name.update(); // until then no name stands anywhere on the page
       badge.hidden = verdict !== side;
       element.classList.toggle("won", verdict === side);
       foot.hidden = !verdict;

@@ -48,7 +48,7 @@ def test_chinese_is_written_in_chinese():
 
 def test_every_word_that_is_asked_for_exists_and_every_word_is_used():
     known = set(strings()["en"])
-    exact = set(re.findall(r'data-t(?:-label|-placeholder)?="([^"]+)"', HTML))
+    exact = set(re.findall(r'data-t(?:-label|-title|-placeholder)?="([^"]+)"', HTML))
     exact |= {key for key in known if f'"{key}"' in ALL_CODE}
     asked = set(re.findall(r'\bt\("([\w.]+)"\s*[,)]', ALL_CODE)) | exact
     assert asked <= known, f"asked for, but not written: {sorted(asked - known)}"
