@@ -51,6 +51,9 @@ class ChatActor:
         """The dataset of the votes that no earlier turn learned from. Raises DataError when they teach too little."""
         if self.meet is not None:
             self.report = self.meet(champion)
+            if self.report.failed or self.report.lost_votes:
+                say = self.context.runtime.progress.say
+                say(f"{self.report.failed} of {self.report.requests} requests failed: {self.report.errors[:1]}")
         used = learned_events(self.context, self.line)
         teaching = [
             vote
