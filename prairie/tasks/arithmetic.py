@@ -1,8 +1,8 @@
 """Sums, differences and the times table, in words: "What is seven plus twelve?", 十七加八等于几?
 
-Held out: for + and - one family in ten, a family being a, b and their sum (b + a, sum - a and sum - b go with it, in
-both languages). The times table has too few facts to guess an unseen one, so there a held-out product is one whose
-other order was taught: 8 times 3 after 3 times 8. Not here: negative results, division, digits in the question.
+Held out: one problem in ten, in both languages and every phrasing. Its other order may be taught (9 + 7 after 7 + 9,
+12 - 5 after 12 - 7), and for a product it always is: so small a table has too few facts to guess one from nothing.
+Not here: negative results, division, digits in the question.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def problem_is_held_out(sign: str, a: int, b: int) -> bool:
         low, high = sorted((a, b))
         held_order = (high, low) if is_held_out("arithmetic", f"order of {low}x{high}", 2) else (low, high)
         return low != high and is_held_out("arithmetic", f"{low}x{high}", 6) and (a, b) == held_order
-    low, high = sorted((a, b) if sign == "+" else (b, a - b))
-    return is_held_out("arithmetic", f"{low}+{high}")
+    return is_held_out("arithmetic", f"{a}{sign}{b}")
 
 
 def draw(split: Split, rng: random.Random) -> tuple[Language, str, str]:
