@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import FastAPI, Header
+from fastapi import FastAPI, Header, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
@@ -181,31 +181,31 @@ PurposeHeader = Annotated[str | None, Header(alias="X-Prairie-Purpose")]
 KeyHeader = Annotated[str | None, Header(alias="Idempotency-Key", max_length=NAME_LIMIT)]
 
 
-def _caller(user: str | None, surface: str | None, purpose: str | None) -> Caller:
+def _caller(request: Request, user: str | None, surface: str | None, purpose: str | None) -> Caller:
     """Raises RequestError for an unknown purpose: a gate's answers must not be taken for a user's."""
     if purpose not in (None, "", "chat", "gate"):
         raise RequestError(
             "unknown X-Prairie-Purpose", got=repr(purpose), wanted="chat | gate", param="X-Prairie-Purpose"
         )
-    return Caller(user or None, surface or "api", purpose or "chat")
+    return Caller(user or None, surface or "api", purpose or "chat", request.state.tenant)
 
 
 def _completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", tags=["openai"])
     async def chat_completions(
-        body: ChatRequest, surface: SurfaceHeader = None, purpose: PurposeHeader = None
+        body: ChatRequest, request: Request, surface: SurfaceHeader = None, purpose: PurposeHeader = None
     ) -> Response:
         """An answer to a conversation; `stream` for server-sent events."""
-        answer = await service.desk.chat(body, _caller(body.user, surface, purpose))
+        answer = await service.desk.chat(body, _caller(request, body.user, surface, purpose))
         form = Chat(answer)
         return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
 
     @app.post("/v1/completions", tags=["openai"])
     async def completions(
-        body: CompletionRequest, surface: SurfaceHeader = None, purpose: PurposeHeader = None
+        body: CompletionRequest, request: Request, surface: SurfaceHeader = None, purpose: PurposeHeader = None
     ) -> Response:
         """Raw text continued; `echo` with `logprobs` scores the prompt, `max_tokens` 0 only that."""
-        answer = await service.desk.complete(body, _caller(body.user, surface, purpose))
+        answer = await service.desk.complete(body, _caller(request, body.user, surface, purpose))
         try:
             scores = []
             if body.echo and body.logprobs is not None:

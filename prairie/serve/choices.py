@@ -44,6 +44,24 @@ class QueueFull(OverloadedError):
     retry_after_s = RETRY_AFTER_S
 
 
+Prompt = tuple[Message, ...] | str | list[int]
+"""A conversation, raw text, or the token ids of one."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be made, as both kinds of request say it."""
+
+    prompts: Sequence[Prompt]
+    n: int
+    """Answers to each prompt."""
+    limit: int
+    """Tokens of an answer; 0 only scores the prompt."""
+    top: int | None
+    """Alternatives shown beside each token; None: no log-probabilities."""
+    stops: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Caller:
     """Who asks, as far as the request says."""
@@ -51,6 +69,8 @@ class Caller:
     user: str | None = None
     surface: str | None = None
     purpose: str = "chat"
+    tenant: str = ""
+    """Name of the API key."""
 
 
 @dataclass(eq=False)
@@ -123,13 +143,13 @@ class Desk:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *args)
 
     async def chat(self, body: ChatRequest, caller: Caller) -> Answer:
-        """Admits a chat request and starts it. Raises PrairieError; what it raised about is not left behind."""
+        """Admits a chat request and starts it. Raises PrairieError; nothing of what is refused is left behind."""
         body.refuse_unsupported()
-        messages = body.to_messages()
-        top, limit = body.top(), body.limit()
-        return await self._open(
-            body, caller, "chatcmpl", [messages], top, DEFAULT_MAX_TOKENS if limit is None else limit
-        )  # fmt: skip
+        limit = body.limit()
+        order = Order(
+            [body.to_messages()], body.n or 1, DEFAULT_MAX_TOKENS if limit is None else limit, body.top(), body.stops()
+        )
+        return await self._open(body, caller, order, "chatcmpl")
 
     async def complete(self, body: CompletionRequest, caller: Caller) -> Answer:
         """The same for a text completion."""
@@ -137,28 +157,22 @@ class Desk:
         limit = DEFAULT_TEXT_TOKENS if body.max_tokens is None else body.max_tokens
         if limit == 0 and not body.echo:
             raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
-        return await self._open(body, caller, "cmpl", body.prompts(), body.logprobs, limit)
+        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops())
+        return await self._open(body, caller, order, "cmpl")
 
-    async def _open(
-        self,
-        body: Sampling,
-        caller: Caller,
-        prefix: str,
-        prompts: Sequence[tuple[Message, ...] | str | list[int]],
-        top: int | None,
-        limit: int,
-    ) -> Answer:
-        stops, n, arrived = body.stops(), body.n or 1, time.perf_counter()
-        self._admit(n * len(prompts))
+    async def _open(self, body: Sampling, caller: Caller, order: Order, prefix: str) -> Answer:
+        arrived = time.perf_counter()
+        count = order.n * len(order.prompts)
+        self._admit(count)
         resident: Resident | None = None
         try:
             resident = await self.models.acquire(body.model)
             id = f"{prefix}-{secrets.token_hex(12)}"
-            choices = await self.do(_choices, resident, body, id, prompts, n, top, limit, stops)
+            choices = await self.do(_choices, resident, body, order, id, caller.tenant)
             head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
-            answer = Answer(self, resident, head, choices, top, caller, arrived)
+            answer = Answer(self, resident, head, choices, order.top, caller, arrived)
         except BaseException:
-            self.pending -= n * len(prompts)
+            self.pending -= count
             if resident is not None:
                 self.models.release(resident)
             raise
@@ -214,6 +228,7 @@ class Answer:
         self._news: asyncio.Queue[Part | Exception] = asyncio.Queue()
         self._commits: set[asyncio.Task[None]] = set()
         self._first_token_at: dict[str, float] = {}
+        self._given_back = False
         self._closed = False
 
     async def start(self, body: Sampling) -> None:
@@ -283,7 +298,6 @@ class Answer:
         if self._closed:
             return
         self._closed = True
-        self.desk.pending -= len(self.choices)
         await asyncio.shield(self.desk.keep(self._close()))
 
     async def _close(self) -> None:
@@ -299,6 +313,13 @@ class Answer:
                         self._whole(choice, said[choice.id])
                 await asyncio.gather(*(self.desk.do(self._abort, choice) for choice in left))
         finally:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """The places in the queue and the version. Also when all has been said to a client that does not read it."""
+        if not self._given_back:
+            self._given_back = True
+            self.desk.pending -= len(self.choices)
             self.desk.models.release(self.resident)
 
     # -- inside
@@ -327,6 +348,8 @@ class Answer:
             else:
                 self._count(choice)
                 self._news.put_nowait(part)
+                if all(each.done for each in self.choices):
+                    self._give_back()
 
         task = self.desk.keep(commit())
         self._commits.add(task)
@@ -389,38 +412,27 @@ class Answer:
         )
 
 
-def _choices(
-    resident: Resident,
-    body: Sampling,
-    id: str,
-    prompts: Sequence[tuple[Message, ...] | str | list[int]],
-    n: int,
-    top: int | None,
-    limit: int,
-    stops: tuple[str, ...],
-) -> list[Choice]:
+def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: str) -> list[Choice]:
     """In a thread: prompts rendered and tokenised, a Choice for each answer. RequestError, ContextLengthError."""
     from prairie.engine.request import Request
 
     seed = body.seed if body.seed is not None else secrets.randbits(48)
     choices: list[Choice] = []
-    for prompt in prompts:
+    for prompt in order.prompts:
         prompt_ids, record = _prompt_ids(resident, prompt)
-        _check_prompt(resident, prompt_ids, limit)
-        for _ in range(n):
+        _check_prompt(resident, prompt_ids, order.limit)
+        for _ in range(order.n):
             index = len(choices)
-            params = _params(resident, body, seed + index, top, limit, stops, chat=isinstance(prompt, tuple))
             choice_id = id if index == 0 else f"{id}:{index}"
-            request = None if params is None else Request(
-                choice_id, prompt_ids, params, resident.adapter_hash, stream=bool(body.stream)
-            )  # fmt: skip
+            params = _params(resident, body, order, seed + index, chat=isinstance(prompt, tuple))
+            request = None
+            if params is not None:
+                request = Request(choice_id, prompt_ids, params, resident.adapter_hash, salt, stream=bool(body.stream))
             choices.append(Choice(index, choice_id, record, request, prompt_ids))
     return choices
 
 
-def _prompt_ids(
-    resident: Resident, prompt: tuple[Message, ...] | str | list[int]
-) -> tuple[list[int], tuple[Message, ...] | str]:
+def _prompt_ids(resident: Resident, prompt: Prompt) -> tuple[list[int], tuple[Message, ...] | str]:
     """(token ids, what is recorded of the prompt)."""
     if isinstance(prompt, tuple):
         return resident.template.encode_prompt(prompt), prompt
@@ -447,19 +459,17 @@ def _check_prompt(resident: Resident, prompt_ids: Sequence[int], limit: int) -> 
         )  # fmt: skip
 
 
-def _params(
-    resident: Resident, body: Sampling, seed: int, top: int | None, limit: int, stops: tuple[str, ...], chat: bool
-) -> SamplingParams | None:
+def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: bool) -> SamplingParams | None:
     """None when nothing is to be generated."""
     from prairie.engine.request import SamplingParams
 
-    if limit == 0:
+    if order.limit == 0:
         return None
-    ignore_eos = bool(body.ignore_eos)
+    stops, ignore_eos = order.stops, bool(body.ignore_eos)
     if chat and not ignore_eos:
         stops = (*stops, *resident.template.stop_strings)
     return SamplingParams(
-        max_tokens=limit,
+        max_tokens=order.limit,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
@@ -469,7 +479,7 @@ def _params(
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.biases(resident.engine.model.config.vocab_size) or None,
-        logprobs=top,
+        logprobs=order.top,
         ignore_eos=ignore_eos,
     )
 

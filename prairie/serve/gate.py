@@ -34,7 +34,9 @@ class Keyring(Protocol):
 
     required: bool
 
-    async def allows(self, key: str) -> bool: ...
+    async def name_of(self, key: str) -> str | None:
+        """Whose valid key it is; None for any other."""
+        ...
 
 
 class HostError(PrairieError):
@@ -84,7 +86,8 @@ class Gate:
             await send(message)
 
         try:
-            await self._check(scope["path"], headers)
+            # Each tenant's prompts are cached apart: one must not learn from timing what another asked.
+            scope["state"]["tenant"] = await self._check(scope["path"], headers)
             await self.app(scope, self._limited(receive), tagged_send)
         except Exception as error:
             if not isinstance(error, PrairieError):
@@ -97,8 +100,9 @@ class Gate:
             self.metrics.http.labels(_method(scope["method"]), route, str(status)).inc()
             self.metrics.http_seconds.labels(route).observe(time.perf_counter() - started)
 
-    async def _check(self, path: str, headers: dict[bytes, str]) -> None:
-        """Raises HostError, AuthError or BodyTooLarge; says nothing else about the request."""
+    async def _check(self, path: str, headers: dict[bytes, str]) -> str:
+        """Whose key came with the request, "" when none is needed. Raises HostError, AuthError or BodyTooLarge."""
+        tenant = ""
         if not self.keys.required and not self.host_allowed(headers.get(b"host", "")):
             raise HostError(
                 "this server does not answer to that name", got=headers.get(b"host"), wanted="an address or localhost",
@@ -106,14 +110,17 @@ class Gate:
             )  # fmt: skip
         if self.keys.required and path not in OPEN_PATHS:
             key = _key_of(headers.get(b"authorization", ""))
-            if not key or not await self.keys.allows(key):
+            name = await self.keys.name_of(key) if key else None
+            if name is None:
                 raise AuthError(
                     "no API key came with the request" if not key else "the API key is not known or was revoked",
                     wanted="the header `Authorization: Bearer KEY`", mend="create one with `prairie keys create NAME`",
                 )  # fmt: skip
+            tenant = name
         length = headers.get(b"content-length", "0")
         if length.isdecimal() and int(length) > self.max_body_bytes:
             raise self._too_large(int(length))
+        return tenant
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that counts the body and does not wait for ever for its rest."""
@@ -124,7 +131,8 @@ class Gate:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the request body did not come within {BODY_TIMEOUT_S:.0f} s") from None
             whole = message["type"] != "http.request" or not message.get("more_body", False)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("prairie.serve")
 
-SPARE_VERSIONS = 4
+SPARE_VERSIONS = 2
 """Versions asked for by number or id that stay in memory although nobody uses them."""
 SPARE_S = 600.0
 
@@ -184,8 +184,9 @@ class Models:
         resident = self._take(name)
         if resident is not None:
             return resident
+        source = await asyncio.to_thread(self._source, name)
         # The first load happens in the loader's thread too: a request that comes early waits for it here.
-        loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load_named, name)
+        loading = asyncio.get_running_loop().run_in_executor(self._loader, self._load_named, name, source)
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:
@@ -213,12 +214,11 @@ class Models:
                 resident.in_use += 1
             return resident
 
-    def _load_named(self, name: str) -> Resident:
+    def _load_named(self, name: str, source: Source) -> Resident:
         """In the loader's thread: `name`, loaded and taken."""
         taken = self._take(name)
         if taken is not None:
             return taken
-        source = self._source(name)
         resident = self._load(source)
         resident.spare = True
         if "@" in name and not name.endswith("@newest"):
@@ -297,7 +297,7 @@ class Models:
                 self._pointers[name] = source.name
             self.release(resident)
         _, failed = self._refresh()
-        if failed and not (self._named and self._pointers):
+        if failed and not self._pointers:
             raise failed[0]
         self.ready = True
 

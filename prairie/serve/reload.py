@@ -32,21 +32,24 @@ class Keys:
 
     def __init__(self, home: Home) -> None:
         self._store = home.keys
-        self._good_until: dict[str, float] = {}
+        self._good: dict[str, tuple[str, float]] = {}
+        """Key -> (its name, until when that is believed)"""
         self.required = self._store.required()
 
-    async def allows(self, key: str) -> bool:
+    async def name_of(self, key: str) -> str | None:
+        """Whose valid key it is; None for any other."""
         now = time.monotonic()
-        if self._good_until.get(key, 0.0) > now:
-            return True
+        name, until = self._good.get(key, ("", 0.0))
+        if until > now:
+            return name
         try:
-            await asyncio.to_thread(self._store.check, key)
+            found = await asyncio.to_thread(self._store.check, key)
         except AuthError:
-            self._good_until.pop(key, None)
-            return False
-        self._good_until = {known: until for known, until in self._good_until.items() if until > now}
-        self._good_until[key] = now + BELIEVED_S
-        return True
+            found = None
+        self._good = {known: kept for known, kept in self._good.items() if kept[1] > now and known != key}
+        if found is not None:
+            self._good[key] = (found, now + BELIEVED_S)
+        return found
 
     def refresh(self) -> None:
         """Sees the first key that is made; from then on every request wants one."""

@@ -59,6 +59,18 @@ def test_which_keys_are_good(home):
         assert http.get("/healthz").status_code == 200
 
 
+def test_tenants_do_not_share_cached_prompts(home):
+    keys = {name: {"Authorization": f"Bearer {home.keys.create(name)}"} for name in ("ann", "bob")}
+    with running(home, ["spark"]) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+
+        def cached(name):
+            body = ask("spark", "a long enough prompt " * 3)
+            usage = http.post("/v1/chat/completions", json=body, headers=keys[name]).json()["usage"]
+            return usage["prompt_tokens_details"]["cached_tokens"]
+
+        assert [cached(name) > 0 for name in ("ann", "ann", "bob", "bob")] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     ("host", "good"),
     [

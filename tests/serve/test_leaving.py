@@ -130,6 +130,30 @@ def test_a_stop_that_waits_no_longer_records_what_was_said(home):
     assert row.token_ids
 
 
+def test_a_client_that_does_not_read_holds_no_place(slow):
+    url = urlparse(slow.url)
+    body = ask("spark", stream=True, n=8, **LONG, logprobs=True, top_logprobs=20)
+    with socket.create_connection((url.hostname, url.port)) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        data = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+        raw.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        slow.idle(30)
+        assert len(rows(slow, "done")) == 8 and slow.kv_blocks_held() == 0
+
+
+def test_rows_of_a_killed_server_are_closed_by_the_next_one(home):
+    from prairie.store.feedback import Response
+
+    home.feedback.start_response(Response(id="chatcmpl-cut", model="spark", prompt="x"))
+    with running(home, ["spark"]):
+        row = home.feedback.get_response("chatcmpl-cut")
+        assert (row.status, row.finish_reason) == ("aborted", "crashed")
+        home.feedback.start_response(Response(id="chatcmpl-live", model="spark", prompt="x"))
+        with running(home, ["spark"]):  # a second server leaves the first one's rows alone
+            assert home.feedback.get_response("chatcmpl-live").status == "started"
+
+
 def test_an_answer_that_cannot_be_recorded_is_not_given(home, monkeypatch):
     from prairie.errors import StorageFullError
 
