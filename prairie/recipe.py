@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,14 +33,22 @@ class _Strict(BaseModel):
 class _Stage(_Strict):
     """What every stage has: a kind, and the stages it reads."""
 
-    def reads(self) -> list[str]:
-        """Names of the stages whose products this one needs."""
+    gives: ClassVar[str] = ""
+    """What it leaves to others: rows, tokenizer, model, server, or nothing."""
+
+    def wants(self) -> list[tuple[str, str]]:
+        """Names of the stages that this one needs, each with what that one must give (empty: whatever it gives)."""
         return []
+
+    def reads(self) -> list[str]:
+        """Names of the stages that this one needs."""
+        return [name for name, _ in self.wants()]
 
 
 class Prepare(_Stage):
     """Text, conversations or preferences, cleaned and split, from the interpreter, from tasks or from a file."""
 
+    gives: ClassVar[str] = "rows"
     kind: Literal["prepare"]
     source: Literal["interpreter", "tasks", "file"]
     megabytes: float = Field(8.0, gt=0)
@@ -76,18 +84,20 @@ class Prepare(_Stage):
 class TrainTokenizer(_Stage):
     """A byte-level BPE over the training rows of the named stages."""
 
+    gives: ClassVar[str] = "tokenizer"
     kind: Literal["tokenizer"]
     data: list[str]
     vocab_size: int = Field(2048, ge=260)
     template: str = "chatml"
 
-    def reads(self) -> list[str]:
-        return self.data
+    def wants(self) -> list[tuple[str, str]]:
+        return [(name, "rows") for name in self.data]
 
 
 class Import(_Stage):
     """An open model from a Hugging Face folder."""
 
+    gives: ClassVar[str] = "model"
     kind: Literal["import"]
     path: str
     template: str | None = None
@@ -158,6 +168,7 @@ class Learning(_Strict):
 class Train(_Stage, Learning):
     """A model or an adapter from data: causal_lm on text or conversations, dpo on preferences (arXiv 2305.18290)."""
 
+    gives: ClassVar[str] = "model"
     kind: Literal["train"]
     objective: Literal["causal_lm", "dpo"] = "causal_lm"
     data: str | list[str]
@@ -180,13 +191,15 @@ class Train(_Stage, Learning):
         """The stages that give the rows."""
         return [self.data] if isinstance(self.data, str) else self.data
 
-    def reads(self) -> list[str]:
-        return [name for name in (self.start, self.tokenizer, *self.sources()) if name]
+    def wants(self) -> list[tuple[str, str]]:
+        origin = [(self.start, "model"), (self.tokenizer, "tokenizer")]
+        return [(name, what) for name, what in origin if name] + [(name, "rows") for name in self.sources()]
 
 
 class Sample(_Stage):
     """Preferences from a model's own answers: a right one over a wrong one, as the tasks' checks say."""
 
+    gives: ClassVar[str] = "rows"
     kind: Literal["sample"]
     model: str
     tasks: list[str]
@@ -198,8 +211,8 @@ class Sample(_Stage):
     max_tokens: int = Field(48, gt=0)
     pairs_per_prompt: int = Field(2, gt=0)
 
-    def reads(self) -> list[str]:
-        return [self.model]
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.model, "model")]
 
 
 class Evaluate(_Stage):
@@ -218,24 +231,28 @@ class Evaluate(_Stage):
     reference: str | None = None
     row_tokens: int = Field(256, gt=1)
 
-    def reads(self) -> list[str]:
-        return [*self.models, *self.text, *self.preferences, *([self.reference] if self.reference else [])]
+    def wants(self) -> list[tuple[str, str]]:
+        models = [(name, "model") for name in self.models]
+        rows = [(name, "rows") for name in (*self.text, *self.preferences)]
+        return [*models, *rows, *([(self.reference, "model")] if self.reference else [])]
 
 
 class Publish(_Stage):
     """Registers a model as a version of a line and makes it the line's champion."""
 
+    gives: ClassVar[str] = "model"
     kind: Literal["publish"]
     line: str
     model: str
 
-    def reads(self) -> list[str]:
-        return [self.model]
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.model, "model")]
 
 
 class Serve(_Stage):
     """Starts the server for the stages that follow; it stays open at the end unless told otherwise."""
 
+    gives: ClassVar[str] = "server"
     kind: Literal["serve"]
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, lt=65536)
@@ -243,8 +260,8 @@ class Serve(_Stage):
     after: list[str] = []
     """The stages that must have been published first."""
 
-    def reads(self) -> list[str]:
-        return self.after
+    def wants(self) -> list[tuple[str, str]]:
+        return [(name, "") for name in self.after]
 
 
 class Users(_Strict):
@@ -277,6 +294,7 @@ class GateRules(_Strict):
 class Turn(_Stage):
     """One turn of the wheel: people vote, a candidate learns, the gate judges, the champion changes or stays."""
 
+    gives: ClassVar[str] = "model"
     kind: Literal["turn"]
     line: str
     start: str
@@ -287,8 +305,8 @@ class Turn(_Stage):
     learn: Learning
     gate: GateRules = GateRules()
 
-    def reads(self) -> list[str]:
-        return [self.start, self.server]
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.start, "model"), (self.server, "server")]
 
 
 class Report(_Stage):
@@ -298,8 +316,8 @@ class Report(_Stage):
     of: list[str]
     samples: int = Field(12, ge=0)
 
-    def reads(self) -> list[str]:
-        return self.of
+    def wants(self) -> list[tuple[str, str]]:
+        return [(name, "") for name in self.of]
 
 
 Stage = Annotated[
@@ -321,6 +339,9 @@ KINDS: dict[str, type[_Stage]] = {
 AnyStage = Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | Report
 
 
+_ARTICLES = {"rows": "rows", "tokenizer": "a tokenizer", "model": "a model", "server": "a server"}
+
+
 class Recipe(_Strict):
     """A whole run. `params` are the knobs a user is meant to turn; `${name}` in a stage stands for one."""
 
@@ -331,7 +352,10 @@ class Recipe(_Strict):
     stages: dict[str, Stage]
 
     def order(self) -> list[str]:
-        """Stage names so that each comes after those it reads, otherwise as written. Raises RecipeError on a circle."""
+        """Stage names so that each comes after those it reads, otherwise as written.
+
+        Raises RecipeError on a circle, on an unknown stage and on one that does not give what is read from it.
+        """
         done: list[str] = []
         waiting: list[str] = []
 
@@ -349,14 +373,24 @@ class Recipe(_Strict):
                     f"stages of recipe `{self.name}` wait for each other", got=" -> ".join([*waiting, name])
                 )
             waiting.append(name)
-            for read in self.stages[name].reads():
+            for read, what in self.stages[name].wants():
                 visit(read, name)
+                self._check_gives(read, what, name)
             waiting.pop()
             done.append(name)
 
         for name in self.stages:
             visit(name, name)
         return done
+
+    def _check_gives(self, read: str, what: str, asked_by: str) -> None:
+        if what and self.stages[read].gives != what:
+            fit = [name for name, stage in self.stages.items() if stage.gives == what and name != asked_by]
+            raise RecipeError(
+                f"stage `{asked_by}` of recipe `{self.name}` needs a stage that gives {_ARTICLES[what]}",
+                got=f"`{read}`, a `{self.stages[read].kind}`",
+                wanted=_known(read, fit),
+            )
 
     def hash(self) -> str:
         """sha256 of the resolved recipe."""

@@ -26,7 +26,7 @@ from prairie.errors import AdapterError, ModelError
 from prairie.models.config import ModelConfig
 from prairie.models.families import Part, fused_parts
 from prairie.models.transformer import Transformer
-from prairie.models.weights import MANIFEST, hash_of, read_json, read_manifest, weights_hash, write_json
+from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
 from prairie.ops.attention import pairs_together
 from prairie.ops.linear import add_lora
 
@@ -168,8 +168,8 @@ class LoRA(nn.Module):
             write_json(folder / ADAPTER_CONFIG, self._peft_config(base_name))
             save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             write_json(folder / MANIFEST, facts)
-        except OSError as error:
-            raise AdapterError(f"the adapter cannot be written to {folder}", got=error) from error
+        except (OSError, SafetensorError) as error:
+            raise not_written(AdapterError, f"the adapter cannot be written to {folder}", error) from error
         return found
 
     @property

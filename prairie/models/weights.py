@@ -5,6 +5,7 @@ Not here: tokenizer and chat template files (the data room writes them), adapter
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prairie.errors import ModelError
+from prairie.errors import ModelError, PrairieError, StorageFullError
 from prairie.models.families import read_config, write_config
 from prairie.models.transformer import Transformer
 
@@ -126,9 +127,16 @@ def save_model(model: Transformer, folder: Path | str, dtype: torch.dtype | None
         )
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
         write_json(folder / MANIFEST, {"kind": "model", **manifest, "weights_hash": found})
-    except OSError as error:
-        raise ModelError(f"the model cannot be written to {folder}", got=error) from error
+    except (OSError, SafetensorError) as error:
+        raise not_written(ModelError, f"the model cannot be written to {folder}", error) from error
     return found
+
+
+def not_written(kind: type[PrairieError], what: str, error: Exception) -> PrairieError:
+    """The error to raise for files that cannot be written. Safetensors tells of a full disk in its text alone."""
+    if getattr(error, "errno", None) == errno.ENOSPC or f"(os error {errno.ENOSPC})" in str(error):
+        return StorageFullError(f"{what}: the disk is full", mend="free some space and run the command again")
+    return kind(what, got=error)
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:

@@ -111,6 +111,6 @@ def _shade(number: int, count: int) -> tuple[float, float, float]:
 
 def _svg(figure: Figure) -> str:
     stream = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(stream, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = stream.getvalue()
     return text[text.index("<svg") :]

@@ -1,0 +1,57 @@
+"""What tests of several rooms need: a home whose line people have voted on, made once and copied for each test."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _voted(tmp_path_factory):
+    from prairie.data.chat_template import ChatTemplate
+    from prairie.data.records import Message
+    from prairie.data.tokenizer import Tokenizer
+    from prairie.flywheel.curate import is_held_out
+    from prairie.models.config import ModelConfig
+    from prairie.models.transformer import Transformer
+    from prairie.models.weights import save_model
+    from prairie.store.feedback import FeedbackEvent, Response
+    from prairie.store.home import Home
+    from prairie.tasks.catalog import items
+
+    root = tmp_path_factory.mktemp("voted") / "home"
+    questions = items(["numbers"], "train", 12, 0)
+    words = Tokenizer.train_bpe([q.prompt for q in questions] + ["Surely it is fine.", "No idea at all."] * 4, 300)
+    template = ChatTemplate.builtin("chatml", words)
+    config = ModelConfig(
+        vocab_size=words.vocab_size, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, max_context=192,
+        eos_id=words.eos_id,
+    )  # fmt: skip
+    with Home(root) as home:
+        with home.artifacts.create("model", "first", {}) as folder:
+            save_model(
+                Transformer(config).init_weights(0), folder, tokenizer_hash=words.hash, template_hash=template.hash
+            )
+            words.save(folder)
+            template.save(folder)
+        first = home.registry.register("spark", home.artifacts.list()[0].id, kind="model")
+        home.registry.promote(first)
+        names = [f"user-{n}" for n in range(60)]
+        teachers = [name for name in names if not is_held_out(name)][:8]
+        judges = [name for name in names if is_held_out(name)][:7]
+        for user in (*teachers, *judges):
+            for number, question in enumerate(questions[:4]):
+                ids = [f"{user}-{number}", f"{user}-{number}:1"]
+                for id, text in zip(ids, ("Surely it is fine.", "No idea at all."), strict=True):
+                    asked = (Message("user", question.prompt),)
+                    home.feedback.start_response(
+                        Response(id, "spark", asked, line="spark", version_id=first.artifact_id, user=user)
+                    )
+                    home.feedback.finish_response(id, [1], [-0.5], text, "stop")
+                home.feedback.add(FeedbackEvent(ids[0], "choice", {"over": ids[1:]}, user=user))
+    return root
+
+
+@pytest.fixture
+def voted(_voted, tmp_path):
+    """A home: spark@1 (random weights, champion); 8 people who teach and 7 who judge preferred one answer 4 times."""
+    return shutil.copytree(_voted, tmp_path / "voted")
