@@ -98,7 +98,10 @@ class HotView:
         R, L = int(rows.max()) + 1, int(context.max())
         self.shape = (R, L)
         self.rows_S = torch.from_numpy(rows)
-        self.places_S = torch.from_numpy(context - 1)
+        heads, capacity, _ = hot.keys.shape[2:]
+        of_row = rows[:, None] * heads + np.arange(heads)
+        self.places = torch.from_numpy((of_row * capacity + context[:, None] - 1).ravel())
+        """(S*K,) where the new tokens go in a layer seen as (rows * K * capacity, D)."""
         self.full = len(rows) == R and bool((rows == np.arange(R)).all())
         """Every row has a token, in the order of the rows."""
         hidden = np.zeros((R, L), dtype=bool)
@@ -106,12 +109,12 @@ class HotView:
         self.mask_RL = torch.zeros(R, L).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         self.mask: Tensor | None = None
 
-    def look_back(self, layer: int, q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
         """Stores the keys and values of the new tokens; (S, H, D) what they see."""
         (R, L), (H, D) = self.shape, q_SHD.shape[1:]
         keys, values = self.hot.keys[layer], self.hot.values[layer]
-        keys[self.rows_S, :, self.places_S] = k_SKD
-        values[self.rows_S, :, self.places_S] = v_SKD
+        keys.view(-1, D).index_copy_(0, self.places, k_SKD.reshape(-1, D))
+        values.view(-1, D).index_copy_(0, self.places, v_SKD.reshape(-1, D))
         K, G = keys.shape[1], H // keys.shape[1]
         if self.mask is None:
             self.mask = self.mask_RL[:, None, None, :].expand(R, K, G, L).reshape(R * K, G, L)

@@ -1,45 +1,33 @@
 """Attention of a serving step: every token looks back into the paged cache.
 
-Prompt chunks and single tokens of many sequences are mixed. Single tokens of like length look into `HotRows`, where
-nothing need be gathered; the others into the pool, in buckets of like size.
-Not here: who holds which block (`kv_cache`), the attention of training (`ops.attention`).
+Prompt chunks and single tokens of many sequences are mixed, and look back in one of three ways: a prompt that begins in
+this step sees only itself (`ops.attention.PackedDocuments`); single tokens of like length look into `HotRows`, where
+nothing need be gathered; all others gather their blocks out of the pool, in buckets of like size.
+Not here: who holds which block (`kv_cache`).
 
-Shapes: N tokens of the step, flat; S sequences; B sequences of a bucket; n queries and L keys of each, padded;
-H heads, K kv heads, G = H/K, D head dim.
+Shapes: N tokens of the step, flat; S sequences; B sequences of a bucket; n queries and L keys of each, padded; M tokens
+of a part; H heads, K kv heads, G = H/K, D head dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from prairie.engine.hot_rows import HotView
 from prairie.engine.kv_cache import KVCache
+from prairie.ops.attention import PackedDocuments
 
 BUCKET_SLACK = 1024
 """Padded keys that cost less than the calls of one more bucket (measured: about 50 us a layer on one core)."""
 
 
-@dataclass(slots=True)
-class Bucket:
-    """Sequences that attend in one call: B of them, n queries and L keys each, padded."""
-
-    shape: tuple[int, int, int]
-    """B, n, L"""
-    queries: Tensor | slice
-    """(B*n,) which of the N tokens ask; a padded query repeats its sequence's last one."""
-    blocks: Tensor
-    """(B * blocks per sequence,)"""
-    mask: Tensor | None
-    """(B, 1, 1 or n, L) added to the scores: 0 or -inf."""
-    real: Tensor | None
-    """Which of the B*n queries are not padding; None: all."""
-    answers: Tensor | slice
-    """Where the real ones go among the N tokens."""
+Part = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""How some of the step's tokens look back: (layer, q_MHD, k_MKD, v_MKD) -> o_MHD. The pool holds the new keys and
+values already."""
 
 
 class PagedAttend:
@@ -52,101 +40,87 @@ class PagedAttend:
         self.cache = cache
         size = cache.block_size
         first = np.cumsum(counts) - counts
-        if len(counts) == counts.sum():
-            rows_N, positions = rows, starts
-        else:
-            of = np.repeat(np.arange(len(counts)), counts)
-            rows_N, positions = rows[of], starts[of] + np.arange(len(of)) - first[of]
-        slots = cache.tables[rows_N, positions // size] * size + positions % size
+        of = np.repeat(np.arange(len(counts)), counts)
+        positions = starts[of] + np.arange(len(of)) - first[of]
+        slots = cache.tables[rows[of], positions // size] * size + positions % size
         self.positions_N = torch.from_numpy(positions).to(cache.device)
         self.slots_N = torch.from_numpy(slots).to(cache.device)
-        everyone = np.arange(len(counts))
-        single, several = everyone[counts == 1], everyone[counts > 1]
+        self.parts: list[tuple[Tensor | slice, Part]] = []
+
+        def add(members: np.ndarray, part: Part) -> None:
+            mine = np.zeros(len(counts), dtype=bool)
+            mine[members] = True
+            self.parts.append((_slice_or_index(np.flatnonzero(mine[of]), cache.device), part))
+
+        single = np.flatnonzero(counts == 1)
+        fresh = np.flatnonzero((counts > 1) & (starts == 0))
+        other = np.flatnonzero((counts > 1) & (starts > 0))
         taken = cache.hot.choose(rows[single], starts[single] + 1)
-        self.hot: HotView | None = None
-        self.hot_tokens: Tensor | slice = slice(0)
         if taken.any():
             members, single = single[taken], single[~taken]
-            self.hot = cache.hot.view(rows[members], starts[members] + 1)
-            self.hot_tokens = _slice_or_index(first[members], cache.device)
-        self.buckets = [
-            self._bucket(part, rows, starts, counts, first)
-            for members in (single, several)
-            if len(members)
-            for part in _split(members, counts[members], (starts + counts)[members])
-        ]
+            add(members, cache.hot.view(rows[members], starts[members] + 1))
+        if len(fresh):
+            add(fresh, PackedDocuments(counts[fresh].tolist(), cache.device))
+        for rest in (single, other):
+            for members in _split(rest, counts[rest], (starts + counts)[rest]):
+                add(members, Bucket(cache, rows[members], starts[members], counts[members]))
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """(N, H, D); keys and values of the N tokens are in the cache afterwards."""
         keys, values = self.cache.by_slot[layer]
         keys.index_copy_(0, self.slots_N, k_NKD)
         values.index_copy_(0, self.slots_N, v_NKD)
+        if len(self.parts) == 1:
+            return self.parts[0][1](layer, q_NHD, k_NKD, v_NKD)
         o_NHD = torch.empty_like(q_NHD)
-        if self.hot is not None:
-            of = self.hot_tokens
-            o = self.hot.look_back(layer, q_NHD[of], k_NKD[of], v_NKD[of])
-            if not self.buckets:
-                return o
-            o_NHD[of] = o
-        for bucket in self.buckets:
-            o = self._look_back(layer, bucket, q_NHD[bucket.queries])
-            o_NHD[bucket.answers] = o if bucket.real is None else o[bucket.real]
+        for tokens, part in self.parts:
+            o_NHD[tokens] = part(layer, q_NHD[tokens], k_NKD[tokens], v_NKD[tokens])
         return o_NHD
 
-    def _look_back(self, layer: int, bucket: Bucket, q_MHD: Tensor) -> Tensor:
-        """(B*n, H, D) -> (B*n, H, D). The G heads that share a kv head stand as extra queries: nothing is repeated."""
-        B, n, L = bucket.shape
-        keys, values = self.cache.by_block[layer]
-        H, (K, D) = q_MHD.shape[1], keys.shape[2:]
-        G = H // K
-        k_BLKD = keys.index_select(0, bucket.blocks).view(B, -1, K, D)[:, :L]
-        v_BLKD = values.index_select(0, bucket.blocks).view(B, -1, K, D)[:, :L]
-        q = q_MHD.reshape(B, n, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * n, D)
-        o = scaled_dot_product_attention(
-            q, k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2), attn_mask=self._mask(bucket, G)
-        )
-        return o.view(B, K, G, n, D).permute(0, 3, 1, 2, 4).reshape(B * n, H, D)
 
-    @staticmethod
-    def _mask(bucket: Bucket, groups: int) -> Tensor | None:
-        """(B, 1, G*n, L), made once a step."""
-        mask = bucket.mask
-        if mask is None:
-            return None
-        B, n, L = bucket.shape
-        if mask.shape[2] != groups * n:
-            mask = mask.unsqueeze(2).expand(B, 1, groups, n, L).reshape(B, 1, groups * n, L)
-            bucket.mask = mask
-        return mask
+class Bucket:
+    """Sequences of like size that gather their blocks and attend in one call: B of them, n queries and L keys each."""
 
-    def _bucket(
-        self, members: np.ndarray, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, first: np.ndarray
-    ) -> Bucket:
-        device, counts, first = self.cache.device, counts[members], first[members]
-        context = starts[members] + counts
-        B, n, L = len(members), int(counts.max()), int(context.max())
-        blocks = self.cache.tables[rows[members], : -(-L // self.cache.block_size)]
+    def __init__(self, cache: KVCache, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+        """`rows`, `starts`, `counts` (B,)"""
+        self.cache, device = cache, cache.device
+        B, n, L = len(rows), int(counts.max()), int((starts + counts).max())
+        self.shape = (B, n, L)
+        blocks = cache.tables[rows, : -(-L // cache.block_size)]
+        self.blocks = torch.from_numpy(blocks.ravel()).to(device)
         offsets = np.minimum(np.arange(n), counts[:, None] - 1)
-        queries = (first[:, None] + offsets).ravel()
-        last_seen = (starts[members][:, None] + offsets)[:, :, None]
-        hidden = np.arange(L) > last_seen
-        mask = None
+        hidden = np.arange(L) > (starts[:, None] + offsets)[:, :, None]
+        self.mask: Tensor | None = None
+        """(B, 1, 1 or G, n, L) added to the scores, 0 or -inf; G is put in at the first layer."""
         if hidden.any():
-            additive = torch.zeros((B, 1, n, L), dtype=self.cache.store.dtype)
-            mask = additive.masked_fill_(torch.from_numpy(hidden).unsqueeze(1), float("-inf")).to(device)
-        real = None
-        answers = queries
-        if n > 1 and (counts < n).any():
-            real_np = np.flatnonzero((np.arange(n) < counts[:, None]).ravel())
-            real, answers = torch.from_numpy(real_np).to(device), queries[real_np]
-        return Bucket(
-            shape=(B, n, L),
-            queries=_slice_or_index(queries, device),
-            blocks=torch.from_numpy(blocks.ravel()).to(device),
-            mask=mask,
-            real=real,
-            answers=_slice_or_index(answers, device),
+            additive = torch.zeros((B, 1, 1, n, L), dtype=cache.store.dtype)
+            self.mask = additive.masked_fill_(torch.from_numpy(hidden)[:, None, None], float("-inf")).to(device)
+        self.padded: Tensor | None = None
+        """(B*n,) the token behind each place, the last of a sequence again for its padding; None: there is none."""
+        self.real: Tensor | None = None
+        """(M,) the place of each token."""
+        if (counts < n).any():
+            first = np.cumsum(counts) - counts
+            self.padded = torch.from_numpy((first[:, None] + offsets).ravel()).to(device)
+            self.real = torch.from_numpy(np.flatnonzero(np.arange(n) < counts[:, None])).to(device)
+
+    def __call__(self, layer: int, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+        """(M, H, D). The G heads that share a kv head stand as extra queries: nothing is repeated."""
+        (B, n, L), (H, D) = self.shape, q_MHD.shape[1:]
+        keys, values = self.cache.by_block[layer]
+        K = keys.shape[2]
+        G = H // K
+        k_BKLD, v_BKLD = (
+            x.index_select(0, self.blocks).view(B, -1, K, D)[:, :L].transpose(1, 2) for x in (keys, values)
         )
+        q = q_MHD if self.padded is None else q_MHD.index_select(0, self.padded)
+        q = q.reshape(B, n, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * n, D)
+        if self.mask is not None and self.mask.shape[2] != G:
+            self.mask = self.mask.expand(B, 1, G, n, L).contiguous()
+        mask = None if self.mask is None else self.mask.view(B, 1, G * n, L)
+        o = scaled_dot_product_attention(q, k_BKLD, v_BKLD, attn_mask=mask)
+        o = o.view(B, K, G, n, D).permute(0, 3, 1, 2, 4).reshape(B * n, H, D)
+        return o if self.real is None else o.index_select(0, self.real)
 
 
 def _split(members: np.ndarray, counts: np.ndarray, context: np.ndarray) -> list[np.ndarray]:
@@ -155,6 +129,8 @@ def _split(members: np.ndarray, counts: np.ndarray, context: np.ndarray) -> list
     def cost(n: np.ndarray, L: np.ndarray) -> np.ndarray:
         return L * (1 + n // 8)  # in keys read: the gather, and the products of n queries with them
 
+    if not len(members):
+        return []
     padded = int(cost(counts.max(), context.max())) * len(members)
     if padded - int(cost(counts, context).sum()) <= BUCKET_SLACK:
         return [members]

@@ -5,8 +5,9 @@ import pytest
 import torch
 from naive import request
 
+from prairie.engine.hot_rows import HotView
 from prairie.engine.kv_cache import BlockPool, KVCache, root_hash
-from prairie.engine.paged_attend import PagedAttend
+from prairie.engine.paged_attend import Bucket, PagedAttend
 from prairie.engine.request import Sequence
 from prairie.ops.attention import attention_reference
 
@@ -123,7 +124,7 @@ def test_attention_equals_the_reference_while_rows_grow(heads, hot):
             subject.grow(rows[i], rows[i].computed + piece)
         starts = [rows[i].computed for i in going]
         attend = PagedAttend(subject, np.array([rows[i].row for i in going]), np.array(starts), np.array(pieces))
-        used_hot += attend.hot is not None
+        used_hot += any(isinstance(part, HotView) for _, part in attend.parts)
         assert attend.positions_N.tolist() == [
             p for start, piece in zip(starts, pieces, strict=True) for p in range(start, start + piece)
         ]
@@ -148,9 +149,8 @@ def test_a_bucket_does_not_pay_for_one_long_row():
         subject.grow(s, len(s.ids))
     starts = np.array([len(s.ids) - 1 for s in rows])
     attend = PagedAttend(subject, np.arange(62), starts, np.ones(62, dtype=np.int64))
-    (few, _, longest), (many, _, shortest) = (bucket.shape for bucket in attend.buckets)
+    (few, _, longest), (many, _, shortest) = (part.shape for _, part in attend.parts)
     assert (few + many, longest, shortest) == (62, 500, 20) and few <= 4
     subject.hot.most = 512
     attend = PagedAttend(subject, np.arange(62), starts, np.ones(62, dtype=np.int64))
-    assert attend.hot is not None and attend.hot.shape == (62, 20)
-    assert [bucket.shape for bucket in attend.buckets] == [(2, 1, 500)]
+    assert [(type(part), part.shape) for _, part in attend.parts] == [(HotView, (62, 20)), (Bucket, (2, 1, 500))]
