@@ -62,7 +62,7 @@ def _folders(name: str | Path, home: str | Path | None) -> tuple[Path, Path | No
     """The folders of the base and of the adapter on it."""
     from prairie.errors import AdapterError
     from prairie.models.weights import read_manifest
-    from prairie.store.registry import Registry
+    from prairie.store.home import Home
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -76,12 +76,12 @@ def _folders(name: str | Path, home: str | Path | None) -> tuple[Path, Path | No
                 mend="LanguageModel.load(BASE_DIR, adapter=ADAPTER_DIR)",
             )
         return base, folder
-    registry = Registry(home)
-    version = registry.resolve(str(name))
-    path = registry.home.artifacts.get(version.artifact_id).path
-    if version.base_artifact_id is None:
-        return path, None
-    return registry.home.artifacts.get(version.base_artifact_id).path, path
+    with Home(home) as store:
+        version = store.registry.resolve(str(name))
+        path = store.artifacts.get(version.artifact_id).path
+        if version.base_artifact_id is None:
+            return path, None
+        return store.artifacts.get(version.base_artifact_id).path, path
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """The Python face: answers, numbers, what does not belong together; and a real model against its oracle."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from prairie.data.tokenizer import CHATML_SPECIALS, Tokenizer
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import AdapterError, ContextLengthError, ModelError, NotFoundError, RequestError, TokenizerError
 from prairie.models.weights import hash_of, save_model
+from prairie.store.home import Home
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "models"
 
@@ -117,6 +119,25 @@ def test_a_folder_and_an_adapter(folders):
     torch.testing.assert_close(poet.logits([ids])[0], naive.logits_of(ids, naive.adapter(1)), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(poet.embed("run"), base.embed("run"))
     assert repr(poet) != repr(base)
+
+
+def test_names_of_a_registry(folders, tmp_path):
+    ids = {}
+    with Home(tmp_path / "home") as home:
+        for line, source in (("spark", "base"), ("spark:poet", "adapter")):
+            with home.artifacts.create(source, line, {}) as folder:
+                shutil.copytree(folders / source, folder, dirs_exist_ok=True)
+            ids[line] = home.artifacts.id_of(source, {}, [], "")
+            version = home.registry.register(
+                line, ids[line], kind=source, base=ids["spark"] if source == "adapter" else None
+            )
+            home.registry.promote(version)
+    for name, lora in (("spark", None), ("spark@1", None), ("spark:poet", naive.adapter(1))):
+        model = prairie.load(name, home=tmp_path / "home")
+        asked = naive.template().encode_prompt([Message("user", "run")])
+        assert model.generate("run", temperature=0, max_tokens=8).token_ids == naive.greedy(asked, 8, lora)
+        assert model.name == name
+    assert prairie.Registry(tmp_path / "home").champion("spark").artifact_id == ids["spark"]
 
 
 def test_what_does_not_belong_together_is_refused(folders, tmp_path):
