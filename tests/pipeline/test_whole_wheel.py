@@ -1,0 +1,130 @@
+"""The whole wheel on a tiny model: text to tokens to weights to a server, people who vote over HTTP, two turns, report.
+
+The same recipe is carried out a second time, as if it had been killed after the second turn was recorded and before
+its artifact was sealed: nothing is trained, asked or promoted again.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_recipes import learning, write_recipe
+
+from prairie.flywheel.curate import is_held_out
+from prairie.models.weights import read_manifest
+from prairie.store.home import Home
+
+
+def wheel_recipe():
+    turn = {
+        "kind": "turn", "line": "spark", "start": "publish", "server": "server", "tasks": ["numbers"],
+        "users": {"count": 8, "prompts": 4, "noise": 0.0},
+        "learn": {"steps": 10, "tokens_per_batch": 512, "max_tokens": 96, "lr": 5e-3, "weight_decay": 0.0,
+                  "sft_weight": 0.2, "adapter": {"rank": 4}},
+        "gate": {"users": 8, "prompts": 3, "items": 10},
+    }  # fmt: skip
+    sft = learning(60, data="chats", start="base", lr=1e-2, optimizer="muon")
+    return {
+        "name": "wheel",
+        "seed": 3,
+        "stages": {
+            "corpus": {"kind": "prepare", "source": "interpreter", "megabytes": 0.05},
+            "chats": {"kind": "prepare", "source": "tasks", "tasks": ["numbers"], "rows": 300, "held_out": 0.1},
+            "tokenizer": {"kind": "tokenizer", "data": ["corpus", "chats"], "vocab_size": 400},
+            "base": learning(
+                5, data="corpus", tokenizer="tokenizer", shape={"depth": 2, "dim": 32, "context": 192},
+            ),
+            "sft": {**sft, "tokens_per_batch": 1024},
+            "publish": {"kind": "publish", "line": "spark", "model": "sft"},
+            "server": {"kind": "serve", "port": 0, "after": ["publish"]},
+            "turn1": turn,
+            "turn2": {**turn, "start": "turn1"},
+            "child": learning(2, data="chats", start="turn2"),
+            "scores": {"kind": "evaluate", "models": ["base", "sft", "turn2"], "tasks": ["numbers"], "items": 10,
+                       "text": ["corpus", "chats"]},
+            "report": {"kind": "report", "of": ["chats", "base", "sft", "publish", "turn1", "turn2", "scores"]},
+        },
+    }  # fmt: skip
+
+
+def prairie_run(recipe, home):
+    done = subprocess.run(
+        [sys.executable, "-m", "prairie", "run", recipe, "--home", home, "--threads", "1", "--no-serve", "--json"],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def nothing_runs_on(home):
+    """No server of this home is left."""
+    with Home(home) as opened, opened.lock("run"):
+        pass
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    return str(home) not in found
+
+
+@pytest.mark.timeout(290)
+def test_the_whole_wheel(tmp_path):
+    recipe, root = write_recipe(tmp_path / "wheel.yaml", wheel_recipe()), tmp_path / "home"
+    result = prairie_run(recipe, root)
+    stages = {name: stage["figures"] for name, stage in result["stages"].items()}
+    assert nothing_runs_on(root)
+    for name in ("turn1", "turn2"):
+        turn = stages[name]
+        assert turn["talk"]["requests"] == 32 and turn["talk"]["failed"] == turn["talk"]["lost_votes"] == 0
+        assert turn["during"]["failed"] == 0 and turn["during"]["requests"] > 0
+        assert turn["verdict"]["n"] == 24 and turn["verdict"]["users"] == 8
+        assert turn["rows"] >= 8 and turn["learned"]["tokens"] > 0
+        assert turn["champion_artifact"] in (turn["candidate_artifact"], stages["publish"]["artifact"])
+    assert (stages["turn1"]["turn"], stages["turn2"]["turn"]) == (1, 2)
+    assert "turn1: " in result["table"] and "loss corpus" in result["table"]
+    page = Path(result["report"]).read_text(encoding="utf-8")
+    assert "Turns of the wheel" in page and "blind votes" in page and "Samples" in page
+
+    with Home(root) as home:
+        registry = home.registry
+        turns = registry.turns("spark")
+        assert [turn.key for turn in turns] == [result["stages"][name]["id"] for name in ("turn1", "turn2")]
+        assert registry.champion("spark").artifact_id == stages["turn2"]["champion_artifact"]
+        teachers = {e.user for e in home.feedback.events(purpose="chat")}
+        judges = {e.user for e in home.feedback.events(purpose="gate")}
+        assert not teachers & judges and all(map(is_held_out, judges)) and not any(map(is_held_out, teachers))
+        first, second = (home.artifacts.get(turn.dataset) for turn in turns)
+        assert first.events and not set(first.events) & set(second.events), "no vote teaches twice"
+        asked = {response.version_id for response in home.feedback.responses(purpose="chat")}
+        assert asked <= {turn.champion for turn in turns} | {stages["turn2"]["champion_artifact"]}
+        before = (registry.generation(), len(home.feedback.events()), len(home.artifacts.list()))
+
+        child = result["stages"]["child"]["id"]
+        assert stages["turn2"]["champion_artifact"] in home.artifacts.get(child).inputs
+        learned = home.feedback.learned_from(first.events[:1])
+        models = {model["id"] for model in learned["models"]}
+        assert [dataset["id"] for dataset in learned["datasets"]] == [first.id]
+        assert stages["turn1"]["candidate_artifact"] in models
+        promoted = [turn for turn in turns if turn.promoted]
+        assert (child in models) == (turns[0] in promoted)
+        assert read_manifest(home.artifacts.get(child).path)["kind"] in ("model", "adapter")
+
+    _unseal(root / "artifacts" / result["stages"]["turn2"]["id"])
+    again = prairie_run(recipe, root)
+    assert {name for name, stage in again["stages"].items() if not stage["reused"]} == {
+        "publish", "server", "turn2", "report",
+    }  # fmt: skip
+    recalled = again["stages"]["turn2"]["figures"]
+    assert recalled["talk"] is None, "nobody was sent a second time"
+    assert {k: recalled[k] for k in ("turn", "verdict", "true", "champion_artifact", "summary")} == {
+        k: stages["turn2"][k] for k in ("turn", "verdict", "true", "champion_artifact", "summary")
+    }
+    assert again["table"] == result["table"]
+    with Home(root) as home:
+        assert before == (home.registry.generation(), len(home.feedback.events()), len(home.artifacts.list()))
+
+
+def _unseal(folder):
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
