@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mimetypes
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Header, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from prairie.errors import BusyError, RequestError
@@ -279,27 +279,29 @@ def _operations(app: FastAPI, service: Service) -> None:
 
 
 def _web(app: FastAPI) -> None:
-    def file(path: Path) -> FileResponse:
+    files = StaticFiles(directory=WEB)
+
+    def file(request: Request, path: Path) -> Response:
         path = path.resolve()
         if not path.is_relative_to(WEB) or path.suffix not in WEB_FILES or not path.is_file():
             raise HTTPException(404)
-        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        # Small files from this machine: asked for anew each time, answered by 304 while they are unchanged.
-        return FileResponse(
-            path, media_type=kind, headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
-        )
+        response = files.file_response(path, path.stat(), request.scope)
+        # Asked for anew each time, answered by 304 while it is unchanged: a new version is never half an old one.
+        response.headers["Cache-Control"] = "no-cache"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return file(WEB / "index.html")
+    async def page(request: Request) -> Response:
+        return file(request, WEB / "index.html")
 
     @app.get("/favicon.ico", include_in_schema=False)
-    async def favicon() -> FileResponse:
-        return file(WEB / "icon.svg")
+    async def favicon(request: Request) -> Response:
+        return file(request, WEB / "icon.svg")
 
     @app.get("/static/{path:path}", include_in_schema=False)
-    async def static(path: str) -> FileResponse:
-        return file(WEB / path)
+    async def static(request: Request, path: str) -> Response:
+        return file(request, WEB / path)
 
 
 def _version() -> str:

@@ -72,6 +72,10 @@ def _validation_body(error: RequestValidationError) -> dict[str, Any]:
         return error_body(
             400, f"the body is not JSON: {reason} at character {where[-1] if where else 0}.", "invalid_json"
         )
+    if isinstance(first.get("input"), bytes):
+        # Read as JSON only if it says so: a form of a foreign page can send any body, but not this header.
+        message = "the body is not marked as JSON; send the header `Content-Type: application/json`."
+        return error_body(400, message, "invalid_content_type")
     param = ".".join(where) or None
     if first["type"] == "missing":
         return error_body(400, f"`{param or 'body'}` is missing; it is required.", "missing_parameter", param)

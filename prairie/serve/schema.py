@@ -82,7 +82,7 @@ class Request(Body):
 class Sampling(Request):
     """What chat and text completions share."""
 
-    model: str
+    model: str = Field(max_length=300)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)

@@ -218,6 +218,10 @@ class EventStream(Answering):
         self.with_usage = with_usage
         # Proxies are not to collect a stream.
         self.headers["X-Accel-Buffering"] = "no"
+        # All but the choice is the same in every chunk; it is made into JSON once.
+        frame = answer.head.wrap(form.chunk, [{}])
+        frame |= {"usage": None} if with_usage else {}  # with usage asked for, OpenAI's chunks all have the key
+        self.before, self.after = event(frame).split(b'"choices":[{}]')
 
     async def write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -241,9 +245,7 @@ class EventStream(Answering):
         await put(last + DONE, more=False)
 
     def _event(self, piece: dict[str, Any]) -> bytes:
-        chunk = self.answer.head.wrap(self.form.chunk, [piece])
-        # With usage asked for, OpenAI's chunks all have the key.
-        return event(chunk | {"usage": None} if self.with_usage else chunk)
+        return self.before + b'"choices":[' + to_json(piece) + b"]" + self.after
 
 
 async def _left(receive: Receive) -> None:

@@ -40,6 +40,7 @@ def refusal(answer, status, code, param=None):
             "messages.0.tool_calls",
         ),
         ({"model": 3}, "invalid_value", "model"),
+        ({"model": "a" * 301}, "invalid_value", "model"),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"temperature": "0.5"}, "invalid_value", "temperature"),
         ({"top_p": 0}, "invalid_value", "top_p"),
@@ -93,6 +94,8 @@ def test_a_body_that_is_no_json(http):
         400, "invalid_json",
     )  # fmt: skip
     assert "character 5" in error["message"]
+    form = http.post("/v1/feedback", content=b'{"response_id": "x"}', headers={"Content-Type": "text/plain"})
+    assert "application/json" in refusal(form, 400, "invalid_content_type")["message"]
 
 
 def test_missing_fields_are_named(http):
@@ -118,7 +121,7 @@ def test_unknown_routes_and_methods(http):
 
 
 def test_unknown_models(http):
-    for name in ("nobody", "spark@99", "spark@zzzz", "", "../spark", "spark:painter", "a" * 5000):
+    for name in ("nobody", "spark@99", "spark@zzzz", "", "../spark", "spark:painter", "a" * 300):
         answer = http.post("/v1/chat/completions", json=ask(name))
         refusal(answer, 404, "model_not_found", "model")
     refusal(http.get("/v1/models/nobody"), 404, "model_not_found", "model")
@@ -250,3 +253,6 @@ def test_the_page_is_served(http):
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     icon = http.get("/static/icon.svg")
     assert icon.status_code == 200 and icon.headers["content-type"].startswith("image/svg")
+    assert http.get("/static/app.js").headers["content-type"].startswith("text/javascript")
+    again = http.get("/static/icon.svg", headers={"If-None-Match": icon.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
