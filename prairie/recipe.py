@@ -285,6 +285,8 @@ class GateRules(_Strict):
     """Held-out users who compare candidate and champion."""
     prompts: int = Field(8, gt=0)
     """Held-out questions that each compares."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Of the answers that are compared: what people are served with."""
     margin: float = Field(0.05, ge=0, lt=1)
     """The most that a task's accuracy may fall, beyond its noise."""
     items: int = Field(60, gt=0)

@@ -210,7 +210,7 @@ def simulated_vote(
         with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
             return compare(
                 url, crowd, questions, candidate.name, champion.name, seed=context.recipe.seed, each=rules.prompts,
-                turn=turn, on_done=lambda done, total: bar.update(),
+                turn=turn, temperature=rules.temperature, on_done=lambda done, total: bar.update(),
             )  # fmt: skip
 
     return vote
