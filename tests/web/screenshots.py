@@ -32,8 +32,8 @@ PHONE: dict[str, Any] = {
 ENGLISH = {"locale": "en-US", "color_scheme": "light"}
 CHINESE = {"locale": "zh-CN", "color_scheme": "dark"}
 
-QUESTIONS = ["What is 17 + 25?", "How many minutes are 3 hours?", "What does len() return for a list?"]
-QUESTION_ZH = "17 加 25 等于多少？"
+QUESTIONS = ["Write 4072 in Chinese.", "Convert 35 km to m.", "What does math.sqrt do?"]
+QUESTION_ZH = "把4072写成中文数字。"
 
 
 class Camera:
