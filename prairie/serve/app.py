@@ -15,7 +15,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +24,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from prairie import __version__
 from prairie.errors import BusyError, RequestError
 from prairie.serve import errors
 from prairie.serve.choices import Caller, Desk
@@ -34,7 +34,6 @@ from prairie.serve.models import Models
 from prairie.serve.records import feedback_of
 from prairie.serve.reload import Keys, Watcher
 from prairie.serve.schema import ChatRequest, CompletionRequest, ErrorBody, FeedbackRequest
-from prairie.serve.scoring import score
 from prairie.serve.stream import Chat, EventStream, Text, Whole
 from prairie.serve.worker import Worker
 
@@ -158,7 +157,7 @@ def create_app(
         await service.stop()
 
     app = FastAPI(
-        title="Prairie", version=_version(), docs_url=None, redoc_url=None, lifespan=lifespan,
+        title="Prairie", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan,
         description="OpenAI's API, and votes on its answers.",
     )  # fmt: skip
     app.state.service = service
@@ -206,18 +205,7 @@ def _completions(app: FastAPI, service: Service) -> None:
     ) -> Response:
         """Raw text continued; `echo` with `logprobs` scores the prompt, `max_tokens` 0 only that."""
         answer = await service.desk.complete(body, _caller(request, body.user, surface, purpose))
-        try:
-            scores = []
-            if body.echo and body.logprobs is not None:
-                for choice in answer.choices:
-                    work = service.worker.call(
-                        lambda ids=choice.prompt_ids: score(answer.resident, ids, body.logprobs or 0)  # type: ignore[misc]
-                    )
-                    scores.append(await asyncio.wrap_future(work))
-        except BaseException:
-            await answer.close()
-            raise
-        form = Text(answer, bool(body.echo), scores)
+        form = Text(answer, bool(body.echo))
         return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
 
 
@@ -302,13 +290,6 @@ def _web(app: FastAPI) -> None:
     @app.get("/static/{path:path}", include_in_schema=False)
     async def static(request: Request, path: str) -> Response:
         return file(request, WEB / path)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("prairie")
-    except metadata.PackageNotFoundError:
-        return "0"
 
 
 def _describe(app: FastAPI) -> None:

@@ -10,6 +10,7 @@ Not here: HTTP (`app`, `stream`), JSON shapes (`answers`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import time
@@ -24,11 +25,12 @@ from prairie.serve.answers import Head, TokenText
 from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
 from prairie.serve.schema import ChatRequest, CompletionRequest, Sampling
+from prairie.serve.scoring import Score, score
 from prairie.serve.worker import EngineFault, Worker
 
 if TYPE_CHECKING:
     from prairie.engine.request import Completion, Output, Request, SamplingParams
-    from prairie.store.feedback import FeedbackStore
+    from prairie.store.feedback import FeedbackStore, Response
 
 log = logging.getLogger("prairie.serve")
 T = TypeVar("T")
@@ -60,6 +62,8 @@ class Order:
     top: int | None
     """Alternatives shown beside each token; None: no log-probabilities."""
     stops: tuple[str, ...]
+    scored: bool = False
+    """The prompts' own tokens get log-probabilities too."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class Choice:
     finish_reason: str | None = None
     done: bool = False
     """Its row is closed."""
+    score: Score | None = None
+    """Of the prompt, if that was asked for."""
 
     def shown(self, stop_ids: frozenset[int]) -> int:
         """How many of its tokens are text: all but a stop token at the end."""
@@ -123,7 +129,6 @@ class Desk:
         self.pending = 0
         self.threads = ThreadPoolExecutor(16, "prairie-records")
         """Enough that writes of many requests meet in one commit."""
-        self._names: dict[int, tuple[Any, TokenText]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -157,7 +162,8 @@ class Desk:
         limit = DEFAULT_TEXT_TOKENS if body.max_tokens is None else body.max_tokens
         if limit == 0 and not body.echo:
             raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
-        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops())
+        scored = bool(body.echo) and body.logprobs is not None
+        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored)
         return await self._open(body, caller, order, "cmpl")
 
     async def _open(self, body: Sampling, caller: Caller, order: Order, prefix: str) -> Answer:
@@ -169,6 +175,8 @@ class Desk:
             resident = await self.models.acquire(body.model)
             id = f"{prefix}-{secrets.token_hex(12)}"
             choices = await self.do(_choices, resident, body, order, id, caller.tenant)
+            if order.scored:
+                await self._score(resident, choices, order.top or 0)
             head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
             answer = Answer(self, resident, head, choices, order.top, caller, arrived)
         except BaseException:
@@ -184,6 +192,16 @@ class Desk:
             raise
         return answer
 
+    async def _score(self, resident: Resident, choices: Sequence[Choice], top: int) -> None:
+        """Each prompt once, between two steps of the engine, so that running answers go on."""
+        scores: dict[int, Score] = {}
+        for choice in choices:
+            key = id(choice.prompt_ids)
+            if key not in scores:
+                work = functools.partial(score, resident, choice.prompt_ids, top)
+                scores[key] = await asyncio.wrap_future(self.worker.call(work))
+            choice.score = scores[key]
+
     def _admit(self, choices: int) -> None:
         # One request that is larger than the limit is still served when nothing else runs.
         if self.pending and self.pending + choices > self.max_pending:
@@ -193,15 +211,6 @@ class Desk:
                 mend=f"try again in {RETRY_AFTER_S} s",
             )  # fmt: skip
         self.pending += choices
-
-    def token_text(self, resident: Resident) -> TokenText:
-        """Names of tokens for log-probabilities, kept with the tokenizer."""
-        tokenizer = resident.tokenizer
-        kept = self._names.get(id(tokenizer))
-        if kept is None or kept[0] is not tokenizer:
-            self._names = {id(tokenizer): (tokenizer, TokenText(tokenizer))}
-            kept = self._names[id(tokenizer)]
-        return kept[1]
 
     def close(self) -> None:
         self.threads.shutdown(wait=True)
@@ -222,11 +231,14 @@ class Answer:
     ) -> None:
         self.desk, self.resident, self.head, self.choices = desk, resident, head, choices
         self.top, self.caller, self.arrived = top, caller, arrived
-        self.names = desk.token_text(resident)
+        self.names = TokenText(resident.tokenizer)
         self.stop_ids = frozenset(resident.template.stop_ids)
         self._by_id = {choice.id: choice for choice in choices}
         self._news: asyncio.Queue[Part | Exception] = asyncio.Queue()
         self._commits: set[asyncio.Task[None]] = set()
+        self._started = asyncio.Event()
+        """The rows of all choices are on disk, or (`_start_failure`) are not."""
+        self._start_failure: Exception | None = None
         self._first_token_at: dict[str, float] = {}
         self._given_back = False
         self._closed = False
@@ -235,7 +247,9 @@ class Answer:
         """Hands the requests to the engine and returns once the rows of all choices are on disk."""
         requests = [choice.request for choice in self.choices if choice.request is not None]
         self.desk.worker.submit(self.resident.engine, requests, self)
-        await self.desk.do(self.desk.feedback.start_responses, [self._row(choice, body) for choice in self.choices])
+        await asyncio.shield(self.desk.keep(self._start_rows([self._row(choice, body) for choice in self.choices])))
+        if self._start_failure is not None:
+            raise self._start_failure
         for choice in self.choices:
             if choice.request is None:
                 choice.finish_reason = "length"
@@ -302,18 +316,28 @@ class Answer:
 
     async def _close(self) -> None:
         try:
+            await self._started.wait()
+            running = [choice.id for choice in self.choices if choice.finish_reason is None]
+            if running:
+                said = await asyncio.wrap_future(self.desk.worker.cancel(self.resident.engine, running))
+                for id, completion in said.items():
+                    self._whole(self._by_id[id], completion)
+            # What ended by itself meanwhile is recorded as what it is.
             if self._commits:
                 await asyncio.wait(self._commits)
             left = [choice for choice in self.choices if not choice.done]
-            if left:
-                ids = [choice.id for choice in left]
-                said = await asyncio.wrap_future(self.desk.worker.cancel(self.resident.engine, ids))
-                for choice in left:
-                    if choice.id in said:
-                        self._whole(choice, said[choice.id])
+            if self._start_failure is None:
                 await asyncio.gather(*(self.desk.do(self._abort, choice) for choice in left))
         finally:
             self._give_back()
+
+    async def _start_rows(self, rows: Sequence[Response]) -> None:
+        try:
+            await self.desk.do(self.desk.feedback.start_responses, rows)
+        except Exception as error:
+            self._start_failure = error
+        finally:
+            self._started.set()
 
     def _give_back(self) -> None:
         """The places in the queue and the version. Also when all has been said to a client that does not read it."""
@@ -341,6 +365,10 @@ class Answer:
         part = Part(choice, delta, tokens, choice.logprobs[before:], choice.tops[before:], last=True)
 
         async def commit() -> None:
+            # The engine may be faster than the disk: a row is closed only after it was opened.
+            await self._started.wait()
+            if self._start_failure is not None:
+                return
             try:
                 await self.desk.do(self._finish, choice)
             except Exception as error:
@@ -392,7 +420,7 @@ class Answer:
             if len(choice.token_ids) > 1:
                 metrics.per_token.labels(line).observe((now - first) / (len(choice.token_ids) - 1))
 
-    def _row(self, choice: Choice, body: Sampling) -> Any:
+    def _row(self, choice: Choice, body: Sampling) -> Response:
         from prairie.store.feedback import Response
 
         source = self.resident.source

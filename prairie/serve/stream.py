@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 from prairie.serve.answers import DONE, Top, chat_logprobs, event, text_logprobs, to_json, usage
 from prairie.serve.choices import Answer, Choice, Part
 from prairie.serve.errors import body_of
-from prairie.serve.scoring import Score
 
 log = logging.getLogger("prairie.serve")
 
@@ -77,8 +76,8 @@ class Text:
 
     whole = chunk = "text_completion"
 
-    def __init__(self, answer: Answer, echo: bool, scores: Sequence[Score | None] = ()) -> None:
-        self.answer, self.echo, self.scores = answer, echo, scores
+    def __init__(self, answer: Answer, echo: bool) -> None:
+        self.answer, self.echo = answer, echo
         self._offsets = {choice.index: 0 for choice in answer.choices}
 
     def choice(self, choice: Choice) -> dict[str, Any]:
@@ -97,9 +96,8 @@ class Text:
         if not self.echo:
             return
         text, logprobs = self._prompt_text(choice), None
-        score = self.scores[choice.index] if self.scores else None
-        if score is not None:
-            logprobs = self._logprobs(choice, choice.prompt_ids, score.logprobs, score.tops, text)
+        if choice.score is not None:
+            logprobs = self._logprobs(choice, choice.prompt_ids, choice.score.logprobs, choice.score.tops, text)
         else:
             self._offsets[choice.index] += len(text)
         yield self._piece(choice, text, logprobs)

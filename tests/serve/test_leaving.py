@@ -158,6 +158,17 @@ def test_rows_of_a_killed_server_are_closed_by_the_next_one(home):
             assert home.feedback.get_response("chatcmpl-live").status == "started"
 
 
+def test_an_engine_that_is_faster_than_the_disk(home, monkeypatch):
+    with running(home, ["spark"]) as server:
+        start = home.feedback.start_responses
+        monkeypatch.setattr(home.feedback, "start_responses", lambda rows: time.sleep(0.3) or start(rows))
+        for stream in (False, True):
+            body = ask("spark", max_tokens=1, n=2, stream=stream)
+            assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+        server.idle()
+        assert len(rows(server, "done")) == len(home.feedback.responses()) == 4
+
+
 def test_an_answer_that_cannot_be_recorded_is_not_given(home, monkeypatch):
     from prairie.errors import StorageFullError
 
