@@ -56,6 +56,10 @@ export async function postFeedback(body, idempotencyKey) {
   return response.json();
 }
 
+export async function getFeedback(responseId) {
+  return (await call(`v1/feedback/${encodeURIComponent(responseId)}`)).json();
+}
+
 /** Streams a chat completion; `onChunk` gets each chunk object. Raises ApiError if the stream says so or breaks off. */
 export async function streamChat(body, { signal, onChunk }) {
   const response = await call("v1/chat/completions", {

@@ -1,6 +1,6 @@
 // Prairie's chat page: wires the conversation tree (chat.js), its drawing (transcript.js), the API (api.js) and the
 // votes on their way (outbox.js). A plain client of the public HTTP API.
-import { ApiError, listModels, streamChat } from "./api.js";
+import { ApiError, getFeedback, listModels, streamChat } from "./api.js";
 import { ROOT, addAnswer, addUser, last, messagesTo, newChat, path, settle, step, versionName } from "./chat.js";
 import { fit, h, icon, iconButton, isComposing, isSendKey } from "./dom.js";
 import { language, setLanguage, t, time, translate } from "./i18n.js";
@@ -45,6 +45,7 @@ transcript.onDrawn = scrollAlong;
 
 function openChat(chat) {
   state.chat = chat;
+  heal(chat);
   remember("open", chat.id);
   $("system").value = chat.system ?? "";
   state.follow = true;
@@ -82,8 +83,10 @@ function moveBetweenVersions(node, by) {
 }
 
 const saves = new Map();
+const deleted = new Set(); // an answer that is still being cut off must not bring its conversation back
 /** Stored at once, or at most once a second while an answer is streaming. */
 function save(chat, { soon = false } = {}) {
+  if (deleted.has(chat.id)) return;
   if (soon) {
     if (!saves.has(chat.id)) saves.set(chat.id, setTimeout(() => save(chat), SAVE_EVERY_MS));
     return;
@@ -198,6 +201,7 @@ async function stream(chat, nodes, body, signal) {
     for (const node of nodes) fail(node, error, signal);
     if (error.status === 401) askForKey({ wrong: Boolean(recall("key")) });
     else if (!(error instanceof ApiError) && !signal.aborted) console.error(error);
+    else if (isUnreached(error) && !away) refreshModels();
   }
   nodes.forEach((node, i) => measure(node, i, nodes.length, clock, usage));
   for (const node of nodes) if (chat === state.chat) transcript.touch(node);
@@ -225,7 +229,10 @@ function fail(node, error, signal) {
   if (node.finish_reason) return; // this choice had already ended well
   node.status = signal.aborted ? "stopped" : "error";
   node.error = error.message ?? "";
+  node.unreached = isUnreached(error); // then the words are the browser's, and not in the reader's language
 }
+
+const isUnreached = (error) => error instanceof ApiError && error.status === 0 && error.code === null;
 
 /** Tokens per second after the first one. The server counts tokens of the whole request; pieces share them out. */
 function measure(node, i, count, clock, usage) {
@@ -265,8 +272,8 @@ function give(node, slot, shown, body) {
   Object.assign(given, shown, { state: "saving", message: "" });
   node.feedback.latest = slot;
   node.feedback.undone = false;
-  const key = outbox.add({ response_id: node.response_id, ...body }, { chat: state.chat.id, node: node.id, slot });
-  if (!given.votes.some((vote) => vote.key === key)) given.votes.push({ key, event: null });
+  const item = outbox.add({ response_id: node.response_id, ...body }, { chat: state.chat.id, node: node.id, slot });
+  given.votes = [...given.votes.filter((vote) => vote.key !== item.key), { key: item.key, body: item.body, event: null }];
   save(state.chat);
   transcript.touch(node);
 }
@@ -287,7 +294,7 @@ function correct(node, text) {
 function undo(node, slot) {
   const given = node.feedback[slot];
   if (!given) return;
-  for (const vote of given.votes.toReversed()) outbox.retract({ ...vote, response_id: node.response_id });
+  for (const vote of given.votes.toReversed()) outbox.retract(vote);
   delete node.feedback[slot];
   if (slot === "edit") delete node.edited;
   node.feedback.latest = ["thumb", "comment", "edit", "choice"].find((other) => node.feedback[other]) ?? null;
@@ -307,9 +314,21 @@ outbox.addEventListener("change", ({ detail: { item, state: to, event, message }
   if (!vote) return;
   if (event) vote.event = event;
   if (vote === given.votes.at(-1)) Object.assign(given, { state: to, message: message ?? "" });
+  if (to === "refused") given.votes = given.votes.filter((other) => other !== vote); // there is nothing to take back
   save(chat);
   if (chat === state.chat) transcript.touch(node);
 });
+/** Votes whose acknowledgement never reached this conversation, because another tab wrote over it, ask for it again. */
+function heal(chat) {
+  for (const node of Object.values(chat.nodes)) {
+    for (const slot of Object.keys(node.feedback ?? {})) {
+      for (const vote of node.feedback[slot]?.votes ?? []) {
+        if (vote.event == null) outbox.resend(vote, { chat: chat.id, node: node.id, slot });
+      }
+    }
+  }
+}
+
 outbox.addEventListener("key", () => askForKey({ wrong: Boolean(recall("key")) }));
 
 function drawPending() {
@@ -363,6 +382,14 @@ function showSource(node) {
   ];
   $("source").replaceChildren(...rows.filter(([, value]) => value).flatMap(([name, value]) => [h("dt", {}, t("source." + name)), h("dd", {}, value)]));
   $("source-dialog").showModal();
+  showCounting(node);
+}
+
+/** What the server itself says of this browser's feedback on the answer; nothing when it cannot be asked. */
+async function showCounting(node) {
+  const { current } = await getFeedback(node.response_id).catch(() => ({ current: [] }));
+  const mine = current.filter((event) => event.user === pseudonym());
+  if (mine.length) $("source").append(h("dt", {}, t("source.feedback")), h("dd", {}, mine.map((event) => `${t("kind." + event.kind)} (${event.id})`).join(", ")));
 }
 
 // --- the list of conversations ----------------------------------------------------------------------------------------
@@ -418,12 +445,14 @@ function rename(row, entry) {
 
 function remove(entry) {
   const chat = chatOf(entry.id);
+  deleted.add(entry.id);
   state.streams.get(entry.id)?.controller.abort();
   deleteChat(entry.id);
   if (state.chat.id === entry.id) openChat(newChat());
   else drawChats();
   if (chat) {
     toast(t("chats.deleted"), t("action.undo"), () => {
+      deleted.delete(chat.id);
       save(chat);
       drawChats();
     });
@@ -703,6 +732,7 @@ onStorageFull(() => toast(t("storage.full")));
 
 const opened = loadChat(recall("open", ""));
 if (opened) state.chat = settle(opened);
+heal(state.chat);
 $("input").value = recall("draft", "");
 $("system").value = state.chat.system ?? "";
 drawSettings();

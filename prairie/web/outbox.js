@@ -48,7 +48,7 @@ export class Outbox extends EventTarget {
     return this.#memory.get(key) ?? recall("outbox." + key);
   }
 
-  /** Stores the vote and returns its idempotency key. A vote of the same place that was never sent takes the new value. */
+  /** Stores the vote and returns its item. A vote of the same place that was never sent takes the new value. */
   add(body, place) {
     const now = Date.now();
     const same = this.items().find(
@@ -59,15 +59,27 @@ export class Outbox extends EventTarget {
     this.#keep(item);
     this.#tell(item, "saving");
     this.#schedule(Math.max(0, item.not_before - now));
-    return item.key;
+    return item;
+  }
+
+  /**
+   * Sends a vote again under its own key, when another tab has overwritten what came back: the server answers with the
+   * event that it has. `retract`: and takes it back then.
+   */
+  resend({ key, body }, place, { retract = false } = {}) {
+    if (!body || this.#read(key)) return;
+    const now = Date.now();
+    this.#keep({ key, body, place, created: now, order: performance.now(), attempts: 1, retract, not_before: now });
+    this.#schedule(0);
   }
 
   /** Takes a vote back: one that was never sent is dropped, any other is followed by a `retract` event. */
-  retract({ key, event, response_id }) {
+  retract({ key, event, body }) {
     const item = this.#read(key);
     if (item && !item.attempts) this.#drop(item);
     else if (item) this.#keep({ ...item, retract: true });
-    else if (event != null) this.add({ response_id, kind: "retract", value: { event } }, null);
+    else if (event != null) this.add({ response_id: body.response_id, kind: "retract", value: { event } }, null);
+    else this.resend({ key, body }, null, { retract: true });
     this.#schedule(0);
   }
 

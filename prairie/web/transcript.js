@@ -194,6 +194,7 @@ class AnswerBody {
 
   #say(text) {
     const { node } = this;
+    if (node.unreached) return t("answer.unreached");
     if (node.status === "error") return node.error ? t("answer.failed", { message: node.error }) : t("answer.broken");
     if (node.status === "stopped") return t("answer.stopped");
     if (node.status === "done" && node.finish_reason === "length") return t("answer.length");

@@ -175,7 +175,7 @@ def test_a_thumb_with_a_reason_is_saved_and_can_be_taken_back(page: Page, site: 
     assert [e.reasons for e in counting(site, page)] == [["not_followed"]]
     saved(answer)
     answer.get_by_role("button", name="Undo").click()
-    assert answer.locator(".vote-state").text_content().startswith("Vote withdrawn")
+    until(lambda: answer.locator(".vote-state").text_content().startswith("Vote withdrawn"))
     until(lambda: counting(site, page) == [])
     assert {e.kind for e in events(site, page)} == {"thumb", "retract"}
     assert page.locator(".panel:visible").count() == 0
@@ -186,13 +186,16 @@ def test_a_thumb_up_and_a_comment(page: Page, site: Site):
     answer.get_by_label("Good answer").click()
     saved(answer)
     assert answer.get_by_label("Good answer").get_attribute("aria-pressed") == "true"
+    answer.locator(".origin").click()
+    page.locator("#source").get_by_text(f"thumb ({events(site, page)[0].id})").wait_for()
+    page.keyboard.press("Escape")
     answer.get_by_label("Comment", exact=True).click()
     page.keyboard.type("简短又好")
     page.keyboard.press("Enter")
     saved(answer)
     until(lambda: len(events(site, page)) == 2)
     assert [(e.kind, e.value) for e in events(site, page)] == [("thumb", "up"), ("comment", {"text": "简短又好"})]
-    assert answer.locator(".comment-said").text_content() == "简短又好"
+    until(lambda: answer.locator(".comment-said").text_content() == "简短又好")
 
 
 def test_a_correction_is_kept_and_the_conversation_goes_on_from_it(page: Page, site: Site):
@@ -246,6 +249,25 @@ def test_an_acknowledgement_that_is_lost_does_not_vote_twice(page: Page, site: S
     saved(answer)
     assert len(seen) == 2 and seen[0] == seen[1]
     assert len(events(site, page)) == 1
+
+
+def test_a_vote_whose_acknowledgement_another_tab_wrote_over_asks_again(page: Page, site: Site):
+    answer = ask(page, "Two tabs.")
+    answer.get_by_label("Good answer").click()
+    saved(answer)
+    page.evaluate(
+        """() => { const name = Object.keys(localStorage).find((key) => key.startsWith("prairie.chat."));
+        const chat = JSON.parse(localStorage.getItem(name));
+        for (const { feedback } of Object.values(chat.nodes)) if (feedback) {
+            feedback.thumb.state = "saving"; feedback.thumb.votes[0].event = null; }
+        localStorage.setItem(name, JSON.stringify(chat)); }"""
+    )
+    page.reload()
+    answer = page.locator(".assistant")
+    saved(answer)
+    assert len(events(site, page)) == 1
+    answer.get_by_role("button", name="Undo").click()
+    until(lambda: counting(site, page) == [] and len(events(site, page)) == 2)
 
 
 def test_a_refused_vote_says_why(page: Page, site: Site):
@@ -431,6 +453,11 @@ def test_what_goes_wrong_is_said_in_the_servers_words(page: Page):
             "code": "context_length_exceeded",
         }
     }
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    write(page, "Are you there?")
+    page.get_by_text("The server cannot be reached.", exact=True).wait_for()
+    page.unroute("**/v1/chat/completions")
+    page.click("#new-chat")
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=400, json=body))
     write(page, "Too long.")
     page.wait_for_selector(".answer-state.failed")
@@ -478,6 +505,19 @@ def test_conversations_are_kept_found_renamed_exported_and_deleted(page: Page):
     assert titles.all_text_contents() == ["About birds."] and page.locator("#empty").is_visible()
     page.locator("#toast").get_by_role("button", name="Undo").click()
     assert set(titles.all_text_contents()) == {"About birds.", "Foxes"}
+
+
+def test_a_conversation_that_is_being_written_can_be_deleted(page: Page, site: Site):
+    write(page, "Delete me.", tokens=3000)
+    until(lambda: len(page.locator(".assistant .markdown").text_content()) > 20)
+    row = page.locator("#chats li.current")
+    row.hover()
+    row.get_by_label("Delete").click()
+    until(lambda: [r.status for r in answers(site, page)] == ["aborted"])
+    page.wait_for_timeout(1200)  # longer than a delayed save
+    page.reload()
+    assert page.locator("#chats .title").count() == 0
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.startsWith('prairie.chat.'))") == []
 
 
 def test_an_answer_goes_on_while_another_conversation_is_read(page: Page, site: Site):
