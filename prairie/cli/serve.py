@@ -54,6 +54,10 @@ def serve(
             emit({"url": url, "pid": os.getpid(), "models": served}, as_json)
 
         serve_on(listening, app, grace_s=grace_s, on_ready=ready)
+        if not app.state.service.models.ready:
+            # Stopped while it was loading: that thread cannot be interrupted, and nothing depends on it.
+            store.close()
+            os._exit(0)
 
 
 def _is_loopback(host: str) -> bool:

@@ -90,11 +90,11 @@ class Service:
             self.failure = error
             raise
         self.worker.start(asyncio.get_running_loop().call_soon_threadsafe)
-        self.desk.keep(self._load())
+        self._loading = asyncio.create_task(self._load())
 
     async def _load(self) -> None:
         try:
-            await asyncio.to_thread(self.models.load_first)
+            await asyncio.wrap_future(self.models.load_first())
         except Exception as error:
             self.failure = error
             self.on_failure()
@@ -117,6 +117,7 @@ class Service:
         deadline = asyncio.get_running_loop().time() + 10
         while self.desk.pending and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
+        self._loading.cancel()
         await asyncio.to_thread(self.watcher.stop)
         await asyncio.to_thread(self.models.close)
         await self.desk.drain()

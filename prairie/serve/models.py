@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,9 +285,9 @@ class Models:
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def load_first(self) -> None:
-        """Loads all that is served from the start. Raises what makes a model unusable."""
-        self._loader.submit(self._load_first).result()
+    def load_first(self) -> Future[None]:
+        """Loads all that is served from the start. The future raises what makes a model unusable."""
+        return self._loader.submit(self._load_first)
 
     def _load_first(self) -> None:
         for name in self._named:
@@ -465,7 +465,8 @@ class Models:
         }
 
     def close(self) -> None:
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        """Ends the loader's thread. A first load under way is not waited for: it cannot be interrupted."""
+        self._loader.shutdown(wait=self.ready, cancel_futures=True)
 
 
 def _family(name: str) -> str:
