@@ -35,6 +35,8 @@ from prairie.train.objectives.dpo import reference_logprobs
 
 LEARNING_CODE = ("data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages")
 LEAST_PAIRS = 8
+CROWD = 12
+"""Simulated people who talk at the same time: enough to fill the engine's batches."""
 
 
 @dataclass
@@ -183,24 +185,25 @@ def held_out_votes(context: Context, line: str, new: LanguageModel, old: Languag
 
 
 def simulated_talk(
-    context: Context, url: str, line: str, users: Users, tasks: list[str], turn: str
+    context: Context, url: str, line: str, users: Users, tasks: list[str], turn: str, key: str = ""
 ) -> Callable[[Version], TalkReport]:
-    """Users who will talk to the served line, each time the same ones for the same turn."""
+    """Users who will talk to the served line, each time the same ones for the same turn; `key` names the work that
+    sends them: done again it doubles no vote, other work gets votes of its own."""
 
     def meet(champion: Version) -> TalkReport:
         crowd = _crowd(users.count, context.recipe.seed, users, f"{turn}-user", teaching=True)
         questions = _questions(tasks, crowd, users.prompts, context.recipe.seed, turn)
         with context.runtime.progress.bar(f"{turn} talk", len(crowd) * users.prompts, "question") as bar:
             return talk(
-                url, crowd, questions, line, seed=context.recipe.seed, each=users.prompts, turn=turn,
-                on_done=lambda done, total: bar.update(),
+                url, crowd, questions, line, seed=context.recipe.seed, each=users.prompts, turn=turn, key=key,
+                concurrency=CROWD, on_done=lambda done, total: bar.update(),
             )  # fmt: skip
 
     return meet
 
 
 def simulated_vote(
-    context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str
+    context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str, key: str = ""
 ) -> Callable[[Version, Version], Compared]:
     """Other users, on questions of the held-out split, who compare two versions blindly."""
 
@@ -210,7 +213,8 @@ def simulated_vote(
         with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
             return compare(
                 url, crowd, questions, candidate.name, champion.name, seed=context.recipe.seed, each=rules.prompts,
-                turn=turn, temperature=rules.temperature, on_done=lambda done, total: bar.update(),
+                turn=turn, key=key, temperature=rules.temperature, concurrency=CROWD,
+                on_done=lambda done, total: bar.update(),
             )  # fmt: skip
 
     return vote
