@@ -66,12 +66,14 @@ def turn(work: Work) -> dict[str, Any]:
     config: Turn = work.config
     context, url = work.context, str(work.inputs[config.server].figures["url"])
     actor = ChatActor(
-        context, config.line, simulated_talk(context, url, config.line, config.users, config.tasks, work.name)
+        context,
+        config.line,
+        simulated_talk(context, url, config.line, config.users, config.tasks, work.name, work.identity),
     )
     learner = ChatLearner(context, config.learn, work.name)
     gate = ChatGate(
         context, config.gate, config.tasks,
-        simulated_vote(context, url, config.users, config.gate, config.tasks, work.name),
+        simulated_vote(context, url, config.users, config.gate, config.tasks, work.name, work.identity),
     )  # fmt: skip
     caller = Caller(url, config.line)
     caller.start()

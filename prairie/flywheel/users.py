@@ -294,6 +294,7 @@ def talk(
     seed: int,
     each: int = 12,
     turn: str = "turn",
+    key: str = "",
     purpose: str = "chat",
     temperature: float = 1.0,
     max_tokens: int = 48,
@@ -305,7 +306,8 @@ def talk(
     when both are wrong, the right answer in the wording they like.
 
     The same arguments hold the same talk: questions, sampling seeds, coins and idempotency keys come from `seed` and
-    `turn`, so repeating it after a crash doubles no vote. `turn` must differ between two talks that shall both count.
+    `turn`, so repeating it after a crash doubles no vote. `turn` or `key` must differ between two talks that shall both
+    count; `key` changes the idempotency keys alone.
     """
 
     def converse(line: _Line, item: Item) -> None:
@@ -320,7 +322,7 @@ def talk(
         line.vote(item, better.response_id, "choice", {**verdict, "tie": True} if vote == 0.5 else verdict, "choice")
         _comment(line, item, better, worse, tie=vote == 0.5, rng=rng)
 
-    return _visit(base_url, users, prompts, each, seed, turn, purpose, api_key, concurrency, on_done, converse)
+    return _visit(base_url, users, prompts, each, seed, turn, key, purpose, api_key, concurrency, on_done, converse)
 
 
 def compare(
@@ -333,6 +335,7 @@ def compare(
     seed: int,
     each: int = 8,
     turn: str = "turn",
+    key: str = "",
     temperature: float = 1.0,
     max_tokens: int = 48,
     api_key: str | None = None,
@@ -370,7 +373,7 @@ def compare(
         with lock:
             found.append((Comparison(user.name, item.id, outcome), item, a.text, b.text))
 
-    report = _visit(base_url, users, prompts, each, seed, turn, "gate", api_key, concurrency, on_done, converse)
+    report = _visit(base_url, users, prompts, each, seed, turn, key, "gate", api_key, concurrency, on_done, converse)
     found.sort(key=lambda row: (row[0].user, row[0].prompt_id))  # threads finish in any order
     return Compared(
         comparisons=[row[0] for row in found],
@@ -404,6 +407,7 @@ def _visit(
     each: int,
     seed: int,
     turn: str,
+    key: str,
     purpose: str,
     api_key: str | None,
     concurrency: int,
@@ -427,7 +431,7 @@ def _visit(
     def visit(user: SimulatedUser) -> None:
         nonlocal done
         with httpx.Client(base_url=root, headers=headers, timeout=patience, verify=certificates) as client:
-            line = _Line(client, user, purpose, turn, report, lock)
+            line = _Line(client, user, purpose, f"{turn}{key}", report, lock)
             for item in asked[user.name]:
                 converse(line, item)
                 with lock:

@@ -24,7 +24,7 @@ from prairie.recipe import Publish, Serve
 from prairie.store.artifacts import Artifact
 from prairie.store.registry import Registry, Version
 
-START_LIMIT_S = 60.0
+START_LIMIT_S = 180.0
 
 
 @dataclass
@@ -90,15 +90,14 @@ def serve(work: Work) -> dict[str, Any]:
 def wait_until_ready(server: Server) -> None:
     """Raises PrairieError with the server's own last words when it does not come up."""
     deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            if httpx.get(f"{server.url}/readyz", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.1)
+    with httpx.Client(timeout=2) as client:
+        while time.monotonic() < deadline and server.process.poll() is None:
+            try:
+                if client.get(f"{server.url}/readyz").status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
     server.stop(1)
     words = server.log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing in its log"]
     raise PrairieError("the server did not come up", got=words[0], mend=f"its log is {server.log}")

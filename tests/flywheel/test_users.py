@@ -203,6 +203,8 @@ def test_the_same_talk_again_doubles_nothing(world):
     assert there.events == events and (again.votes, again.repeated) == (first.votes, first.votes)
     another = talk(there.url, crowd, ITEMS, "spark", seed=1, each=5, turn="2")
     assert another.repeated == 0 and len(there.events) == first.votes + another.votes
+    other_work = talk(there.url, crowd, ITEMS, "spark", seed=1, each=5, turn="1", key="changed")
+    assert (other_work.votes, other_work.repeated) == (first.votes, 0), "the same opinions, given anew"
 
 
 def test_failures_are_counted_and_a_full_queue_is_waited_for(world):

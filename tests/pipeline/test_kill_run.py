@@ -49,7 +49,8 @@ def killed_and_calm(folder: Path, kills: int, steps: int, seed: int) -> tuple[di
     home = folder / "killed"
     for number in range(kills):
         process = start(recipe, home)
-        kill_at(process, home, 7 * (number + rng.random()) / kills, steps, rng)
+        stage = 3 + 4 * number // kills  # of the four that train
+        kill_at(process, home, stage + 0.3 + 0.4 * rng.random(), steps, rng)
         assert process.exitcode == -9, "the run ended before it was killed"
     killed = finish(recipe, home)
     assert list((home / "tmp").iterdir()) == [] and list((home / "work").iterdir()) == []

@@ -1,10 +1,12 @@
 """Carrying out a recipe: what exists is not made again, what changed is, and what stands below it with it."""
 
 import pytest
-from tiny_recipes import contents, data_stages, learning, run_here, training_recipe, write_jsonl
+from tiny_recipes import contents, data_stages, learning, quiet_runtime, run_here, training_recipe, write_jsonl
 
 from prairie.errors import BusyError, DataError, NotFoundError, RecipeError
 from prairie.pipeline import run as module
+from prairie.pipeline.context import Context
+from prairie.recipe import resolve_recipe
 from prairie.store.home import Home
 
 
@@ -91,10 +93,9 @@ def test_a_home_that_is_in_use_or_a_stage_that_nobody_knows(home, tmp_path):
     tree = {"name": "t", "stages": data_stages(tmp_path)}
     with home.lock("run"), pytest.raises(BusyError, match=r"in use by process \d+"):
         run_here(tree, home)
-    turn = {"kind": "turn", "line": "spark", "start": "chats", "server": "pairs", "tasks": ["numbers"],
-            "learn": {"steps": 1}}  # fmt: skip
-    with pytest.raises(RecipeError, match="cannot be carried out here"):
-        run_here({"name": "t", "stages": {**tree["stages"], "turn": turn}}, home)
+    recipe = resolve_recipe(tree)
+    with pytest.raises(RecipeError, match="stage `chats` cannot be carried out here: got prepare"):
+        module.run(Context(recipe, home, quiet_runtime()), {})
 
 
 def test_publishing_twice_is_one_version_and_does_not_undo_what_came_after(home, tmp_path):

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_recipes import learning, write_recipe
+from tiny_recipes import learning, write_jsonl, write_recipe
 
 from prairie.flywheel.curate import is_held_out
 from prairie.models.weights import read_manifest
 from prairie.store.home import Home
 
 
-def wheel_recipe():
+def wheel_recipe(text):
     turn = {
         "kind": "turn", "line": "spark", "start": "publish", "server": "server", "tasks": ["numbers"],
         "users": {"count": 8, "prompts": 4, "noise": 0.0},
@@ -32,7 +32,7 @@ def wheel_recipe():
         "name": "wheel",
         "seed": 3,
         "stages": {
-            "corpus": {"kind": "prepare", "source": "interpreter", "megabytes": 0.05},
+            "corpus": {"kind": "prepare", "source": "file", "path": str(text), "held_out": 0.1},
             "chats": {"kind": "prepare", "source": "tasks", "tasks": ["numbers"], "rows": 300, "held_out": 0.1},
             "tokenizer": {"kind": "tokenizer", "data": ["corpus", "chats"], "vocab_size": 400},
             "base": learning(
@@ -70,7 +70,8 @@ def nothing_runs_on(home):
 
 @pytest.mark.timeout(290)
 def test_the_whole_wheel(tmp_path):
-    recipe, root = write_recipe(tmp_path / "wheel.yaml", wheel_recipe()), tmp_path / "home"
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": f"Page {n}. " + (str.__doc__ or "")} for n in range(60)])
+    recipe, root = write_recipe(tmp_path / "wheel.yaml", wheel_recipe(text)), tmp_path / "home"
     result = prairie_run(recipe, root)
     stages = {name: stage["figures"] for name, stage in result["stages"].items()}
     assert nothing_runs_on(root)
