@@ -728,6 +728,8 @@ addEventListener("beforeunload", () => {
 });
 document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && !away && refreshModels());
 narrow.addEventListener("change", drawVeil);
+// What is on the page settles after it was drawn (an answer comes into view, a panel opens): the end stays the end.
+new ResizeObserver(scrollAlong).observe($("transcript"));
 onStorageFull(() => toast(t("storage.full")));
 
 const opened = loadChat(recall("open", ""));

@@ -9,8 +9,11 @@ import { renderMarkdown } from "./markdown.js";
 
 export const REASONS = ["wrong", "style", "too_long", "unsafe", "not_followed"];
 
+const PAGE = 60; // messages that are on the page at once; earlier ones come when they are asked for
+
 export class Transcript {
   #views = new Map();
+  #room = PAGE;
   #dirty = new Set();
   #frame = null;
 
@@ -24,18 +27,40 @@ export class Transcript {
       this.#views.clear();
       this.container.replaceChildren();
     }
+    if (chat !== this.chat) this.#room = PAGE;
     this.chat = chat;
+    const nodes = path(chat);
+    const first = Math.max(0, nodes.length - this.#room);
     const wanted = [];
     let before = null; // the answer above, to say when the model changed between two answers
-    for (const node of path(chat)) {
-      wanted.push(this.#viewOf(node, before));
+    nodes.forEach((node, at) => {
+      if (at >= first) wanted.push(this.#viewOf(node, before));
       if (node.role === "assistant") before = node;
-    }
-    wanted.forEach((view, at) => {
-      if (this.container.children[at] !== view.element) this.container.insertBefore(view.element, this.container.children[at] ?? null);
-      view.update();
     });
-    while (this.container.children.length > wanted.length) this.container.lastElementChild.remove();
+    for (const view of wanted) view.update();
+    this.#place([...(first ? [this.#earlier(first)] : []), ...wanted.map((view) => view.element)]);
+  }
+
+  /** Brings the page's children to `elements` with as few moves as it takes. */
+  #place(elements) {
+    const { container } = this;
+    elements.forEach((element, at) => {
+      if (container.children[at] !== element) container.insertBefore(element, container.children[at] ?? null);
+    });
+    while (container.children.length > elements.length) container.lastElementChild.remove();
+  }
+
+  #earlier(count) {
+    return h("button", { type: "button", class: "text-button earlier", onclick: () => this.#showEarlier() }, icon("up-arrow"), t("transcript.earlier", { count }));
+  }
+
+  /** More of what was said before, with the eye kept on the message that was on top. */
+  #showEarlier() {
+    const box = this.container.parentElement;
+    const below = box.scrollHeight - box.scrollTop;
+    this.#room += PAGE;
+    this.show(this.chat);
+    box.scrollTop = box.scrollHeight - below;
   }
 
   #viewOf(node, before) {

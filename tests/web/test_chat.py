@@ -531,6 +531,32 @@ def test_an_answer_goes_on_while_another_conversation_is_read(page: Page, site: 
     assert shown == "".join(answers(site, page)[0].text.split())
 
 
+def test_a_long_conversation_shows_its_end_first(page: Page):
+    page.evaluate(
+        """() => { const chat = { id: "c1", title: "Long", created: 1, updated: Date.now(), system: "", nodes: {},
+        children: {}, active: {} };
+        let parent = "root";
+        for (let i = 0; i < 300; i++) {
+            const id = "n" + i, user = i % 2 === 0;
+            chat.nodes[id] = { id, parent, role: user ? "user" : "assistant", text: `message ${i}\n\n`.repeat(4),
+                created: 1, ...(user ? {} : { status: "done", feedback: {}, response_id: "r" + i }) };
+            chat.children[parent] = [id]; chat.active[parent] = id; parent = id; }
+        localStorage.setItem("prairie.chat.c1", JSON.stringify(chat));
+        localStorage.setItem("prairie.chats", JSON.stringify([{ id: "c1", title: "Long", updated: Date.now() }]));
+        localStorage.setItem("prairie.open", '"c1"'); }"""
+    )
+    page.reload()
+    page.locator(".turn").first.wait_for()
+    assert page.locator(".turn").count() == 60
+    from_the_end = "(({ scrollHeight, scrollTop, clientHeight }) => scrollHeight - scrollTop - clientHeight)"
+    until(lambda: page.evaluate(f"{from_the_end}(document.getElementById('scroll'))") < 2)
+    for count in (120, 180):
+        page.get_by_role("button", name="Earlier messages").click()
+        assert page.locator(".turn").count() == count
+    ask(page, "And now?")
+    assert page.locator(".said").last.text_content() == "And now?"
+
+
 # Shape
 
 
