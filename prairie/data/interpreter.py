@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -73,9 +74,7 @@ Page = tuple[str, Callable[[], str]]
 def _pages() -> dict[str, list[Page]]:
     """Kind -> (source name, how to read it), in a fixed order. Reading waits until a document is chosen."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path for path in sorted(library.rglob("*.py")) if not _NOT_PROSE.intersection(path.relative_to(library).parts)
-    ]
+    files = sorted(_modules(library))
     names = [path.relative_to(library).as_posix() for path in files]
     return {
         "topics": _topics(),
@@ -84,6 +83,13 @@ def _pages() -> dict[str, list[Page]]:
         ],
         "source": [(f"source:{name}", _reader(_source, path)) for name, path in zip(names, files, strict=True)],
     }
+
+
+def _modules(library: Path) -> Iterator[Path]:
+    """The library's source files; folders that are not wanted (installed packages: thousands) are not even entered."""
+    for folder, below, names in os.walk(library):
+        below[:] = [name for name in below if name not in _NOT_PROSE]
+        yield from (Path(folder, name) for name in names if name.endswith(".py") and name not in _NOT_PROSE)
 
 
 def _reader(read: Callable[[Path], str], path: Path) -> Callable[[], str]:
