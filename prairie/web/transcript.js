@@ -221,6 +221,7 @@ class AnswerBody {
     const { node } = this;
     if (node.unreached) return t("answer.unreached");
     if (node.status === "error") return node.error ? t("answer.failed", { message: node.error }) : t("answer.broken");
+    if (node.edited != null) return ""; // what became of the model's own words matters no more
     if (node.status === "stopped") return t("answer.stopped");
     if (node.status === "done" && node.finish_reason === "length") return t("answer.length");
     if (node.status === "done" && !text) return t("answer.empty");
@@ -276,7 +277,8 @@ class AnswerView {
     this.talk = iconButton("comment", "action.comment", () => this.#toggleComment(), { "aria-expanded": "false" });
     this.pencil = iconButton("pencil", "action.edit_answer", () => this.#edit());
     this.again = iconButton("again", "action.regenerate", () => actions.regenerate(node));
-    this.tools = h("div", { class: "tools" }, this.stepper.element, copyButton("action.copy", () => shown(node)), this.again, this.pencil, this.up, this.down, this.talk);
+    this.copy = copyButton("action.copy", () => shown(node));
+    this.tools = h("div", { class: "tools" }, this.stepper.element, this.copy, this.again, this.pencil, this.up, this.down, this.talk);
     this.foot = h("footer", { class: "foot" }, this.tools, this.origin.element, this.state.element);
     this.#buildPanel();
     this.editor = editor({
@@ -355,6 +357,7 @@ class AnswerView {
     const busy = node.status === "streaming";
     const votable = !busy && Boolean(node.response_id);
     this.foot.hidden = busy || this.editing === true;
+    this.copy.hidden = this.again.hidden = node.status === "error" && !shown(node);
     this.up.hidden = this.down.hidden = this.talk.hidden = this.pencil.hidden = !votable;
     this.up.setAttribute("aria-pressed", String(feedback.thumb?.value === "up"));
     this.down.setAttribute("aria-pressed", String(feedback.thumb?.value === "down"));
