@@ -223,6 +223,8 @@ class Evaluate(_Stage):
     tasks: list[str] = []
     items: int = Field(100, gt=0)
     """Held-out items of each task."""
+    samples: int = Field(0, ge=0)
+    """Answers to each item sampled at temperature 1 as well; their accuracy over all tasks is one figure."""
     max_tokens: int = Field(48, gt=0)
     text: list[str] = []
     """Stages whose held-out rows are scored by loss: text as bits per byte, conversations as loss per answer token."""

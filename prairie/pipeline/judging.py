@@ -19,7 +19,7 @@ from prairie.pipeline.context import Work
 from prairie.pipeline.data_stages import held_out_records
 from prairie.pipeline.model_stages import load_language_model
 from prairie.recipe import Evaluate
-from prairie.tasks.catalog import items
+from prairie.tasks.catalog import check, items
 from prairie.tasks.task import Item
 from prairie.train.objectives.causal_lm import held_out_loss
 from prairie.train.objectives.dpo import DPOConfig, held_out_preferences, reference_logprobs
@@ -42,6 +42,16 @@ def score_suite(model: LanguageModel, asked: list[Item], max_tokens: int) -> Eva
     return evaluate(generate, asked)
 
 
+def score_sampled(model: LanguageModel, asked: list[Item], max_tokens: int, samples: int) -> dict[str, float]:
+    """Accuracy of sampled answers (temperature 1, as people meet them), over all items and samples."""
+    prompts = [(Message("user", item.prompt),) for item in asked for _ in range(samples)]
+    answers = model.generate(prompts, temperature=1.0, max_tokens=max_tokens, seed=SUITE_SEED)
+    questions = [item for item in asked for _ in range(samples)]
+    right = sum(check(item, answer.text) for item, answer in zip(questions, answers, strict=True))
+    found = wilson(right, len(answers))
+    return {"accuracy": found.value, "low": found.low, "high": found.high, "n": len(answers)}
+
+
 def evaluate_models(work: Work) -> dict[str, Any]:
     """Scores of each named model; the answers lie in `answers-NAME.jsonl`."""
     config: Evaluate = work.config
@@ -55,6 +65,8 @@ def evaluate_models(work: Work) -> dict[str, Any]:
                 found = score_suite(model, asked, config.max_tokens)
                 scores[name]["tasks"] = {task: score.to_json() for task, score in found.tasks.items()}
                 _write_answers(work.folder / f"answers-{name}.jsonl", found)
+                if config.samples:
+                    scores[name]["sampled"] = score_sampled(model, asked, config.max_tokens, config.samples)
             for stage in config.text:
                 rows = held_out_records(work.inputs[stage].product.path)
                 scores[name]["loss"][stage] = _loss(model, rows, config.row_tokens)

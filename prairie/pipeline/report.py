@@ -106,8 +106,10 @@ def _score_lines(models: dict[str, Any]) -> list[str]:
     tasks = list(dict.fromkeys(task for scores in models.values() for task in scores["tasks"]))
     losses = list(dict.fromkeys(stage for scores in models.values() for stage in scores["loss"]))
     pairs = list(dict.fromkeys(stage for scores in models.values() for stage in scores["preferences"]))
+    sampled = ["sampled"] if any("sampled" in scores for scores in models.values()) else []
     head = [
         *tasks,
+        *sampled,
         *(f"loss {stage}" for stage in losses),
         *(f"reward {stage}" for stage in pairs),
         *(f"likelier {stage}" for stage in pairs),
@@ -117,6 +119,7 @@ def _score_lines(models: dict[str, Any]) -> list[str]:
     rows = [["model".ljust(first), *(t.rjust(w) for t, w in zip(head, widths, strict=True))]]
     for name, scores in models.items():
         cells = [_accuracy(scores["tasks"].get(task)) for task in tasks]
+        cells += [_accuracy(scores.get(column)) for column in sampled]
         cells += [_loss_cell(scores["loss"].get(stage)) for stage in losses]
         cells += [_accuracy(scores["preferences"].get(stage)) for stage in pairs]
         cells += [_likelihood(scores["preferences"].get(stage)) for stage in pairs]
@@ -149,7 +152,7 @@ def _evaluation(made: Made, samples: int) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row if c.strip()) + "</tr>" for row in rows)
     titles = "".join(f"<th>{html.escape(c)}</th>" for c in head if c.strip())
     out = f"<h2>{html.escape(made.name)}</h2><div class=wide><table><tr>{titles}</tr>{cells}</table></div>"
-    out += "<p class=quiet>Held-out items, greedy answers, 95% Wilson intervals.</p>"
+    out += "<p class=quiet>Held-out items, greedy answers, 95% Wilson intervals; `sampled`: at temperature 1, all tasks.</p>"
     if any(scores["tasks"] for scores in models.values()):
         out += _figure(plots.accuracies(models))
     return out + (_samples(made, samples) if samples and made.artifact else "")
