@@ -152,7 +152,7 @@ def _evaluation(made: Made, samples: int) -> str:
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row if c.strip()) + "</tr>" for row in rows)
     titles = "".join(f"<th>{html.escape(c)}</th>" for c in head if c.strip())
     out = f"<h2>{html.escape(made.name)}</h2><div class=wide><table><tr>{titles}</tr>{cells}</table></div>"
-    out += "<p class=quiet>Held-out items, greedy answers, 95% Wilson intervals; `sampled`: at temperature 1, all tasks.</p>"
+    out += "<p class=quiet>Held-out items, greedy answers, 95% Wilson intervals; `sampled`: all at temperature 1.</p>"
     if any(scores["tasks"] for scores in models.values()):
         out += _figure(plots.accuracies(models))
     return out + (_samples(made, samples) if samples and made.artifact else "")
