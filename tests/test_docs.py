@@ -1,6 +1,6 @@
 """The documents say what the program does: commands parse, keys and defaults agree, names and links lead somewhere.
 
-No torch here, so that `make docs` answers at once. The page on data has its own test (`tests/data/test_docs.py`).
+No torch here, so that `make docs` answers at once. The page on data has its own test (`tests/data/test_data_page.py`).
 """
 
 from __future__ import annotations

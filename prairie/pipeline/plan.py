@@ -69,7 +69,7 @@ class Plan:
         return {
             "recipe": self.recipe,
             "recipe_hash": self.recipe_hash,
-            "estimated_s": round(self.seconds, 1),
+            "estimated_s": round(self.seconds, 3),
             "memory_mb": round(self.memory_mb),
             "machine_memory_mb": machine_memory_mb(),
             "stages": [asdict(stage) for stage in self.stages],
@@ -169,7 +169,7 @@ def _training(context: Context, name: str, config: Train, origins: dict[str, _Or
     figures["steps"] = steps
     batch = loader.next_step()[0]
     per_step_s = _step_seconds(c, batch) * config.micro_batches
-    figures["estimated_s"] = round(steps * per_step_s, 1)
+    figures["estimated_s"] = round(steps * per_step_s, 3)
     figures["refused_rows_list"] = dataset.figures["refused"]
     return PlannedStage(name, config.kind, what, figures, _example(dataset, origin.tokenizer))
 
