@@ -16,6 +16,7 @@ from typing import Any
 from prairie.pipeline import plots
 from prairie.pipeline.context import Context, Made, Work
 from prairie.recipe import Report
+from prairie.store.disk import disk_errors
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#22281f;--paper:#fbfaf6;--line:#d9d6c8;--fire:#c8501e;--soft:#f1eee3}
@@ -37,9 +38,12 @@ def report(work: Work) -> dict[str, Any]:
     """The `report` stage: writes HOME/reports/NAME/report.html and leaves its path."""
     config: Report = work.config
     folder = work.context.home.root / "reports" / work.context.recipe.name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
-    path.write_text(page(work.context, [work.inputs[name] for name in config.of], config.samples), encoding="utf-8")
+    path, draft = folder / "report.html", folder / "report.html.part"
+    text = page(work.context, [work.inputs[name] for name in config.of], config.samples)
+    with disk_errors(f"the report {path} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
     return {"path": str(path)}
 
 
