@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prairie.data.loader import TokenDataset
-from prairie.data.records import Preference
 from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
@@ -238,8 +237,3 @@ def _questions(tasks: list[str], crowd: Sequence[SimulatedUser], each: int, seed
 
 def _refused(dataset: TokenDataset) -> set[int]:
     return {int(fault["row"]) for fault in cast(Sequence[Mapping[str, Any]], dataset.figures["refused"])}
-
-
-def preferences(artifact: Artifact) -> list[Preference]:
-    """The pairs of a dataset of votes."""
-    return [record for record in train_records(artifact.path) if isinstance(record, Preference)]

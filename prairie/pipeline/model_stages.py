@@ -36,8 +36,6 @@ from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
 from prairie.train.trainer import TrainConfig, Trainer
 
-MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
-
 
 @dataclass
 class Start:
