@@ -1,9 +1,10 @@
-"""Text to token ids and back: a byte-level BPE of our own, or the `tokenizer.json` of a model folder.
+"""Text to token ids and back: a byte-level BPE of our own, or the tokenizer of a model folder.
 
 Text of users never becomes a special token: `encode` reads a literal `<|im_end|>` as plain text unless the caller says
 `special=True`, which only templates do. Every id stands for known bytes, so streams of ids decode without guesswork.
 
-Not here: what a conversation looks like (`chat_template`), rows and batches (`loader`).
+Not here: older tokenizer files (`tokenizer_formats`), what a conversation looks like (`chat_template`), rows and
+batches (`loader`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from prairie.data.tokenizer_formats import convert
 from prairie.errors import TokenizerError
 
 CHATML_SPECIALS: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -42,6 +45,18 @@ Place = Literal["start", "after_special", "after_text"]
 """Where a piece of text stands; only tokenizers that put a space before the first word tell the places apart."""
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+_CLEANED = (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're")
+"""Pieces that WordPiece's decoder writes without their space; of the library's list those that one token can match."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an encoder reads: `type_ids[i]` is 0 for the first text and its marks, 1 for the second."""
+
+    ids: list[int]
+    type_ids: list[int]
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -74,6 +89,9 @@ class Tokenizer:
         self._added = {int(added["id"]): added for added in added_tokens}
         self.special_tokens: dict[str, int] = {a["content"]: i for i, a in self._added.items() if a["special"]}
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = named.values()
+        self.cls_id, self.sep_id, self.mask_id = (
+            vocabulary.get(_content(config.get(key)) or "") for key in ("cls_token", "sep_token", "mask_token")
+        )
         for key, token in named.items():
             if token is not None and token not in vocabulary:
                 raise TokenizerError(f"`{key}` is not in the vocabulary", got=repr(token), wanted="a token of it")
@@ -121,23 +139,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
-        """Reads `tokenizer.json` and `tokenizer_config.json`, or GPT-2's `vocab.json` and `merges.txt`.
+        """Reads `tokenizer.json`, else an older form (`tokenizer_formats`); `tokenizer_config.json` names its tokens.
 
         Raises TokenizerError if the files are missing, damaged, or of a kind whose tokens do not stand for bytes.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        config: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                config |= _read_json(folder / name)
         if (folder / "tokenizer.json").is_file():
-            spec = _read_json(folder / "tokenizer.json")
-            return cls(spec, config)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return cls(*_gpt2(folder, config))
-        raise TokenizerError(
-            f"{folder} has no tokenizer",
-            got="no tokenizer.json",
-            wanted="tokenizer.json (a fast tokenizer), or vocab.json and merges.txt",
-            mend="convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-        )
+            return cls(_read_json(folder / "tokenizer.json"), config)
+        return cls(*convert(folder, config))
 
     def save(self, folder: Path | str) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which transformers.AutoTokenizer reads too."""
@@ -153,7 +166,7 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False, place: Place = "start") -> list[int]:
         """Ids of `text`; never adds bos or eos. With `special`, literal special tokens become their ids."""
         if not special:
-            return list(self._backend_at(place).encode(_sound(text), add_special_tokens=False).ids)
+            return self.encode_batch([text], place=place)[0]
         ids: list[int] = []
         for piece, at in self.pieces(text, place):
             ids += [piece] if isinstance(piece, int) else self.encode(piece, place=at)
@@ -162,7 +175,27 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, place: Place = "start") -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         encodings = self._backend_at(place).encode_batch_fast([_sound(t) for t in texts], add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        rows = [encoding.ids for encoding in encodings]
+        return [
+            ids if self._marks.isdisjoint(ids) else self._encode_parts(self._unforged(text, place), place)
+            for ids, text in zip(rows, texts, strict=True)
+        ]
+
+    def encode_input(self, text: str, pair: str | None = None, *, special: bool = False) -> Encoded:
+        """One text, or two, between the marks that the model's own post-processor puts ([CLS] and [SEP], `</s>`).
+
+        With `special`, literal special tokens (`[MASK]`) become their ids.
+        """
+        first, second = _sound(text), None if pair is None else _sound(pair)
+        if special:
+            encoding = self._reading_special.encode(first, second, add_special_tokens=True)
+        elif self._marks.isdisjoint([*self._raw(first), *self._raw(second or "")]):
+            encoding = self._backend.encode(first, second, add_special_tokens=True)
+        else:
+            parts = self._unforged(first, "start")
+            other = None if second is None else self._unforged(second, "start")
+            encoding = self._backend.encode(parts, other, is_pretokenized=True, add_special_tokens=True)
+        return Encoded(list(encoding.ids), list(encoding.type_ids))
 
     def pieces(self, text: str, place: Place = "start") -> list[tuple[int | str, Place]]:
         """Cuts at literal special tokens: ids of special tokens and the text between them, each with its place."""
@@ -209,6 +242,53 @@ class Tokenizer:
         prefixed = place == "start" or (place == "after_special" and self._prefix_after_special)
         return self._backend if prefixed else self._bare
 
+    def _raw(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def _encode_parts(self, parts: Sequence[str], place: Place) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            ids += self._backend_at(place).encode(part, add_special_tokens=False).ids
+            place = "after_text"
+        return ids
+
+    def _unforged(self, text: str, place: Place) -> list[str]:
+        """Parts of a text that, read one by one, give no special token.
+
+        Unigram models hold their marks as ordinary pieces, and normalisation can write one (a fullwidth `＜/s＞`): the
+        text is cut where such a piece was read; a mark of one character is no text and becomes U+FFFD.
+        """
+        text = _sound(text)
+        encoding = self._backend_at(place).encode(text, add_special_tokens=False)
+        parts, start = [], 0
+        for token_id, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._marks:
+                parts.append(text[start:first] + (text[first] if end - first > 1 else "\ufffd"))
+                start = first + 1
+        if not parts:
+            return [text]
+        parts.append(text[start:])
+        whole = []
+        for part in filter(None, parts):
+            whole += self._unforged(part, place) if part != text else [part]
+            place = "after_text"
+        return whole
+
+    @cached_property
+    def _marks(self) -> frozenset[int]:
+        """Special tokens, except the one that stands for unknown text."""
+        model = self._spec["model"]
+        unknown = model.get("unk_id")
+        if isinstance(token := model.get("unk_token"), str):
+            unknown = self._backend.token_to_id(token)
+        return self._special_ids - {unknown}
+
+    @cached_property
+    def _reading_special(self) -> tokenizers.Tokenizer:
+        backend = _backend(self._spec)
+        backend.encode_special_tokens = False
+        return backend
+
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())
@@ -234,7 +314,9 @@ class Tokenizer:
         table = [b""] * self.vocab_size
         byte_of = _byte_of_char()
         for text, token_id in self._backend.get_vocab(with_added_tokens=True).items():
-            if token_id in self._added:
+            if self._kind == "words":
+                table[token_id] = self._word(text).encode()
+            elif token_id in self._added:
                 table[token_id] = text.encode()
             elif self._kind == "bytes":
                 known = all(char in byte_of for char in text)
@@ -244,6 +326,13 @@ class Tokenizer:
             else:
                 table[token_id] = text.replace("▁", " ").encode()
         return table
+
+    def _word(self, text: str) -> str:
+        """A WordPiece token as its decoder writes it: a space before all but continuations and punctuation."""
+        step = next(step for step in _steps(self._spec.get("decoder")) if step["type"] == "WordPiece")
+        prefix = step.get("prefix", "##")
+        written = text.removeprefix(prefix) if text.startswith(prefix) else " " + text
+        return written[1:] if step.get("cleanup", True) and written in _CLEANED else written
 
     def _document_starts_with_bos(self) -> bool:
         if isinstance(told := self.config.get("add_bos_token"), bool):
@@ -311,21 +400,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _gpt2(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """GPT-2's two files as a `tokenizer.json`."""
-    try:
-        backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:
-        raise TokenizerError(f"{folder} cannot be read", got=str(error), wanted="vocab.json and merges.txt") from None
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    if backend.token_to_id(end) is not None:
-        backend.add_special_tokens([tokenizers.AddedToken(end, special=True, normalized=False)])
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end} | config
-    return json.loads(backend.to_str()), config
-
-
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A normalizer, pre-tokenizer or decoder as a flat list."""
     if not part:
@@ -362,16 +436,18 @@ def _prefix_only_first(spec: dict[str, Any]) -> bool:
     return any(step.get("prepend_scheme") == "first" for step in _steps(spec.get("pre_tokenizer")))
 
 
-def _decoder_kind(spec: dict[str, Any]) -> Literal["bytes", "pieces"]:
+def _decoder_kind(spec: dict[str, Any]) -> Literal["bytes", "pieces", "words"]:
     kinds = {step["type"] for step in _steps(spec.get("decoder"))}
     if "ByteLevel" in kinds:
         return "bytes"
     if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
         return "pieces"
+    if kinds == {"WordPiece"}:
+        return "words"
     raise TokenizerError(
         "the tokens of this tokenizer do not stand for bytes",
         got=f"the decoder {', '.join(sorted(kinds)) or 'none'}",
-        wanted="ByteLevel (GPT-2, Llama 3, Qwen) or ByteFallback and Metaspace (Llama 2, Mistral)",
+        wanted="ByteLevel (GPT-2, Llama 3, Qwen), ByteFallback or Metaspace (Llama 2, T5), or WordPiece (BERT)",
     )
 
 
@@ -379,5 +455,6 @@ def _strips_first_space(spec: dict[str, Any]) -> bool:
     return any(
         (step["type"] == "Strip" and step.get("content") == " " and step.get("start", 0) > 0)
         or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        or step["type"] == "WordPiece"
         for step in _steps(spec.get("decoder"))
     )

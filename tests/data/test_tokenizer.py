@@ -273,7 +273,7 @@ def test_refusals(tmp_path: Path, ours: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match="eos_token"):
         Tokenizer(ours.spec, {"eos_token": "<nowhere>"})
     with pytest.raises(TokenizerError, match="do not stand for bytes"):
-        Tokenizer(ours.spec | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}, {})
+        Tokenizer(ours.spec | {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}}, {})
 
 
 def test_a_length_limit_in_the_file_is_ignored(ours: Tokenizer) -> None:
