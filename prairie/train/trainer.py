@@ -152,12 +152,16 @@ class Trainer:
             return self._figures()
 
     def _train(self) -> None:
-        """One step. The only place that waits for the device: one transfer of a few numbers."""
+        """One step."""
         started = time.perf_counter()
-        config, state = self.config, self.state
-        batches = self.loader.next_step(config.micro_batches)
+        batches = self.loader.next_step(self.config.micro_batches)
         dtype = self.runtime.torch_dtype()
         sums = accumulate_gradients(self.model, self.objective, batches, self.adapters, dtype=dtype)
+        self._update(batches, sums, started)
+
+    def _update(self, batches: Sequence[Batch], sums: StepSums, started: float) -> None:
+        """From gradients to new weights. The only place that waits for the device: one transfer of a few numbers."""
+        config, state = self.config, self.state
         gradients = self.optimizer.gradient_norm()
         norm, loss, *values = torch.stack([gradients.norm, sums.loss, *sums.figures.values()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
