@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.records import Message, message_from_json
 from prairie.data.tokenizer import Tokenizer
+from prairie.engine.embedding import Embedder
 from prairie.engine.engine import Engine
 from prairie.engine.request import Completion, Request, SamplingParams
 from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError, TokenizerError
@@ -39,8 +41,6 @@ from prairie.runtime import Runtime
 
 Conversation = Seq[Message | Mapping[str, Any]]
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
-ROWS_TOKENS = 8192
-"""Tokens of one forward pass of `embed`."""
 
 
 class LanguageModel:
@@ -169,28 +169,13 @@ class LanguageModel:
         values: list[float] = linear_logprobs(hidden_ND, self.model.head_weight, tokens_T[places]).tolist()
         return values
 
-    @torch.no_grad()
     def embed(self, texts: str | Seq[str]) -> Tensor:
-        """(B, D) float32: the mean of the final hidden states of each text."""
-        rows = [self.engine.prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        means: list[Tensor] = []
-        start = 0
-        while start < len(rows):
-            end, tokens = start, 0
-            while end < len(rows) and (end == start or tokens + len(rows[end]) <= ROWS_TOKENS):
-                tokens += len(rows[end])
-                end += 1
-            means += self._means(rows[start:end])
-            start = end
-        return torch.stack(means) if means else torch.empty(0, self.config.dim)
+        """(B, D) float32: the mean of the final hidden states of each text. Raises RequestError, ContextLengthError."""
+        return self.embedder([texts] if isinstance(texts, str) else texts, self.lora)
 
-    def _means(self, rows: list[list[int]]) -> list[Tensor]:
-        if not all(rows):
-            raise RequestError("a text to embed is empty", wanted="at least one token")
-        tokens_N = torch.tensor([token for row in rows for token in row], device=self.model.embed.device)
-        lengths = [len(row) for row in rows]
-        self._check_ids(tokens_N, max(lengths))
-        return [part.float().mean(0) for part in self._hidden(tokens_N, lengths).split(lengths)]
+    @cached_property
+    def embedder(self) -> Embedder:
+        return Embedder(self.model, self.tokenizer)
 
     def _hidden(self, tokens_N: Tensor, lengths: list[int]) -> Tensor:
         adapters = [AdapterRows(self.lora)] if self.lora is not None else []

@@ -147,15 +147,27 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a ModelError that says what is wrong with it."""
+    value = _parsed(path)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object", got=type(value).__name__)
+    return value
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """A JSON list of objects from a file, or a ModelError."""
+    value = _parsed(path)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ModelError(f"{path} holds no list of JSON objects", got=type(value).__name__)
+    return value
+
+
+def _parsed(path: Path) -> Any:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist", wanted=f"a model folder with a {path.name}") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read", got=error) from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object", got=type(value).__name__)
-    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

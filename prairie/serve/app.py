@@ -33,7 +33,7 @@ from prairie.serve.metrics import CONTENT_TYPE, Metrics
 from prairie.serve.models import Models
 from prairie.serve.records import feedback_of
 from prairie.serve.reload import Keys, Watcher
-from prairie.serve.schema import ChatRequest, CompletionRequest, ErrorBody, FeedbackRequest
+from prairie.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, FeedbackRequest
 from prairie.serve.stream import Chat, EventStream, Text, Whole
 from prairie.serve.worker import Worker
 
@@ -168,6 +168,7 @@ def create_app(
     )  # fmt: skip
     errors.install(app)
     _completions(app, service)
+    _embeddings(app, service)
     _models(app, service)
     _feedback(app, service)
     _operations(app, service)
@@ -208,6 +209,13 @@ def _completions(app: FastAPI, service: Service) -> None:
         answer = await service.desk.complete(body, _caller(request, body.user, surface, purpose))
         form = Text(answer, bool(body.echo))
         return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
+
+
+def _embeddings(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings", tags=["openai"])
+    async def embeddings(body: EmbeddingRequest) -> Response:
+        """A vector of each text, from an encoder or a language model."""
+        return Response(await service.desk.embed(body), media_type="application/json")
 
 
 def _models(app: FastAPI, service: Service) -> None:

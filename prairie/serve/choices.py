@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prairie.data.records import Message
 from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError
 from prairie.serve.answers import Head, TokenText
+from prairie.serve.embedding import embedding_list, pieces, token_rows, vectors_of
 from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
-from prairie.serve.schema import ChatRequest, CompletionRequest, Sampling
+from prairie.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
 from prairie.serve.scoring import Score, score
 from prairie.serve.worker import EngineFault, Worker
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prairie.engine.request import Completion, Output, Request, SamplingParams
     from prairie.store.feedback import FeedbackStore, Response
 
@@ -165,6 +168,25 @@ class Desk:
         scored = bool(body.echo) and body.logprobs is not None
         order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored)
         return await self._open(body, caller, order, "cmpl")
+
+    async def embed(self, body: EmbeddingRequest) -> bytes:
+        """The vectors of some texts, as JSON. Nothing is recorded: nobody votes on a vector."""
+        self._admit(1)
+        resident: Resident | None = None
+        try:
+            resident = await self.models.acquire(body.model)
+            rows = await self.do(token_rows, resident, body)
+            vectors: list[Tensor] = []
+            # Piece by piece, each between two steps of the engines, so that running answers go on.
+            for part in pieces(rows):
+                work = functools.partial(vectors_of, resident, part)
+                vectors.append(await asyncio.wrap_future(self.worker.call(work)))
+            self.metrics.tokens.labels(resident.source.line, "prompt").inc(sum(map(len, rows)))
+            return await self.do(embedding_list, resident, body, rows, vectors)
+        finally:
+            self.pending -= 1
+            if resident is not None:
+                self.models.release(resident)
 
     async def _open(self, body: Sampling, caller: Caller, order: Order, prefix: str) -> Answer:
         arrived = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What comes in over HTTP, typed: OpenAI's chat and text completion bodies and Prairie's feedback body.
+"""What comes in over HTTP, typed: OpenAI's chat, text completion and embedding bodies and Prairie's feedback body.
 
 A field that would change the answer and that we cannot honour is refused (tools, JSON schema, images ...); a field that
 we do not know is ignored, as OpenAI's clients grow new ones. Every refusal is a RequestError with `param`.
@@ -18,6 +18,8 @@ from prairie.errors import RequestError
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_INPUTS = 2048
+"""Texts of one embeddings request, as OpenAI's."""
 
 
 def sound(value: Any) -> Any:
@@ -189,12 +191,7 @@ class CompletionRequest(Sampling):
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt. Raises RequestError for none or an empty one."""
-        if isinstance(self.prompt, str):
-            prompts: list[str | list[int]] = [self.prompt]
-        elif all(isinstance(p, int) for p in self.prompt) and self.prompt:
-            prompts = [[p for p in self.prompt if isinstance(p, int)]]
-        else:
-            prompts = [p for p in self.prompt if not isinstance(p, int)]
+        prompts = _entries(self.prompt)
         if not prompts:
             raise RequestError("prompt is an empty list", wanted="at least one prompt", param="prompt")
         if len(prompts) * (self.n or 1) > 8 * MAX_CHOICES:
@@ -203,6 +200,33 @@ class CompletionRequest(Sampling):
                 wanted=f"at most {8 * MAX_CHOICES}", mend="send several requests", param="prompt",
             )  # fmt: skip
         return prompts
+
+
+class EmbeddingRequest(Request):
+    """POST /v1/embeddings"""
+
+    model: str = Field(max_length=300)
+    input: str | list[str] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    user: str | None = Field(None, max_length=200)
+
+    def inputs(self) -> list[str | list[int]]:
+        """One entry a text, as text or as token ids. Raises RequestError for none or too many."""
+        inputs = _entries(self.input)
+        if not 1 <= len(inputs) <= MAX_INPUTS:
+            raise RequestError(
+                "input has no usable number of texts", got=len(inputs), wanted=f"1 to {MAX_INPUTS}", param="input"
+            )
+        return inputs
+
+
+def _entries(given: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """A text, several, the token ids of one, or of several: one entry each."""
+    if isinstance(given, str):
+        return [given]
+    ids = [item for item in given if isinstance(item, int)]
+    return [ids] if ids else [item for item in given if not isinstance(item, int)]
 
 
 class FeedbackRequest(Request):
