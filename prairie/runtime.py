@@ -101,6 +101,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gemm_flops(dtype: str = "float32", device: str = "cpu", seconds: float = 0.1, size: int = 1024) -> float:
+    """The best rate of square matrix products in that dtype, in operations a second; takes about `seconds`."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
+    a[:64] @ b  # builds the kernel
+    wait()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
+        began = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+"""What torchrun tells each process."""
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how a computation runs."""
@@ -113,16 +135,24 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     progress: Progress = field(default_factory=Progress)
+    peak_flops: float = 0.0
+    """Operations a second of this machine's own matrix product (`gemm_flops`); 0 = not measured."""
+    command: str = ""
+    """The command line that started the work; a run that is stopped says it."""
 
     @classmethod
     def detect(cls, *, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Runtime:
-        """Looks at the machine: CUDA if torch sees one, else the CPU with all cores this process may use."""
+        """Looks at the machine: CUDA if torch sees one, else the CPU with all cores this process may use, shared among
+        the processes that torchrun started beside it."""
         import torch
 
-        count = threads or usable_cores()
+        rank, ranks, beside = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+        count = threads or max(1, usable_cores() // beside)
         torch.set_num_threads(count)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(device=device, threads=count, seed=seed, progress=progress or Progress())
+        return cls(
+            device=device, threads=count, seed=seed, rank=rank, world_size=ranks, progress=progress or Progress()
+        )
 
     def seed_all(self, offset: int = 0) -> None:
         """Seeds every generator that training may draw from."""

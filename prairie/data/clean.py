@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -120,7 +121,7 @@ def clean(
         if reason:
             lost[reason] += 1
         else:
-            kept.append(Text(text, record.source))
+            kept.append(replace(record, text=text))
     unique = deduplicate_exact(kept)
     lost["copies"] += len(kept) - len(unique)
     if near_threshold is not None:

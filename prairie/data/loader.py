@@ -47,24 +47,29 @@ class TokenDataset:
         group: int = 1,
         figures: dict[str, Any] | None = None,
         fingerprint: str | None = None,
+        targets: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """`ids`, `mask`: (tokens,); `offsets`: (rows + 1,), row i is `ids[offsets[i]:offsets[i + 1]]`."""
+        """`ids`, `mask`: (tokens,); `offsets`: (rows + 1,), row i is `ids[offsets[i]:offsets[i + 1]]`; `targets`:
+        (rows,) the class of each row, where rows have one."""
         rows = len(offsets) - 1
         if rows < group or rows % group or len(ids) != len(mask) or int(offsets[-1]) != len(ids):
             raise DataError(
                 "this dataset has no whole rows", got=f"{rows} rows, {len(ids)} tokens", wanted=f"groups of {group}"
             )
-        self.ids, self.mask, self.offsets, self.group = ids, mask, offsets, group
+        if targets is not None and len(targets) != rows:
+            raise DataError("not every row has its class", got=f"{len(targets)} classes", wanted=f"{rows}")
+        self.ids, self.mask, self.offsets, self.group, self.targets = ids, mask, offsets, group, targets
         self.figures: dict[str, Any] = {
             "rows": rows,
             "tokens": len(ids),
             "supervised_tokens": int(np.count_nonzero(mask)),
             "longest_row": int(np.diff(offsets).max()),
             "truncated_rows": 0,
+            "truncated_tokens": 0,
             "refused_rows": 0,
             "refused": [],
         } | (figures or {})
-        self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group)
+        self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group, targets)
 
     @classmethod
     def from_texts(cls, records: Iterable[Text], tokenizer: Tokenizer, row_tokens: int) -> TokenDataset:
@@ -126,6 +131,59 @@ class TokenDataset:
                 count += 1
         return rows.dataset(2, "preferences")
 
+    @classmethod
+    def from_labelled(
+        cls,
+        records: Iterable[Text],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        max_tokens: int,
+        *,
+        on_long: OnLong = "refuse",
+    ) -> TokenDataset:
+        """One row a text, ended by eos; its class is the place of its label in `labels`. The mask marks the token that
+        the score is read from, the last one.
+
+        A row of another label, or longer than `max_tokens`, is refused and listed; `on_long="truncate"` cuts it before
+        eos. Raises DataError if nothing is left.
+        """
+        rows = _Rows()
+        begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        number_of = {label: number for number, label in enumerate(labels)}
+        targets: list[int] = []
+        count = 0
+        for chunk in _chunks(records):
+            for record, ids in zip(chunk, tokenizer.encode_batch([record.text for record in chunk]), strict=True):
+                row = _scored(begin + ids, end, max_tokens, on_long) if ids else "the document has no text"
+                if record.label not in number_of:
+                    row = f"label {record.label!r} is none of {', '.join(labels)}" if record.label else "no `label`"
+                rows.add(count, [row])
+                targets += [] if isinstance(row, str) else [number_of[str(record.label)]]
+                count += 1
+        made = rows.dataset(1, "labelled texts", np.array(targets, np.int64))
+        made.figures["labels"] = dict(zip(labels, np.bincount(targets, minlength=len(labels)).tolist(), strict=True))
+        return made
+
+    def check_refused(self, most: float) -> None:
+        """Raises DataError if a larger share than `most` of the rows was refused while this dataset was made."""
+        refused = int(self.figures["refused_rows"])
+        total = refused + len(self)
+        if refused > most * total:
+            first = self.figures["refused"][0]
+            raise DataError(
+                "too many rows cannot be learnt from",
+                got=f"{refused} of {total} refused, the first (row {first['row']}): {first['reason']}",
+                wanted=f"at most {most:.0%}",
+                mend="raise `max_tokens`, cut long rows with `on_long: truncate`, or raise `max_refused`",
+            )
+
+    def rows_without_label(self) -> npt.NDArray[np.int64]:
+        """The numbers of the rows that have no supervised token behind their first one."""
+        marks = np.concatenate([[0], np.cumsum(self.mask)])
+        firsts = np.asarray(self.mask[self.offsets[:-1]], np.int64)
+        return np.flatnonzero(marks[self.offsets[1:]] - marks[self.offsets[:-1]] - firsts < 1)
+
     def __len__(self) -> int:
         """Number of groups."""
         return (len(self.offsets) - 1) // self.group
@@ -141,6 +199,8 @@ class TokenDataset:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("ids", "mask", "offsets"):
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+        if self.targets is not None:
+            np.save(folder / "targets.npy", self.targets, allow_pickle=False)
         about = {"group": self.group, "fingerprint": self.fingerprint, "figures": self.figures}
         (folder / "dataset.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -154,15 +214,18 @@ class TokenDataset:
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("ids", "mask", "offsets")
             ]
+            targets = np.load(folder / "targets.npy", allow_pickle=False) if (folder / "targets.npy").exists() else None
             group, fingerprint, figures = int(about["group"]), str(about["fingerprint"]), dict(about["figures"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder} holds no dataset", got=str(error), wanted="what TokenDataset.save wrote"
             ) from None
         ids, mask, offsets = arrays
-        if verify and _fingerprint(ids, mask, offsets, group) != fingerprint:
+        if verify and _fingerprint(ids, mask, offsets, group, targets) != fingerprint:
             raise DataError(f"the dataset in {folder} is damaged", got="another fingerprint", wanted=fingerprint[:12])
-        return cls(ids, mask, np.asarray(offsets), group=group, figures=figures, fingerprint=fingerprint)
+        return cls(
+            ids, mask, np.asarray(offsets), group=group, figures=figures, fingerprint=fingerprint, targets=targets
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +239,10 @@ class Batch:
     lengths: list[int]
     rows: list[int]
     """Row numbers in the dataset."""
+    epoch: int = 0
+    """Which pass over the data this is: what is drawn for a row may depend on it."""
+    targets_R: torch.Tensor | None = None
+    """int64: the class of each row, where rows have one."""
 
     @property
     def supervised(self) -> int:
@@ -183,7 +250,7 @@ class Batch:
         return int((self.labels_N != -100).sum())
 
 
-def batch_of(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
+def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batch:
     """The batch of these rows, in this order."""
     import torch
 
@@ -198,7 +265,8 @@ def batch_of(dataset: TokenDataset, rows: Sequence[int]) -> Batch:
     labels = np.full(total, -100, np.int64)
     labels[:-1] = learnt[1:]
     labels[ends[lengths > 0] - 1] = -100  # a row's last token does not predict the next row
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist())
+    targets = None if dataset.targets is None else torch.from_numpy(dataset.targets[index])
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist(), epoch, targets)
 
 
 class Loader:
@@ -215,9 +283,15 @@ class Loader:
         self._epoch, self._cursor = 0, 0
         self._start_epoch()
 
-    def next_step(self, micro_batches: int = 1) -> list[Batch]:
-        """The next `micro_batches` batches."""
-        return [batch_of(self.dataset, self._next_rows()) for _ in range(micro_batches)]
+    def next_step(self, micro_batches: int = 1, rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """Of the next `micro_batches` batches every `ranks`-th, from the `rank`-th on: together the ranks see what one
+        process would."""
+        batches = []
+        for index in range(micro_batches):
+            rows = self._next_rows()
+            if index % ranks == rank:
+                batches.append(batch_of(self.dataset, rows, self._epoch))
+        return batches
 
     @property
     def epoch(self) -> float:
@@ -284,7 +358,8 @@ class Loader:
 class _Row:
     ids: list[int]
     mask: list[bool]
-    truncated: bool = False
+    cut: int = 0
+    """Tokens that were cut off."""
 
 
 class _Rows:
@@ -295,6 +370,7 @@ class _Rows:
         self.mask: list[npt.NDArray[np.bool_]] = []
         self.lengths: list[int] = []
         self.truncated = 0
+        self.cut = 0
         self.refused: list[dict[str, Any]] = []
         self.refused_count = 0
 
@@ -314,7 +390,8 @@ class _Rows:
             self.ids.append(np.array(row.ids, np.uint32))
             self.mask.append(np.array(row.mask, np.bool_))
             self.lengths.append(len(row.ids))
-            self.truncated += row.truncated
+            self.truncated += row.cut > 0
+            self.cut += row.cut
 
     def add_document(self, ids: npt.NDArray[np.uint32], row_tokens: int, number: int) -> None:
         if len(ids) < 2:
@@ -330,17 +407,24 @@ class _Rows:
         self.mask.append(mask)
         self.lengths += lengths.tolist()
 
-    def dataset(self, group: int, what: str) -> TokenDataset:
+    def dataset(self, group: int, what: str, targets: npt.NDArray[np.int64] | None = None) -> TokenDataset:
         if not self.lengths:
             first = f"; the first: row {self.refused[0]['row']}, {self.refused[0]['reason']}" if self.refused else ""
             raise DataError(
                 f"no row is left of these {what}",
                 got=f"{self.refused_count} rows, all refused{first}",
                 wanted="one row",
+                mend="raise `max_tokens` or cut long rows with `on_long: truncate`" if "tokens" in first else None,
             )
         offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        figures = {"truncated_rows": self.truncated, "refused_rows": self.refused_count, "refused": self.refused}
-        return TokenDataset(np.concatenate(self.ids), np.concatenate(self.mask), offsets, group=group, figures=figures)
+        figures = {
+            "truncated_rows": self.truncated,
+            "truncated_tokens": self.cut,
+            "refused_rows": self.refused_count,
+            "refused": self.refused,
+        }
+        ids, mask = np.concatenate(self.ids), np.concatenate(self.mask)
+        return TokenDataset(ids, mask, offsets, group=group, figures=figures, targets=targets)
 
 
 def _chunks(records: Iterable[_T]) -> Iterator[list[_T]]:
@@ -377,7 +461,18 @@ def _fit(rendered: Rendered, max_tokens: int, on_long: OnLong) -> _Row | str:
         return f"{len(ids)} tokens, more than the {max_tokens} allowed"
     if not any(mask[1:max_tokens]):
         return f"no supervised token is left after cutting {len(ids)} tokens to {max_tokens}"
-    return _Row(ids[:max_tokens], mask[:max_tokens], truncated=True)
+    return _Row(ids[:max_tokens], mask[:max_tokens], cut=len(ids) - max_tokens)
+
+
+def _scored(ids: list[int], end: list[int], max_tokens: int, on_long: OnLong) -> _Row | str:
+    """A row whose last token is the supervised one, cut before its `end` if it may be, or why it is refused."""
+    over = len(ids) + len(end) - max_tokens
+    if over > 0 and on_long == "refuse":
+        return f"{len(ids) + len(end)} tokens, more than the {max_tokens} allowed"
+    ids = ids[: len(ids) - max(over, 0)] + end
+    if len(ids) < 2:
+        return "one token and nothing before it to read"
+    return _Row(ids, [False] * (len(ids) - 1) + [True], cut=max(over, 0))
 
 
 def _after(prompt: Rendered | str, side: Rendered | str, max_tokens: int, on_long: OnLong) -> _Row | str:
@@ -391,9 +486,13 @@ def _after(prompt: Rendered | str, side: Rendered | str, max_tokens: int, on_lon
 
 
 def _fingerprint(
-    ids: npt.NDArray[np.uint32], mask: npt.NDArray[np.bool_], offsets: npt.NDArray[np.int64], group: int
+    ids: npt.NDArray[np.uint32],
+    mask: npt.NDArray[np.bool_],
+    offsets: npt.NDArray[np.int64],
+    group: int,
+    targets: npt.NDArray[np.int64] | None,
 ) -> str:
     digest = hashlib.sha256(f"{group} {len(ids)} {len(offsets)}".encode())
-    for array in (ids, mask, offsets):
+    for array in (ids, mask, offsets, *([] if targets is None else [targets])):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -29,13 +29,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document for pretraining."""
+    """A document for pretraining, or with a label one to classify."""
 
     text: str
     source: str = ""
+    label: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "source": self.source}
+        label = {} if self.label is None else {"label": self.label}
+        return {"text": self.text, "source": self.source, **label}
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,8 @@ def _text(row: Row, source: str) -> Iterator[Record]:
         raise DataError("the row has no text", got=type(text).__name__, wanted="a string in `text`")
     if not text.strip():
         raise DataError("the text is empty")
-    yield Text(text, source)
+    label = row.get("label")
+    yield Text(text, source, str(label) if isinstance(label, str | int) else None)
 
 
 def _messages(row: Row, source: str) -> Iterator[Record]:

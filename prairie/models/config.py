@@ -44,6 +44,8 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
     pad_id: int | None = None
+    labels: tuple[str, ...] = ()
+    """Names of the scores that the model ends in instead of a vocabulary: classes, or one reward."""
 
     def __post_init__(self) -> None:
         if self.head_dim == 0:
@@ -84,8 +86,8 @@ class ModelConfig:
         attention = self.qkv_dim * self.dim + self.dim * self.q_dim
         attention += self.qkv_dim * self.qkv_bias + self.dim * self.o_bias + 2 * self.head_dim * self.qk_norm
         mlp = 3 * self.dim * self.ffn_dim + (2 * self.ffn_dim + self.dim) * self.mlp_bias
-        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        return self.layers * (attention + mlp + 2 * self.dim) + embeddings + self.dim
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings or self.labels else 2)
+        return self.layers * (attention + mlp + 2 * self.dim) + embeddings + self.dim + len(self.labels) * self.dim
 
     def flops_per_token(self, context: int) -> float:
         """Training operations (forward and backward) per token in rows of `context` tokens.
@@ -93,5 +95,5 @@ class ModelConfig:
         6 per weight that multiplies, plus causal attention (PaLM's formula, arXiv 2204.02311, halved by the mask).
         """
         matrices = self.layers * (self.qkv_dim * self.dim + self.dim * self.q_dim + 3 * self.dim * self.ffn_dim)
-        matrices += self.vocab_size * self.dim
+        matrices += (0 if self.labels else self.vocab_size) * self.dim
         return 6.0 * matrices + 6.0 * self.layers * self.q_dim * context

@@ -121,7 +121,9 @@ def weight_table(config: ModelConfig) -> list[Weight]:
             paired = c.head_dim if parameter in ("q_norm", "k_norm") else 0
             table.append(Weight(path + name, home + parameter, slice(0, size), (size,), paired))
     table.append(Weight("model.norm.weight", "norm", slice(0, c.dim), (c.dim,)))
-    if not c.tie_embeddings:
+    if c.labels:
+        table.append(Weight("score.weight", "score", slice(0, len(c.labels)), (len(c.labels), c.dim)))
+    elif not c.tie_embeddings:
         table.append(Weight("lm_head.weight", "head", slice(0, c.vocab_size), (c.vocab_size, c.dim)))
     return table
 
@@ -179,6 +181,7 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         bos_id=values.get("bos_token_id"),
         eos_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_id=values.get("pad_token_id"),
+        labels=_labels_of(values) if _scores_architecture(family) in (raw.get("architectures") or []) else (),
     )
 
 
@@ -186,7 +189,7 @@ def write_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The `config.json` that `read_config` and transformers (4 and 5) read back to the same model."""
     c, family = config, FAMILIES[config.family]
     raw: dict[str, Any] = {
-        "architectures": [family.architecture],
+        "architectures": [_scores_architecture(family) if c.labels else family.architecture],
         "model_type": c.family,
         "vocab_size": c.vocab_size,
         "hidden_size": c.dim,
@@ -223,13 +226,28 @@ def write_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         raw["mlp_bias"] = c.mlp_bias
     if family.windowed:
         raw["sliding_window"] = None
+    if c.labels:
+        raw["id2label"] = {str(number): name for number, name in enumerate(c.labels)}
+        raw["label2id"] = {name: number for number, name in enumerate(c.labels)}
     return raw
+
+
+def _scores_architecture(family: Family) -> str:
+    """Hugging Face's name for the family's body under a head of scores."""
+    return family.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
+
+def _labels_of(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `id2label`, in the order of their numbers; two when it says nothing, as transformers has it."""
+    named = values.get("id2label") or {str(n): f"LABEL_{n}" for n in range(int(values.get("num_labels") or 2))}
+    return tuple(str(named[number]) for number in sorted(named, key=int))
 
 
 def _family_of(raw: Mapping[str, Any], where: str) -> tuple[str, Family]:
     names = raw.get("architectures") or []
     for key, family in FAMILIES.items():
-        if family.architecture in names or (not names and raw.get("model_type") == key):
+        known = {family.architecture, _scores_architecture(family)}
+        if known & set(names) or (not names and raw.get("model_type") == key):
             return key, family
     raise ModelError(
         f"{where} is of a family that is not known here",

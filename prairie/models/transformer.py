@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prairie.errors import ModelError
 from prairie.models.config import ModelConfig
 from prairie.models.families import Part, Weight, fused_parts, weight_table
 from prairie.ops.attention import Attend, rotary_turns, rotate, split_and_rotate
@@ -69,7 +71,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model. Parameters are not set until `init_weights` or `weights.load_model`."""
+    """A decoder that ends in a vocabulary, or (`config.labels`) in scores of a whole row.
+
+    Parameters are not set until `init_weights` or `weights.load_model`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -77,7 +82,9 @@ class Transformer(nn.Module):
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.Parameter(torch.empty(config.dim))
-        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        untied = not config.tie_embeddings and not config.labels
+        self.head = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
+        self.score = nn.Parameter(torch.empty(len(config.labels), config.dim)) if config.labels else None
         self.parts: dict[str, tuple[Part, ...]] = fused_parts(config)
         self.table: list[Weight] = weight_table(config)
         self.frequencies = rope_frequencies(config)
@@ -103,8 +110,34 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) the matrix that turns hidden states into logits: the embedding when tied."""
+        """(V, D) the matrix that turns hidden states into logits: the embedding when tied. Raises ModelError for a
+        model of scores."""
+        if self.score is not None:
+            raise ModelError(
+                "this model gives scores, not text", got=", ".join(self.config.labels), wanted="a language model"
+            )
         return self.embed if self.head is None else self.head
+
+    def scores(self, hidden_RD: Tensor) -> Tensor:
+        """(R, L) float32 scores of rows, from the hidden state of each row's last token (where Hugging Face's
+        sequence classifiers of decoders look). Raises ModelError for a model without such a head."""
+        if self.score is None:
+            raise ModelError(
+                "this model has no head of scores", mend="train it with objective reward or classification"
+            )
+        return F.linear(hidden_RD, self.score).float()
+
+    def with_scores(self, labels: Sequence[str], seed: int = 0) -> Transformer:
+        """The same body, its parameters shared, under a fresh head of scores (normal, std 1/sqrt(width))."""
+        with torch.device("meta"):
+            scored = Transformer(replace(self.config, labels=tuple(labels)))
+        mine = dict(self.named_parameters())
+        fresh = torch.empty(len(labels), self.config.dim).normal_(generator=torch.Generator().manual_seed(seed))
+        mine["score"] = nn.Parameter((fresh / math.sqrt(self.config.dim)).to(self.embed))
+        for name, _ in list(scored.named_parameters()):
+            owner, _, last = name.rpartition(".")
+            setattr(scored.get_submodule(owner), last, mine[name])
+        return scored
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V)."""

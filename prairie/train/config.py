@@ -39,6 +39,10 @@ class TrainConfig:
     """Steps between checkpoints, 0 = by time only."""
     eval_every: int = 0
     """Steps between evaluations; there is always one at the end."""
+    keep_best: bool = False
+    """The weights with the best `score` of an evaluation are those that the run ends with."""
+    patience: int = 0
+    """Evaluations without a better `score` after which the run ends early; 0 = it never does."""
     keep: int = 2
     seed: int = 0
 
@@ -64,6 +68,7 @@ class TrainConfig:
             "save_every_s": (self.save_every_s is None or self.save_every_s >= 0, "0 or more, or none"),
             "save_every": (self.save_every >= 0, "0 or more"),
             "eval_every": (self.eval_every >= 0, "0 or more"),
+            "patience": (self.patience >= 0, "0 or more"),
             "keep": (self.keep >= 1, "1 or more"),
         }
         for name, (fine, wanted) in checks.items():
@@ -84,4 +89,6 @@ class TrainConfig:
 
     def deciding(self) -> dict[str, Any]:
         """The keys that change the weights."""
-        return {name: value for name, value in asdict(self).items() if name not in self.COSMETIC}
+        judged = self.keep_best or self.patience > 0
+        idle = {*self.COSMETIC} - ({"eval_every"} if judged else set())
+        return {name: value for name, value in asdict(self).items() if name not in idle}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prairie.data.loader import Batch, TokenDataset, batch_of
+from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
@@ -60,6 +61,20 @@ def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRo
     return model(batch.tokens_N.to(device), attend, adapters), batch.labels_N.to(device)
 
 
+def require_pairs(batch: Batch) -> None:
+    """Raises TrainingError unless the rows are (chosen, rejected), (chosen, rejected), ... of the dataset."""
+    rows = batch.rows
+    if len(rows) % 2 or any(row % 2 for row in rows[::2]) or rows[1::2] != [row + 1 for row in rows[::2]]:
+        raise TrainingError("a batch is not in (chosen, rejected) pairs", got=f"rows {rows[:6]}", wanted="2i, 2i+1")
+
+
+def row_scores(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> Tensor:
+    """(R, L) float32: the scores of each row, read at its last token."""
+    hidden_ND, _ = hidden_states(model, batch, adapters)
+    last_R = torch.tensor(batch.lengths).cumsum(0) - 1
+    return model.scores(hidden_ND.index_select(0, last_R.to(hidden_ND.device)))
+
+
 def row_sums(values_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """Sums the values of each row's tokens: (N,) -> (R,). In a fixed order, so the same bits every time."""
     return torch.segment_reduce(values_N, "sum", lengths=torch.tensor(lengths, device=values_N.device))
@@ -87,6 +102,36 @@ def every_batch(dataset: TokenDataset, tokens_per_batch: int) -> Iterator[Batch]
         filled += int(group_lengths[group])
     if rows:
         yield batch_of(dataset, rows)
+
+
+def held_out_figures(
+    objective: Objective,
+    model: Transformer,
+    dataset: TokenDataset,
+    adapters: Sequence[AdapterRows] = (),
+    *,
+    tokens_per_batch: int = 8192,
+) -> dict[str, float]:
+    """The objective's own loss and figures over a whole dataset, each divided by the one count of it."""
+    count, sums = 0.0, {"loss": 0.0}
+    with judging(model, adapters):
+        for batch in every_batch(dataset, tokens_per_batch):
+            loss, figures = objective.loss(model, batch, adapters)
+            count += objective.count(batch)
+            for name, value in {"loss": loss, **figures}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / count for name, value in sums.items()}
+
+
+def length_baseline(dataset: TokenDataset) -> float:
+    """The share of preferences that length alone tells: the better of "longer wins" and "shorter wins", ties half.
+
+    A model whose accuracy does not exceed it may have learnt to count.
+    """
+    marks = np.concatenate([[0], np.cumsum(dataset.mask)])
+    lengths_R = marks[dataset.offsets[1:]] - marks[dataset.offsets[:-1]]
+    longer = float(np.mean((np.sign(lengths_R[0::2] - lengths_R[1::2]) + 1) / 2))
+    return max(longer, 1 - longer)
 
 
 def computing_in(dtype: torch.dtype, model: Transformer) -> torch.autocast:

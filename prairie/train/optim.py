@@ -6,7 +6,7 @@ Not here: when a step is taken (trainer). State goes in and out as named tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -23,6 +23,26 @@ SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 WSD_DECAY_SHARE = 0.2
 """The last share of the steps in which `wsd` comes down (arXiv 2404.06395 finds 10 to 20 % enough)."""
+
+
+MUON_MOST = 1.0
+"""An orthogonalised step has singular values near 1: at this rate it is as large as a fresh matrix."""
+
+
+def rates_for(parameters: Iterable[Tensor]) -> tuple[float, float]:
+    """The learning rates between which Adam can train these weights at all.
+
+    Its first steps move every weight by about the rate. Above the weights' own size (root mean square of the matrices
+    that are not all zero) such a step replaces them; below that size times float32's last bit it changes nothing.
+    """
+    squares = count = 0.0
+    for parameter in parameters:
+        if parameter.ndim >= 2:
+            found = float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float32)) ** 2
+            squares += found
+            count += parameter.numel() if found else 0
+    size = math.sqrt(squares / count) if count and math.isfinite(squares) else 1.0
+    return size * torch.finfo(torch.float32).eps / 2, size
 
 
 def schedule_factor(step: int, *, steps: int, warmup_steps: int, schedule: str, min_ratio: float) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prairie.ops.attention import buckets_of
 from prairie.train.checkpoint import replace_text, writing
 
 SMOOTHED_STEPS = 20
@@ -31,6 +32,10 @@ class Step:
     tokens: int
     supervised: int
     seconds: float
+    places: int = 0
+    """Places that attention computes for the tokens, padding included."""
+    room: int = 0
+    """Tokens that the batches could have held."""
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Window:
     seconds: float = 0.0
     tokens: int = 0
     supervised: int = 0
+    places: int = 0
+    room: int = 0
     loss: float = 0.0
     count: float = 0.0
     grad_norm: float = 0.0
@@ -51,6 +58,8 @@ class Window:
         self.seconds += step.seconds
         self.tokens += step.tokens
         self.supervised += step.supervised
+        self.places += step.places
+        self.room += step.room
         self.loss += step.loss
         self.count += step.count
         self.grad_norm += step.grad_norm
@@ -74,6 +83,13 @@ class RunState:
     last_losses: list[float] = field(default_factory=list)
     last_line: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+    """The highest `score` of an evaluation."""
+    best_step: int = 0
+    worse: int = 0
+    """Evaluations since then."""
+    ended: str = ""
+    """Why the run ended before its last step."""
     window: Window = field(default_factory=Window)
 
     @classmethod
@@ -91,8 +107,26 @@ class RunState:
         self.last_losses = [*self.last_losses[1 - SMOOTHED_STEPS :], step.loss / step.count]
         self.window.add(step)
 
-    def line(self, *, lr: float, epoch: float, flops_per_token: float) -> dict[str, Any]:
-        """The line of metrics.jsonl for the steps since the last one; a new window begins."""
+    def judge(self, figures: dict[str, Any], *, patience: int) -> None:
+        """Notes an evaluation of this step; with a `score`, whether it is the best and whether to end (`patience`)."""
+        self.evaluation, self.evaluated = figures, self.step
+        score = figures.get("score")
+        if score is None:
+            return
+        if self.best is None or score > self.best:
+            self.best, self.best_step, self.worse = float(score), self.step, 0
+        else:
+            self.worse += 1
+        if patience and self.worse >= patience:
+            self.ended = f"{self.worse} evaluations were no better than that of step {self.best_step}"
+
+    def line(self, *, lr: float, epoch: float, flops_per_token: float, peak_flops: float = 0.0) -> dict[str, Any]:
+        """The line of metrics.jsonl for the steps since the last one; a new window begins.
+
+        `mfu` is the share of `peak_flops`, the machine's own matrix product, that the model's arithmetic reaches
+        (arXiv 2204.02311); `padding` the share of attention's places that hold no token; `fill` that of the batches'
+        room that is used.
+        """
         window, self.window = self.window, Window()
         tokens_per_s = window.tokens / max(window.seconds, 1e-9)
         self.last_line = {
@@ -107,6 +141,9 @@ class RunState:
             "supervised_share": round(window.supervised / max(window.tokens, 1), 4),
             "tokens_per_s": round(tokens_per_s, 1),
             "gflops": round(tokens_per_s * flops_per_token / 1e9, 3),
+            **({"mfu": round(tokens_per_s * flops_per_token / peak_flops, 4)} if peak_flops else {}),
+            "padding": round(1 - window.tokens / max(window.places, 1), 4),
+            "fill": round(window.tokens / max(window.room, 1), 4),
             "seconds": round(self.seconds, 3),
         }
         return self.last_line
@@ -128,6 +165,8 @@ class RunState:
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
             "resumed": self.resumed,
             **({"evaluation": self.evaluation} if self.evaluation else {}),
+            **({"best_step": self.best_step, "best_score": self.best} if self.best is not None else {}),
+            **({"ended": self.ended} if self.ended else {}),
         }
 
 
@@ -151,6 +190,13 @@ class MetricsFile:
                 if line["step"] <= (evaluated if "evaluation" in line else step):
                     kept.append(text + "\n")
         replace_text(self.path, "".join(kept))
+
+
+def places_of(lengths: Sequence[int]) -> int:
+    """How many places attention computes for rows of these lengths: rows of like length are padded to the longest."""
+    if not lengths or len(set(lengths)) == 1:
+        return sum(lengths)
+    return sum(len(rows) * max(lengths[row] for row in rows) for rows in buckets_of(lengths))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,9 +20,10 @@ import os
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ from prairie.data.loader import Batch, Loader, batch_of
 from prairie.errors import BusyError, CheckpointError, TrainingError
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
-from prairie.runtime import Bar, Runtime
+from prairie.runtime import Bar, Progress, Runtime
 from prairie.train.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -47,9 +48,12 @@ from prairie.train.checkpoint import (
 )
 from prairie.train.config import TrainConfig
 from prairie.train.objective import Objective, computing_in, judging
-from prairie.train.optim import AdamW, Muon, Optimizer
-from prairie.train.progress import MetricsFile, RunState, Step
+from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
+from prairie.train.progress import MetricsFile, RunState, Step, places_of
+from prairie.train.ranks import Ranks
+from prairie.train.tracking import Tracker
 
+ALONE = Ranks()
 SAVING_SHARE = 0.05
 """Time given to checkpoints at most: a slow disk makes them rarer, not the training slower."""
 
@@ -70,12 +74,16 @@ def accumulate_gradients(
     adapters: Sequence[AdapterRows] = (),
     *,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
+    draw: str = "",
 ) -> StepSums:
-    """Adds the gradients of one step to `.grad`: SUM of the loss over all `batches` / their common count.
+    """Adds the gradients of one step to `.grad`: SUM of the loss over all `batches` of all ranks / their common count.
 
-    Raises TrainingError if nothing in the step is supervised.
+    `ranks`: the processes that share the step, each with `batches` of its own; `.grad` is not yet summed over them.
+    `draw` names the step where something is drawn (dropout): what a micro-batch draws then depends on this name and its
+    place in the step, not on who computes it. Raises TrainingError if nothing in the step is supervised.
     """
-    count = sum(objective.count(batch) for batch in batches)
+    (count,) = ranks.total([sum(objective.count(batch) for batch in batches)])
     if count <= 0:
         raise TrainingError(
             "a step has nothing to learn from",
@@ -84,21 +92,29 @@ def accumulate_gradients(
         )
     losses: list[Tensor] = []
     figures: dict[str, Tensor] = {}
-    for batch in batches:
+    for index, batch in enumerate(batches):
+        if draw:
+            torch.manual_seed(zlib.crc32(f"{draw} {index * ranks.count + ranks.rank}".encode()))
         with computing_in(dtype, model):
             loss, sums = objective.loss(model, batch, adapters)
         (loss / count).backward()
         losses.append(loss.detach())
         for name, value in sums.items():
             figures[name] = figures[name] + value if name in figures else value
-    return StepSums(torch.stack(losses).sum() if len(losses) > 1 else losses[0], count, figures)
+    total = torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    if ranks.count > 1:
+        whole = ranks.add(torch.stack([total, *figures.values()]).double())
+        total, figures = whole[0], dict(zip(figures, whole[1:], strict=True))
+    return StepSums(total, count, figures)
 
 
 class Trainer:
     """Trains `model`, or with `adapter` only that (the base is frozen then), on what `loader` gives.
 
     `evaluate` is called every `eval_every` steps and at the end; its figures go to metrics.jsonl. It may use the model,
-    and whatever it draws from the random generators does not change the training.
+    and whatever it draws from the random generators does not change the training. With `keep_best` or `patience` its
+    figure `score` says how good the model is, higher is better. With `runtime.world_size` above 1 each rank calls this
+    with the same arguments; the micro-batches of a step are shared among them.
     Raises TrainingError for settings that the data or the model cannot take, AdapterError for another base's adapter.
     """
 
@@ -113,11 +129,15 @@ class Trainer:
         folder: Path,
         adapter: LoRA | None = None,
         evaluate: Callable[[], dict[str, Any]] | None = None,
+        tracker: Tracker | None = None,
         title: str = "train",
     ) -> None:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.runtime, self.folder, self.adapter, self.evaluate, self.title = runtime, folder, adapter, evaluate, title
         _check_settings(model, objective, loader, config, runtime)
+        self.ranks = Ranks.join(runtime)
+        if not self.ranks.leads:
+            self.runtime = replace(runtime, progress=Progress(quiet=True))
         model.to(runtime.device)
         model.requires_grad_(adapter is None)
         self.adapters: list[AdapterRows] = []
@@ -128,10 +148,15 @@ class Trainer:
         learner: nn.Module = model if adapter is None else adapter
         self.parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
         _check_learner(self.parameters)
+        _check_rate(self.parameters, config)
         self.optimizer = _optimizer(self.parameters, config)
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
+        self.best = Checkpoints(folder / "best", keep=2)
+        """Weights of the best evaluations: the one before stays until a checkpoint knows of the new one."""
+        self.tracker = tracker
         self.identity = self._identity()
+        self.ranks.require_same(json.dumps(self.identity, sort_keys=True), "thing")
         self.state = RunState()
         self._stop: int | None = None
         self._save_due_s = math.inf
@@ -144,19 +169,24 @@ class Trainer:
         """
         with self._alone(), self._catching_signals(), self._resumed() as bar:
             self._evaluate()  # due here only if a stop came between a step and its evaluation
-            while self.state.step < self.config.steps and self._stop is None:
+            while not self._over():
                 self._train()
                 self._log(bar)
                 self._evaluate()
                 self._save()
+            self._take_best()
             return self._figures()
 
     def _train(self) -> None:
         """One step."""
         started = time.perf_counter()
-        batches = self.loader.next_step(self.config.micro_batches)
-        dtype = self.runtime.torch_dtype()
-        sums = accumulate_gradients(self.model, self.objective, batches, self.adapters, dtype=dtype)
+        config, ranks = self.config, self.ranks
+        batches = self.loader.next_step(config.micro_batches, ranks.rank, ranks.count)
+        sums = accumulate_gradients(
+            self.model, self.objective, batches, self.adapters,
+            dtype=self.runtime.torch_dtype(), ranks=ranks, draw=f"{config.seed} {self.state.step}",
+        )  # fmt: skip
+        ranks.add_gradients(self.parameters.values())
         self._update(batches, sums, started)
 
     def _update(self, batches: Sequence[Batch], sums: StepSums, started: float) -> None:
@@ -168,14 +198,22 @@ class Trainer:
             raise self._not_finite(batches, loss / sums.count, norm)
         gradients.clip(norm, config.clip_norm)
         self.optimizer.step(config.lr_at(state.step))
+        seen = (
+            [len(b.tokens_N) for b in batches],
+            [b.supervised for b in batches],
+            [places_of(b.lengths) for b in batches],
+        )
+        tokens, supervised, places = (int(whole) for whole in ranks.total([sum(counts) for counts in seen]))
         state.add(
             Step(
                 loss=loss,
                 count=sums.count,
                 figures=dict(zip(sums.figures, values, strict=True)),
                 grad_norm=norm,
-                tokens=sum(len(batch.tokens_N) for batch in batches),
-                supervised=sum(batch.supervised for batch in batches),
+                tokens=tokens,
+                supervised=supervised,
+                places=places,
+                room=config.tokens_per_batch * config.micro_batches,
                 seconds=time.perf_counter() - started,
             )
         )
@@ -190,41 +228,77 @@ class Trainer:
             lr=self.config.lr_at(state.step - 1),
             epoch=float(self.loader.epoch),
             flops_per_token=self._flops_per_token(),
+            peak_flops=self.runtime.peak_flops,
         )
-        self.metrics.write(line)
+        self._tell(line)
         shown = {name: line[name] for name in ("loss", "accuracy", "margin", "lr", "grad_norm") if name in line}
         bar.update(1, **shown, **{"tok/s": line["tokens_per_s"]})
 
+    def _tell(self, line: dict[str, Any]) -> None:
+        """A line to metrics.jsonl, and to whatever else follows the run."""
+        if self.ranks.leads:
+            self.metrics.write(line)
+            if self.tracker is not None:
+                self.tracker.write(line)
+
     def _evaluate(self) -> None:
-        """Calls `evaluate` where it is due and has not been done yet."""
+        """Calls `evaluate` where it is due and has not been done yet; remembers the best."""
         state, config = self.state, self.config
-        due = state.step == config.steps or (config.eval_every and state.step and state.step % config.eval_every == 0)
-        if self.evaluate is None or not due or state.evaluated == state.step or self._stop is not None:
+        last = state.step == config.steps
+        due = last or (config.eval_every and state.step and state.step % config.eval_every == 0)
+        evaluate = self.evaluate
+        if evaluate is None or not due or state.evaluated == state.step or self._stop is not None:
             return
         with generators_apart(), judging(self.model, self.adapters):
-            state.evaluation = dict(self.evaluate())
-        state.evaluated = state.step
-        self.metrics.write({"step": state.step, "evaluation": state.evaluation})
+            figures: dict[str, Any] = dict(self.ranks.first_says(lambda: dict(evaluate())))
+        state.judge(figures, patience=config.patience)
+        if config.keep_best and state.best_step == state.step and self.ranks.leads:
+            self.best.save(state.step, {"weights": self.parameters}, {"identity": self.identity})
+        self._tell({"step": state.step, "evaluation": state.evaluation})
+
+    def _over(self) -> bool:
+        """Whether no further step is to be taken. A signal that reached one rank stops all."""
+        state = self.state
+        stop = int(self.ranks.most([self._stop or 0])[0])
+        self._stop = stop or None
+        return state.step >= self.config.steps or state.ended != "" or self._stop is not None
 
     def _save(self) -> None:
-        """A checkpoint when it is due by steps or by time, at the end, and when a signal asks to stop."""
-        step, config = self.state.step, self.config
-        by_step = config.save_every and step % config.save_every == 0
-        by_time = time.monotonic() >= self._save_due_s
-        if by_step or by_time or step == config.steps or self._stop is not None:
+        """A checkpoint when it is due by steps or by time, with a new best, at the end, and at a signal."""
+        state, config = self.state, self.config
+        by_step = config.save_every and state.step % config.save_every == 0
+        by_time, stop = self.ranks.most([time.monotonic() >= self._save_due_s, self._stop or 0])
+        best = config.keep_best and state.best_step == state.step
+        self._stop = int(stop) or None
+        if by_step or by_time or best or state.ended or state.step == config.steps or self._stop is not None:
             self._write_checkpoint()
+
+    def _take_best(self) -> None:
+        """At the end of a run that keeps its best: the weights of that evaluation."""
+        state = self.state
+        finished = state.step == self.config.steps or state.ended
+        if not (self.config.keep_best and finished and 0 < state.best_step < state.step):
+            return
+        best = self.best.read(state.best_step)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(best.tensors["weights"][name])
+        self.runtime.progress.say(
+            f"{self.title}: the weights of step {state.best_step} are kept, their score {state.best:.4g} was the best."
+        )
 
     def _write_checkpoint(self) -> None:
         started = time.monotonic()
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": self.parameters, "optimizer": self.optimizer.tensors()}
         state = {
             "identity": self.identity,
-            "machine": _machine(),
+            "machine": _machine(self.ranks),
             "progress": asdict(self.state),
             "loader": self.loader.state_dict(),
             "generators": generator_states(),
         }
-        self.checkpoints.save(self.state.step, tensors, state)
+        if self.ranks.leads:
+            self.checkpoints.save(self.state.step, tensors, state)
         self._plan_save(cost_s=time.monotonic() - started)
 
     def _plan_save(self, cost_s: float) -> None:
@@ -236,7 +310,7 @@ class Trainer:
     def _resumed(self) -> Iterator[Bar]:
         """Sets everything as the newest sound checkpoint says, or as a new run begins; gives the progress bar."""
         say = self.runtime.progress.say
-        checkpoint = self.checkpoints.newest(say)
+        checkpoint = self._newest()
         if checkpoint is None:
             self._check_untouched()
             self.state = RunState()
@@ -244,7 +318,8 @@ class Trainer:
         else:
             self._restore(checkpoint)
             say(f"{self.title}: goes on from step {self.state.step} of {self.config.steps} in {self.folder}.")
-        self.metrics.forget_after(self.state.step, self.state.evaluated)
+        if self.ranks.leads:
+            self.metrics.forget_after(self.state.step, self.state.evaluated)
         self._plan_save(cost_s=0.0)
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -258,9 +333,15 @@ class Trainer:
             for module, mode in modes:
                 module.train(mode)
 
+    def _newest(self) -> Checkpoint | None:
+        """The newest sound checkpoint; rank 0 looks for it, the others read the same one."""
+        found = self.checkpoints.newest(self.runtime.progress.say) if self.ranks.leads else None
+        step = self.ranks.first_says(lambda: found.step if found else None)
+        return found if self.ranks.leads or step is None else self.checkpoints.read(step)
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError if it is of another run."""
-        saved, machine = checkpoint.state, _machine()
+        saved, machine = checkpoint.state, _machine(self.ranks)
         self._check_identity(saved["identity"], checkpoint.path)
         if saved["machine"] != machine:
             self.runtime.progress.say(
@@ -313,14 +394,16 @@ class Trainer:
     def _not_finite(self, batches: Sequence[Batch], loss: float, norm: float) -> TrainingError:
         """Saves the rows of the step with the loss of each group alone, and makes the error. The weights are whole."""
         step = self.state.step + 1
-        path = self.folder / f"bad-step-{step:06d}.jsonl"
+        mark = f"-rank{self.ranks.rank}" if self.ranks.rank else ""
+        path = self.folder / f"bad-step-{step:06d}{mark}.jsonl"
         rows = [row for batch in batches for row in batch.rows]
+        epochs = {row: batch.epoch for batch in batches for row in batch.rows}
         group = self.objective.group
         lines: list[str] = []
         guilty: list[int] = []
         with judging(self.model, self.adapters):
             for start in range(0, len(rows), group):
-                batch = batch_of(self.loader.dataset, rows[start : start + group])
+                batch = batch_of(self.loader.dataset, rows[start : start + group], epochs[rows[start]])
                 value = float(self.objective.loss(self.model, batch, self.adapters)[0])
                 if not math.isfinite(value):
                     guilty += batch.rows
@@ -359,7 +442,10 @@ class Trainer:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Only one process may train in a folder. Raises BusyError."""
+        """Only one training may work in a folder; its first rank holds it. Raises BusyError."""
+        if not self.ranks.leads:
+            yield
+            return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             stream = (self.folder / "lock").open("a+")
@@ -400,7 +486,8 @@ class Trainer:
         if self._stop is not None:
             self.runtime.progress.say(
                 f"{self.title}: stopped by {signal.Signals(self._stop).name} after step {self.state.step} of "
-                f"{self.config.steps}, all is saved in {self.folder}; the same command goes on from there."
+                f"{self.config.steps}, all is saved in {self.folder}; "
+                f"go on with: {self.runtime.command or 'the same command'}"
             )
             raise SystemExit(0 if self._stop == signal.SIGTERM else 128 + self._stop)
 
@@ -440,8 +527,23 @@ def _check_settings(
         )  # fmt: skip
     if runtime.dtype not in ("float32", "bfloat16"):
         raise TrainingError("training cannot run in this dtype", got=runtime.dtype, wanted="float32 | bfloat16")
-    if runtime.world_size != 1:
-        raise TrainingError("training runs in one process so far", got=f"world_size {runtime.world_size}", wanted="1")
+    if not 0 <= runtime.rank < runtime.world_size:
+        raise TrainingError("this rank is none of the ranks", got=runtime.rank, wanted=f"0 to {runtime.world_size - 1}")
+    if config.micro_batches < runtime.world_size:
+        raise TrainingError(
+            "a step has too few micro-batches for the ranks that share it",
+            got=f"micro_batches {config.micro_batches} for {runtime.world_size} ranks",
+            wanted=f"at least {runtime.world_size}", param="micro_batches",
+        )  # fmt: skip
+    if (config.keep_best or config.patience) and not config.eval_every:
+        raise TrainingError("a best checkpoint needs evaluations", got="eval_every 0", wanted="1 or more")
+    bare = dataset.rows_without_label()
+    if len(bare):
+        listed = ", ".join(map(str, bare[:8])) + (f" and {len(bare) - 8} more" if len(bare) > 8 else "")
+        raise TrainingError(
+            f"{len(bare)} of {len(dataset.offsets) - 1} rows have no supervised token", got=f"rows {listed}",
+            wanted="at least one in each", mend="TokenDataset.from_chats and its like list and drop such rows",
+        )  # fmt: skip
 
 
 def _optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Optimizer:
@@ -451,6 +553,23 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> O
         parameters, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
         rate=config.muon_lr / config.lr,
     )  # fmt: skip
+
+
+def _check_rate(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+    """Raises TrainingError for a rate whose steps would replace the weights, or be lost in their rounding."""
+    low, high = rates_for(parameters.values())
+    if not low <= config.lr <= high:
+        moved = "moves each weight by more than it is" if config.lr > high else "is lost in the rounding of float32"
+        raise TrainingError(
+            f"the learning rate cannot train these weights: a step of it {moved}", got=f"lr {config.lr:g}",
+            wanted=f"{low:.1g} to {high:.2g}, for weights of size {high:.2g}",
+            mend="most runs want a hundredth of the upper end or less", param="lr",
+        )  # fmt: skip
+    if config.optimizer == "muon" and config.muon_lr > MUON_MOST:
+        raise TrainingError(
+            "muon_lr cannot train these weights: a step of it replaces the matrices", got=config.muon_lr,
+            wanted=f"at most {MUON_MOST}", param="muon_lr",
+        )  # fmt: skip
 
 
 def _check_learner(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -465,9 +584,11 @@ def _check_learner(parameters: Mapping[str, nn.Parameter]) -> None:
         )  # fmt: skip
 
 
-def _machine() -> dict[str, Any]:
+def _machine(ranks: Ranks) -> dict[str, Any]:
     """What may change the last bits of a sum without changing its meaning."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "numpy": np.__version__}
+    return {
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "numpy": np.__version__, "ranks": ranks.count,
+    }  # fmt: skip
 
 
 def _fingerprint(modules: Sequence[nn.Module]) -> str:

@@ -1,22 +1,27 @@
-"""The losses against naive loops and against trl, and the one normalisation whatever the split."""
+"""The losses against naive loops and against trl."""
 
 import math
-from itertools import pairwise
+from collections import defaultdict
+from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import VOCAB, tiny_dataset, tiny_model
+from tiny_runs import VOCAB, labelled, moved_adapter, tiny_dataset, tiny_model
 
-from prairie.data.loader import Loader, TokenDataset, batch_of
-from prairie.errors import TrainingError
+from prairie.data.loader import TokenDataset, batch_of
+from prairie.errors import ModelError, TrainingError
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
+from prairie.models.weights import load_model, save_model
 from prairie.ops.attention import PackedDocuments
-from prairie.train.objective import every_batch
+from prairie.train.objective import every_batch, length_baseline
 from prairie.train.objectives.causal_lm import CausalLM, held_out_loss
+from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, held_out_preferences, preference_loss, reference_logprobs
+from prairie.train.objectives.masked_lm import MaskedLM
+from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.trainer import accumulate_gradients
 
 
@@ -29,25 +34,6 @@ def naive_logps(model, dataset, row, adapters=()):
     return torch.stack([logps[i - 1, tokens[i]] for i in range(1, len(tokens)) if mask[i]])
 
 
-def moved_adapter(model, seed=3):
-    """An adapter that already does something."""
-    adapter = LoRA.create(model, LoRAConfig(rank=4), seed=seed)
-    with torch.no_grad():
-        for path in adapter.paths:
-            adapter.pair(path)[1].normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
-    return adapter
-
-
-def splits_of(rows, group):
-    """The same groups in 1, 2 and 4 batches, evenly and not, in three orders."""
-    groups = [rows[i : i + group] for i in range(0, len(rows), group)]
-    orders = [groups, groups[::-1], [groups[i] for i in np.random.default_rng(0).permutation(len(groups))]]
-    for order in orders:
-        n = len(order)
-        for cuts in ([0, n], [0, n // 2, n], [0, 1, n], [0, n // 4, n // 2, 3 * n // 4, n], [0, 1, 2, 3, n]):
-            yield [[row for g in order[a:b] for row in g] for a, b in pairwise(cuts)]
-
-
 def gradients_of(model, objective, dataset, split, adapters=(), parameters=None):
     parameters = list(parameters or model.parameters())
     for parameter in parameters:
@@ -58,47 +44,6 @@ def gradients_of(model, objective, dataset, split, adapters=(), parameters=None)
 
 def relative(a, b):
     return max(float((x - y).norm() / y.norm().clamp_min(1e-12)) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("kind", ["causal_lm", "dpo", "ipo", "dpo_lora"])
-def test_gradient_is_the_same_however_a_step_is_split(kind):
-    group = 1 if kind == "causal_lm" else 2
-    model, dataset, adapters, parameters = tiny_model(), tiny_dataset(12, group=group), (), None
-    if kind == "causal_lm":
-        objective = CausalLM()
-    else:
-        config = DPOConfig(loss="ipo") if kind == "ipo" else DPOConfig(label_smoothing=0.1, sft_weight=0.3)
-        objective = DPO(config, reference_logprobs(tiny_model(seed=9), dataset))
-    if kind == "dpo_lora":
-        model.requires_grad_(False)
-        adapter = moved_adapter(model)
-        adapters, parameters = [AdapterRows(adapter)], list(adapter.parameters())
-    rows = list(range(12 * group))
-    wanted, wanted_loss = gradients_of(model, objective, dataset, [rows], adapters, parameters)
-    worst = 0.0
-    for split in splits_of(rows, group):
-        got, loss = gradients_of(model, objective, dataset, split, adapters, parameters)
-        worst = max(worst, relative(got, wanted))
-        assert loss == pytest.approx(wanted_loss, rel=1e-6)
-    assert worst < 1e-5
-    # The wrong way, a mean of the micro-batches' means, is far from it: the test can fail.
-    lopsided = [rows[:group], rows[group:]]
-    means = [gradients_of(model, objective, dataset, [part], adapters, parameters)[0] for part in lopsided]
-    assert relative([(a + b) / 2 for a, b in zip(*means, strict=True)], wanted) > 1e-2
-
-
-def test_loader_splits_agree_too():
-    """What the loader itself makes of 1, 2 and 4 micro-batches over one epoch."""
-    model, dataset = tiny_model(), tiny_dataset(16)
-    total = int(dataset.offsets[-1])
-    results = []
-    for size in (total, total // 2 + 24, total // 4 + 24):
-        loader = Loader(dataset, tokens_per_batch=size, seed=1)
-        batches = loader.next_step(loader.batches_per_epoch)
-        assert sorted(row for b in batches for row in b.rows) == list(range(16))
-        results.append(gradients_of(model, CausalLM(), dataset, [b.rows for b in batches])[0])
-    assert relative(results[1], results[0]) < 1e-5
-    assert relative(results[2], results[0]) < 1e-5
 
 
 def test_causal_lm_is_the_naive_sum():
@@ -298,3 +243,134 @@ def test_dpo_refuses_what_are_not_pairs_or_another_datasets_reference():
         DPO(DPOConfig(), torch.zeros(6)).loss(model, batch_of(dataset, [6, 7]))
     with pytest.raises(TrainingError, match="not finite"):
         DPO(DPOConfig(), torch.tensor([0.0, float("nan")]))
+
+
+# --- scores of rows ---------------------------------------------------------------------------------------------------
+
+
+def theirs(model, tmp_path):
+    """The same weights in transformers' own class for them."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    save_model(model, tmp_path)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def padded(dataset, rows, pad=0):
+    """ids_RT and mask_RT of rows, padded on the right."""
+    ids = [torch.tensor(dataset.row(row)[0].astype(np.int64)) for row in rows]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad), mask
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_classification_is_transformers(tied, tmp_path):
+    """Loss, and the gradient of every weight, of LlamaForSequenceClassification on the padded rows; and the folder."""
+    model = tiny_model(pad_id=0, tie_embeddings=tied).with_scores(("red", "green", "blue"), seed=2)
+    dataset = labelled(tiny_dataset(8))
+    dataset.ids[dataset.ids == 0] = 5  # 0 pads in their model
+    other = theirs(model, tmp_path)
+    assert type(other).__name__ == "LlamaForSequenceClassification" and other.config.id2label[2] == "blue"
+    ids, mask = padded(dataset, range(8))
+    found = other(input_ids=ids, attention_mask=mask, labels=torch.from_numpy(dataset.targets))
+    found.loss.backward()
+    batch = batch_of(dataset, range(8))
+    got, loss = gradients_of(model, Classification(), dataset, [[3, 1, 0], [2, 4, 5, 6, 7]])
+    assert loss == pytest.approx(float(found.loss.detach()), rel=1e-5)
+    names = {w.name: w for w in model.table}
+    ours = dict(zip(dict(model.named_parameters()), got, strict=True))
+    for name, parameter in other.named_parameters():
+        mine = names[name].take(ours[names[name].parameter])
+        assert float((mine - parameter.grad).norm() / parameter.grad.norm()) < 1e-4, name
+    _, figures = Classification().loss(model, batch)
+    assert float(figures["accuracy"]) == float((found.logits.argmax(1) == torch.from_numpy(dataset.targets)).sum())
+    again = load_model(tmp_path)
+    assert again.config.labels == ("red", "green", "blue") and torch.equal(again.score, model.score)
+    with pytest.raises(ModelError, match="gives scores, not text"):
+        again.logits(torch.zeros(1, 32))
+    with pytest.raises(ModelError, match="no head of scores"):
+        Classification().loss(tiny_model(), batch)
+    with pytest.raises(TrainingError, match="rows with a label"):
+        Classification().loss(model, batch_of(tiny_dataset(8), [0]))
+
+
+def test_reward_is_trls(tmp_path):
+    """trl's own RewardTrainer.compute_loss on transformers' model with the same weights."""
+    rewards = pytest.importorskip("trl.trainer.reward_trainer", reason="trl is not installed")
+    model = tiny_model(pad_id=0).with_scores(LABELS, seed=2)
+    dataset = tiny_dataset(5, group=2)
+    dataset.ids[dataset.ids == 0] = 5
+    other = theirs(model, tmp_path)
+    ids, mask = padded(dataset, [0, 2, 4, 6, 8, 1, 3, 5, 7, 9])  # theirs: all chosen, then all rejected
+    fake = SimpleNamespace(
+        args=SimpleNamespace(center_rewards_coefficient=None), _metrics={"train": defaultdict(list)},
+        model=SimpleNamespace(training=True), _total_train_tokens=0, state=SimpleNamespace(num_input_tokens_seen=0),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False, _tp_size=1,
+    )  # fmt: skip
+    loss = rewards.RewardTrainer.compute_loss(fake, other, {"input_ids": ids, "attention_mask": mask})
+    loss.backward()
+    got, mine = gradients_of(model, Reward(), dataset, [[4, 5, 0, 1], [8, 9, 2, 3, 6, 7]])
+    assert mine == pytest.approx(float(loss.detach()), rel=1e-5)
+    score = got[list(dict(model.named_parameters())).index("score")]
+    assert float((score - other.score.weight.grad).norm() / score.norm()) < 1e-4
+    _, figures = Reward().loss(model, batch_of(dataset, range(10)))
+    assert float(figures["accuracy"]) / 5 == pytest.approx(fake._metrics["train"]["accuracy"][0])
+    assert float(figures["margin"]) / 5 == pytest.approx(fake._metrics["train"]["margin"][0], rel=1e-4)
+    with pytest.raises(TrainingError, match="pairs"):
+        Reward().loss(model, batch_of(dataset, [1, 0]))
+
+
+# --- masked tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_masked_lm_is_transformers_loss_on_the_same_holes():
+    """ForMaskedLMLoss over whole logits, with a label at each hole and -100 elsewhere."""
+    loss_of = pytest.importorskip(
+        "transformers.loss.loss_utils", reason="transformers is not installed"
+    ).ForMaskedLMLoss
+    model, dataset = tiny_model(), tiny_dataset(9)
+    objective = MaskedLM(mask_id=1, vocab_size=VOCAB, special=(0, 1), share=0.3)
+    batch = batch_of(dataset, [3, 0, 6, 8], epoch=2)
+    holes = objective.with_holes(batch)
+    logits = model.logits(model(holes.tokens_N, PackedDocuments(batch.lengths)))
+    wanted = loss_of(logits, holes.labels_N, vocab_size=VOCAB)
+    loss, _ = objective.loss(model, batch)
+    assert objective.count(batch) == holes.supervised > 4
+    assert float(loss.detach()) / objective.count(batch) == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def test_holes_are_berts_and_depend_on_seed_row_and_epoch_alone():
+    """15% of the ordinary tokens; 80% of them masked, 10% drawn, 10% kept; no special token chosen or drawn."""
+    ids = np.random.default_rng(0).integers(0, VOCAB, 20_000).astype(np.uint32)
+    offsets = np.arange(0, 20_001, 100)
+    dataset = TokenDataset(ids, np.arange(20_000) % 100 > 0, offsets)
+    objective = MaskedLM(mask_id=1, vocab_size=VOCAB, special=(0, 1, 2))
+    batch = batch_of(dataset, range(200))
+    holes = objective.with_holes(batch)
+    chosen = holes.labels_N != -100
+    before, after = batch.tokens_N[chosen], holes.tokens_N[chosen]
+    ordinary = int((batch.tokens_N > 2).sum())
+    assert torch.equal(before, holes.labels_N[chosen]) and torch.equal(batch.tokens_N[~chosen], holes.tokens_N[~chosen])
+    assert int(chosen.sum()) == objective.count(batch) == pytest.approx(0.15 * ordinary, rel=0.03)
+    assert int(before.min()) > 2 and int(after[after != 1].min()) > 2
+    share = float((after == 1).float().mean()), float(((after != 1) & (after != before)).float().mean())
+    assert share[0] == pytest.approx(0.8, abs=0.025) and share[1] == pytest.approx(0.1, abs=0.02)
+    # The same holes in another batch, at another place; others in another epoch and with another seed.
+    alone = objective.with_holes(batch_of(dataset, [7, 150]))
+    assert torch.equal(alone.tokens_N[100:], holes.tokens_N[15_000:15_100])
+    for other, epoch in ((objective, 1), (replace(objective, seed=1), 0)):
+        moved = other.with_holes(batch_of(dataset, [150], epoch=epoch))
+        assert not torch.equal(moved.tokens_N, alone.tokens_N[100:])
+    short = objective.with_holes(batch_of(TokenDataset(np.array([0, 9], np.uint32), np.array([False, True]),
+                                                       np.array([0, 2])), [0]))  # fmt: skip
+    assert short.labels_N.tolist() == [-100, 9], "a row of one ordinary token still has a hole"
+    for bad in ({"mask_id": VOCAB}, {"share": 0.0}, {"masked": 0.8, "drawn": 0.3}):
+        with pytest.raises(TrainingError):
+            MaskedLM(**{"mask_id": 1, "vocab_size": VOCAB, **bad})
+
+
+def test_a_length_baseline_is_what_counting_alone_would_get():
+    dataset = tiny_dataset(30, group=2)
+    lengths = np.array([dataset.row(row)[1].sum() for row in range(60)])
+    longer = np.mean(np.where(lengths[::2] == lengths[1::2], 0.5, lengths[::2] > lengths[1::2]))
+    assert length_baseline(dataset) == pytest.approx(max(longer, 1 - longer)) and 0.5 <= length_baseline(dataset) < 1

@@ -346,8 +346,8 @@ def test_not_finite_is_named_saved_and_never_applied(kind, what, tmp_path, monke
     # Row 2 must be in step 5, wherever the loader's order has it.
     real_next = trainer.loader.next_step
 
-    def next_step(count):
-        batches = real_next(count)
+    def next_step(count, *ranks):
+        batches = real_next(count, *ranks)
         if trainer.state.step == 4:
             batches[0] = trainer_module.batch_of(trainer.loader.dataset, [0, 1, 2, 3][: 2 * group])
             batches[1] = trainer_module.batch_of(trainer.loader.dataset, [2, 3] if group == 2 else [2])
@@ -455,7 +455,13 @@ def one_row(length, token=1):
         ("pairs", "single rows"),
         ("loader", "another tokens_per_batch"),
         ("dtype", "float16"),
-        ("ranks", "one process"),
+        ("ranks", "micro_batches 1 for 2 ranks, wanted at least 2"),
+        ("rank", "none of the ranks"),
+        ("bare", "2 of 41 rows have no supervised token: got rows 3, 40"),
+        ("lr high", "moves each weight by more than it is: got lr 20, wanted"),
+        ("lr low", "is lost in the rounding of float32: got lr 1e-12"),
+        ("muon", "a step of it replaces the matrices: got 5.0"),
+        ("best", "a best checkpoint needs evaluations"),
         ("weights", "float32"),
     ],
 )
@@ -475,9 +481,21 @@ def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path
         runtime = quiet_runtime(dtype="float16")
     elif case == "ranks":
         runtime = quiet_runtime(world_size=2)
+    elif case == "rank":
+        runtime = quiet_runtime(rank=1)
     elif case == "weights":
         model = model.to(torch.bfloat16)
-    config = TrainConfig(steps=1, tokens_per_batch=tokens_per_batch, lr=1e-3)
+    elif case == "bare":
+        mask = np.append(dataset.mask, [True, False, False])  # a row's first token is predicted by nothing
+        mask[dataset.offsets[3] : dataset.offsets[4]] = False
+        ids, offsets = np.append(dataset.ids, [1, 2, 3]).astype(np.uint32), [*dataset.offsets, len(mask)]
+        dataset = TokenDataset(ids, mask, np.array(offsets))
+    changes = {
+        "lr high": {"lr": 20.0}, "lr low": {"lr": 1e-12}, "muon": {"optimizer": "muon", "muon_lr": 5.0},
+        "best": {"keep_best": True},
+    }  # fmt: skip
+    settings = {"steps": 1, "tokens_per_batch": tokens_per_batch, "lr": 1e-3}
+    config = TrainConfig(**{**settings, **changes.get(case, {})})
     loader = Loader(dataset, tokens_per_batch=made_for, seed=0)
     with pytest.raises(TrainingError) as caught:
         Trainer(model, CausalLM(), loader, config, runtime=runtime, folder=tmp_path)

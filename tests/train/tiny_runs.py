@@ -2,20 +2,27 @@
 
 import io
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from prairie.data.loader import Loader, TokenDataset
+from prairie.data.loader import Batch, Loader, TokenDataset
 from prairie.models.config import ModelConfig
-from prairie.models.lora import LoRA, LoRAConfig
+from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
 from prairie.runtime import Progress, Runtime
+from prairie.train.objective import Objective
 from prairie.train.objectives.causal_lm import CausalLM
+from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
-from prairie.train.trainer import TrainConfig, Trainer
+from prairie.train.objectives.masked_lm import MaskedLM
+from prairie.train.objectives.reward import LABELS, Reward
+from prairie.train.ranks import Ranks
+from prairie.train.trainer import ALONE, TrainConfig, Trainer, accumulate_gradients
 
 VOCAB = 64
 
@@ -47,6 +54,70 @@ def tiny_dataset(rows: int = 40, seed: int = 0, group: int = 1, longest: int = 2
             lengths.append(length)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return TokenDataset(np.concatenate(ids), np.concatenate(mask), offsets, group=group)
+
+
+def labelled(dataset: TokenDataset, classes: int = 3) -> TokenDataset:
+    """The same rows, each with the class that its first token says."""
+    targets = dataset.ids[dataset.offsets[:-1]].astype(np.int64) % classes
+    return TokenDataset(dataset.ids, dataset.mask, dataset.offsets, targets=targets)
+
+
+def moved_adapter(model: Transformer, seed: int = 3) -> LoRA:
+    """An adapter that already does something."""
+    adapter = LoRA.create(model, LoRAConfig(rank=4), seed=seed)
+    with torch.no_grad():
+        for path in adapter.paths:
+            adapter.pair(path)[1].normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    return adapter
+
+
+@dataclass
+class Learner:
+    """An objective with all that it needs to give a gradient."""
+
+    model: Transformer
+    objective: Objective
+    dataset: TokenDataset
+    adapters: list[AdapterRows]
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.adapters[0].lora.parameters() if self.adapters else self.model.parameters())
+
+    def gradients(self, batches: Sequence[Batch], ranks: Ranks = ALONE) -> tuple[list[torch.Tensor], float]:
+        """Of one step of these batches, and its loss."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        sums = accumulate_gradients(self.model, self.objective, batches, self.adapters, ranks=ranks)
+        ranks.add_gradients(self.parameters)
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        return found, float(sums.loss) / sums.count
+
+
+OBJECTIVES = ("causal_lm", "masked_lm", "classification", "reward", "dpo", "ipo", "dpo_lora")
+
+
+def tiny_learner(kind: str, rows: int = 12) -> Learner:
+    """One of OBJECTIVES on `rows` groups of rows."""
+    pairs = kind in ("reward", "dpo", "ipo", "dpo_lora")
+    model, dataset = tiny_model(), tiny_dataset(rows, group=2 if pairs else 1)
+    adapters: list[AdapterRows] = []
+    objective: Objective
+    if kind == "causal_lm":
+        objective = CausalLM()
+    elif kind == "masked_lm":
+        objective = MaskedLM(mask_id=1, vocab_size=VOCAB, special=(0, 1), share=0.3)
+    elif kind == "classification":
+        model, dataset, objective = model.with_scores(("a", "b", "c")), labelled(dataset), Classification()
+    elif kind == "reward":
+        model, objective = model.with_scores(LABELS), Reward()
+    else:
+        config = DPOConfig(loss="ipo") if kind == "ipo" else DPOConfig(label_smoothing=0.1, sft_weight=0.3)
+        objective = DPO(config, reference_logprobs(tiny_model(seed=9), dataset))
+    if kind == "dpo_lora":
+        model.requires_grad_(False)
+        adapters = [AdapterRows(moved_adapter(model))]
+    return Learner(model, objective, dataset, adapters)
 
 
 def quiet_runtime(**changes) -> Runtime:

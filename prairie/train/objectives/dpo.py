@@ -27,7 +27,15 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.loss import linear_logprobs
-from prairie.train.objective import computing_in, every_batch, hidden_states, judging, row_sums, supervised_per_row
+from prairie.train.objective import (
+    computing_in,
+    every_batch,
+    hidden_states,
+    judging,
+    require_pairs,
+    row_sums,
+    supervised_per_row,
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,8 @@ class DPO:
         return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config)
 
     def _reference(self, batch: Batch) -> Tensor:
+        require_pairs(batch)
         rows = batch.rows
-        if len(rows) % 2 or any(row % 2 for row in rows[::2]) or rows[1::2] != [row + 1 for row in rows[::2]]:
-            raise TrainingError("a batch is not in (chosen, rejected) pairs", got=f"rows {rows[:6]}", wanted="2i, 2i+1")
         if max(rows) >= len(self.reference_logps):
             raise TrainingError(
                 "the reference log-probabilities are of another dataset",
