@@ -198,12 +198,8 @@ class Trainer:
             raise self._not_finite(batches, loss / sums.count, norm)
         gradients.clip(norm, config.clip_norm)
         self.optimizer.step(config.lr_at(state.step))
-        seen = (
-            [len(b.tokens_N) for b in batches],
-            [b.supervised for b in batches],
-            [places_of(b.lengths) for b in batches],
-        )
-        tokens, supervised, places = (int(whole) for whole in ranks.total([sum(counts) for counts in seen]))
+        counts = [(len(b.tokens_N), b.supervised, places_of(b.lengths)) for b in batches]
+        tokens, supervised, places = map(int, self.ranks.total([sum(column) for column in zip(*counts, strict=True)]))
         state.add(
             Step(
                 loss=loss,
