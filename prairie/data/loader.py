@@ -259,7 +259,7 @@ def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batc
     lengths = dataset.offsets[index + 1] - starts
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+    positions = _spread(starts, lengths)
     tokens = dataset.ids[positions].astype(np.int64)
     learnt = np.where(dataset.mask[positions], tokens, -100)
     labels = np.full(total, -100, np.int64)
@@ -269,10 +269,30 @@ def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batc
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist(), epoch, targets)
 
 
-class Loader:
-    """Endless batches: a seeded permutation of the groups per epoch, filled greedily up to `tokens_per_batch`.
+def prompts_of(dataset: TokenDataset) -> npt.NDArray[np.int64]:
+    """(groups,) a number for what each group's first row says before its first learnt token; equal prompts have equal
+    numbers, counted from 0 by first appearance. Groups of one row have a number each."""
+    if dataset.group == 1:
+        return np.arange(len(dataset))
+    numbers: dict[bytes, int] = {}
+    found = np.empty(len(dataset), np.int64)
+    for group in range(len(dataset)):
+        ids, mask = dataset.row(group * dataset.group)
+        found[group] = numbers.setdefault(ids[: int(np.argmax(mask))].tobytes(), len(numbers))
+    return found
 
-    A batch holds whole groups of one epoch. Only a single group longer than the limit makes a batch exceed it.
+
+def _spread(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """starts[0], starts[0] + 1, ... `sizes[0]` of them, then those of starts[1], and so on."""
+    ends = np.cumsum(sizes)
+    return np.repeat(starts - (ends - sizes), sizes) + np.arange(sizes.sum())
+
+
+class Loader:
+    """Endless batches: a seeded permutation of the prompts per epoch, filled greedily up to `tokens_per_batch`.
+
+    A batch holds whole groups of one epoch. Only a single group longer than the limit makes a batch exceed it. Groups
+    that answer one prompt follow each other, so that the prompt can be computed once for them.
     """
 
     def __init__(self, dataset: TokenDataset, *, tokens_per_batch: int, seed: int, shuffle: bool = True) -> None:
@@ -280,6 +300,8 @@ class Loader:
             raise TrainingError("a batch needs tokens", got=tokens_per_batch, wanted="tokens_per_batch of 1 or more")
         self.dataset, self.tokens_per_batch, self.seed, self.shuffle = dataset, tokens_per_batch, seed, shuffle
         self._group_tokens = np.diff(dataset.offsets[:: dataset.group])
+        prompts = prompts_of(dataset)
+        self._by_prompt, self._prompt_groups = np.argsort(prompts, kind="stable"), np.bincount(prompts)
         self._epoch, self._cursor = 0, 0
         self._start_epoch()
 
@@ -331,11 +353,16 @@ class Loader:
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        count = len(self.dataset)
         if self.shuffle:
-            self._order = np.random.Generator(np.random.PCG64([self.seed, self._epoch])).permutation(count)
+            count = len(self._prompt_groups)
+            prompts = np.random.Generator(np.random.PCG64([self.seed, self._epoch])).permutation(count)
+            starts, sizes = (
+                (np.cumsum(self._prompt_groups) - self._prompt_groups)[prompts],
+                self._prompt_groups[prompts],
+            )
+            self._order = self._by_prompt[_spread(starts, sizes)]
         else:
-            self._order = np.arange(count)
+            self._order = np.arange(len(self.dataset))
         self._tokens_until = np.concatenate([[0], np.cumsum(self._group_tokens[self._order])])
 
     def _fill(self, cursor: int) -> int:

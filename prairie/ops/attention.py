@@ -4,13 +4,14 @@ Tokens are flat: the rows of a batch lie one behind the other, nothing is padded
 Not here: the paged cache that serving uses (the engine brings its own `Attend`), weights, masks other than causal.
 
 Legend: N tokens of all rows, B rows of a bucket, T padded length of a bucket, H query heads, K key/value heads,
-D size of a head, S query heads that share a key head (H / K), G = B x K pairs of a row and a key head.
+D size of a head, S query heads that share a key head (H / K), G = B x K pairs of a row and a key head, P places of
+all buckets, M = N x heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,16 @@ class Attend(Protocol):
         ...
 
 
+class Prefix(NamedTuple):
+    """What a row goes on from: the first `tokens` tokens of an earlier row, which itself goes on from none."""
+
+    row: int = 0
+    tokens: int = 0
+
+
+NO_PREFIX = Prefix()
+
+
 def attention_reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: Sequence[int]) -> Tensor:
     """The plain form of `PackedDocuments`: one row after the other, softmax written out. Slow, for tests."""
     groups = q_NHD.shape[1] // k_NKD.shape[1]
@@ -54,27 +65,45 @@ class PackedDocuments:
 
     Rows of one length are only reshaped. Otherwise rows of like length are padded together into a few buckets; the
     index tensors are made once here and serve every layer.
+
+    With `prefixes` several rows go on from one: the tokens that they share stand once in the batch, in the row that
+    begins with them, and the gradients that reach those add up. `lengths` are then the tokens that a row adds.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.lengths = [int(length) for length in lengths]
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"rows must hold at least one token, got lengths {self.lengths[:8]}")
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device | str = "cpu", prefixes: Sequence[Prefix] = ()
+    ) -> None:
+        """Raises ValueError for an empty row and for a prefix that does not stand in an earlier, whole row."""
+        own = [int(length) for length in lengths]
+        if not own or min(own) < 1:
+            raise ValueError(f"rows must hold at least one token, got lengths {own[:8]}")
+        prefixes = list(prefixes) or [NO_PREFIX] * len(own)
+        _check_prefixes(own, prefixes)
+        self.lengths = [prefix.tokens + length for prefix, length in zip(prefixes, own, strict=True)]
         self.device = torch.device(device)
         self.longest = max(self.lengths)
-        lengths_R = torch.tensor(self.lengths)
-        starts_R = lengths_R.cumsum(0) - lengths_R
-        self.positions_N = (torch.arange(sum(self.lengths)) - starts_R.repeat_interleave(lengths_R)).to(device)
-        self.equal = len(set(self.lengths)) == 1
-        rows_of = [list(range(len(self.lengths)))] if self.equal else buckets_of(self.lengths)
+        self.shared = any(prefix.tokens for prefix in prefixes)
+        own_R, prefix_R = torch.tensor(own), torch.tensor([prefix.tokens for prefix in prefixes])
+        starts_R = own_R.cumsum(0) - own_R
+        self.positions_N = (torch.arange(sum(own)) - (starts_R - prefix_R).repeat_interleave(own_R)).to(device)
+        self.equal = len(set(self.lengths)) == 1 and not self.shared
+        rows_of = [list(range(len(own)))] if self.equal else buckets_of(self.lengths, [p.tokens for p in prefixes])
         self.buckets = [(len(rows), max(self.lengths[r] for r in rows)) for rows in rows_of]
+        self.first_queries = [min(prefixes[r].tokens for r in rows) // QUERY_BLOCK * QUERY_BLOCK for rows in rows_of]
+        """Per bucket: the place before which no row has a token of its own."""
         self._tokens: list[Tensor] = []  # per bucket (B, T): the token at each place, -1 where a row has ended
+        self._own: list[Tensor] = []  # per bucket (B, T): False where a row's token is another row's, or none
         if not self.equal:
+            from_R = torch.stack([starts_R[prefix.row] for prefix in prefixes])
+            ends_R = prefix_R + own_R
             for rows, (_, longest) in zip(rows_of, self.buckets, strict=True):
-                places_T, rows_B = torch.arange(longest), torch.tensor(rows)
-                tokens_BT = starts_R[rows_B, None] + places_T
-                self._tokens.append(torch.where(places_T < lengths_R[rows_B, None], tokens_BT, -1))
-        self._indices: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+                places_T, r = torch.arange(longest), torch.tensor(rows)
+                shared_BT = places_T < prefix_R[r, None]
+                tokens_BT = torch.where(shared_BT, from_R[r, None], (starts_R - prefix_R)[r, None]) + places_T
+                ended_BT = places_T >= ends_R[r, None]
+                self._tokens.append(tokens_BT.masked_fill(ended_BT, -1))
+                self._own.append(~(shared_BT | ended_BT))
+        self._indices: dict[int, _Places] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
@@ -110,33 +139,37 @@ class PackedDocuments:
         heads, width = x_NHW.shape[1:]
         if self.equal:
             return x_NHW.reshape(*self.buckets[0], heads, width).transpose(1, 2).reshape(-1, width)
-        return x_NHW.reshape(-1, width).index_select(0, self._index(heads)[0])
+        return x_NHW.reshape(-1, width).index_select(0, self._index(heads).source)
 
     def pad_zero(self, x_NHW: Tensor) -> Tensor:
-        """Like `pad`, with zeros behind a row's end."""
+        """Like `pad`, with zeros where a row has no token of its own."""
         padded = self.pad(x_NHW)
-        return padded if self.equal else padded.index_fill_(0, self._index(x_NHW.shape[1])[2], 0.0)
+        return padded if self.equal else padded.index_fill_(0, self._index(x_NHW.shape[1]).foreign, 0.0)
 
     def unpad(self, x_PW: Tensor, heads: int) -> Tensor:
-        """(N, heads, W): the inverse of `pad`."""
+        """(N, heads, W): each token's place in its own row."""
         if self.equal:
             rows, length = self.buckets[0]
             return x_PW.view(rows, heads, length, -1).transpose(1, 2).reshape(rows * length, heads, -1)
-        return x_PW.index_select(0, self._index(heads)[1]).view(-1, heads, x_PW.shape[1])
+        return x_PW.index_select(0, self._index(heads).own).view(-1, heads, x_PW.shape[1])
 
-    def _index(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each place's (token, head) lies, where each (token, head)'s place lies, and the empty places."""
+    def unpad_sum(self, x_PW: Tensor, heads: int) -> Tensor:
+        """(N, heads, W): the sum over every place where a token stands, the rows that go on from it included."""
+        if not self.shared:
+            return self.unpad(x_PW, heads)
+        places, firsts = self._index(heads).all_places()
+        summed, *_ = torch.embedding_bag(x_PW, places, firsts)
+        return summed.view(-1, heads, x_PW.shape[1])
+
+    def _index(self, heads: int) -> _Places:
         if heads not in self._indices:
             heads_H1 = torch.arange(heads)[:, None]
-            sources = [
-                torch.where(t_BT[:, None] < 0, -1, t_BT[:, None] * heads + heads_H1).flatten() for t_BT in self._tokens
-            ]
-            source_P = torch.cat(sources)
-            filled_P = source_P >= 0
-            place_M = torch.empty(len(self.positions_N) * heads, dtype=torch.long)
-            place_M[source_P[filled_P]] = filled_P.nonzero()[:, 0]
-            tensors = source_P.clamp_min(0), place_M, (~filled_P).nonzero()[:, 0]
-            self._indices[heads] = tuple(t.to(self.device) for t in tensors)  # type: ignore[assignment]
+            tokens_P, own_P = [], []
+            for tokens_BT, own_BT in zip(self._tokens, self._own, strict=True):
+                tokens_BHT = torch.where(tokens_BT[:, None] < 0, -1, tokens_BT[:, None] * heads + heads_H1)
+                tokens_P.append(tokens_BHT.flatten())
+                own_P.append(own_BT[:, None].expand_as(tokens_BHT).flatten())
+            self._indices[heads] = _Places(torch.cat(tokens_P), torch.cat(own_P), self.device)
         return self._indices[heads]
 
     def mask(self, start: int, stop: int, shared: int) -> Tensor:
@@ -148,13 +181,57 @@ class PackedDocuments:
         return self._masks[key]
 
 
-def buckets_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups row numbers so that rows of like length share a bucket: padding stays below a fifth, buckets few."""
-    order = sorted(range(len(lengths)), key=lambda r: -lengths[r])
+class _Places:
+    """Which (token, head) each place of the padded layout holds, and where each is found there."""
+
+    def __init__(self, tokens_P: Tensor, own_P: Tensor, device: torch.device) -> None:
+        """`tokens_P`: token x heads + head, -1 where a row has ended; `own_P`: whether the token is the row's own."""
+        self.source = tokens_P.clamp_min(0).to(device)
+        """(P,) what each place reads; where a row has ended, some token."""
+        places = own_P.nonzero()[:, 0]
+        own = torch.empty(len(places), dtype=torch.long)
+        own[tokens_P[places]] = places
+        self.own = own.to(device)
+        """(M,) each (token, head)'s place in its own row."""
+        self.foreign = (~own_P).nonzero()[:, 0].to(device)
+        """The places that hold no token of their own row."""
+        self._tokens_P = tokens_P
+        self._all: tuple[Tensor, Tensor] | None = None
+
+    def all_places(self) -> tuple[Tensor, Tensor]:
+        """Every place of every (token, head), in the order of those, and (M,) where each one's places begin."""
+        if self._all is None:
+            filled = (self._tokens_P >= 0).nonzero()[:, 0]
+            tokens = self._tokens_P[filled]
+            counts = torch.bincount(tokens, minlength=len(self.own))
+            places = filled[tokens.argsort(stable=True)]
+            self._all = places.to(self.own.device), (counts.cumsum(0) - counts).to(self.own.device)
+        return self._all
+
+
+def _check_prefixes(own: Sequence[int], prefixes: Sequence[Prefix]) -> None:
+    for row, prefix in enumerate(prefixes):
+        if prefix.tokens and (
+            prefix.row >= row or prefixes[prefix.row].tokens or not 0 < prefix.tokens <= own[prefix.row]
+        ):
+            raise ValueError(f"row {row} goes on from {prefix}, which is no part of an earlier, whole row")
+
+
+def buckets_of(lengths: Sequence[int], prefixes: Sequence[int] = ()) -> list[list[int]]:
+    """Groups row numbers so that rows of like length and like prefix share a bucket: padding stays below a fifth,
+    buckets few."""
+
+    def like(many: int, more: int) -> bool:
+        return many >= 0.8 * more - 4
+
+    prefixes = prefixes or [0] * len(lengths)
     buckets: list[list[int]] = []
-    for row in order:
-        if buckets and lengths[row] >= 0.8 * lengths[buckets[-1][0]] - 4:
-            buckets[-1].append(row)
+    for row in sorted(range(len(lengths)), key=lambda r: (-prefixes[r], -lengths[r])):
+        for bucket in buckets:
+            first = bucket[0]
+            if like(prefixes[row], prefixes[first]) and like(*sorted((lengths[row], lengths[first]))):
+                bucket.append(row)
+                break
         else:
             buckets.append([row])
     return buckets
@@ -175,9 +252,9 @@ class _MatrixAttention(torch.autograd.Function):
         q, k, v = packed.pad(q_NHD.reshape(-1, heads, shared * size)), packed.pad(k_NKD), packed.pad(v_NKD)
         out = torch.empty_like(q)
         weights: list[Tensor] = []
-        for part, length in _segments(packed, heads):
+        for part, length, first in _segments(packed, heads):
             q_G, k_G, v_G, o_G = (_by_pair(x, part, length, size) for x in (q, k, v, out))
-            for start in range(0, length, QUERY_BLOCK):
+            for start in range(first, length, QUERY_BLOCK):
                 stop = min(start + QUERY_BLOCK, length)
                 block, mask = slice(start * shared, stop * shared), packed.mask(start, stop, shared)
                 weights_G = torch.empty(len(k_G), *mask.shape)
@@ -200,10 +277,10 @@ class _MatrixAttention(torch.autograd.Function):
         grad = packed.pad_zero(grads[0].reshape(-1, heads, shared * size))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         done = len(weights)
-        for part, length in reversed(_segments(packed, heads)):
+        for part, length, first in reversed(_segments(packed, heads)):
             q_G, k_G, v_G, g_G = (_by_pair(x, part, length, size) for x in (q, k, v, grad))
             dq_G, dk_G, dv_G = (_by_pair(x, part, length, size) for x in (dq, dk, dv))
-            for start in reversed(range(0, length, QUERY_BLOCK)):
+            for start in reversed(range(first, length, QUERY_BLOCK)):
                 stop = min(start + QUERY_BLOCK, length)
                 block = slice(start * shared, stop * shared)
                 beta = 0.0 if stop == length else 1.0  # the last block reaches every key: it sets, the others add
@@ -216,15 +293,16 @@ class _MatrixAttention(torch.autograd.Function):
                     torch._softmax_backward_data(scores, piece, -1, torch.float32, grad_input=scores)
                     dq_G[pairs, block].baddbmm_(scores, k_G[pairs, :stop], beta=0, alpha=size**-0.5)
                     dk_G[pairs, :stop].baddbmm_(scores.mT, q_G[pairs, block], beta=beta, alpha=size**-0.5)
-        return packed.unpad(dq, heads).reshape(ctx.shape), packed.unpad(dk, heads), packed.unpad(dv, heads), None
+        dq_NHD = packed.unpad(dq, heads).reshape(ctx.shape)
+        return dq_NHD, packed.unpad_sum(dk, heads), packed.unpad_sum(dv, heads), None
 
 
-def _segments(packed: PackedDocuments, heads: int) -> list[tuple[slice, int]]:
-    """Each bucket's places in the padded layout, and its length."""
+def _segments(packed: PackedDocuments, heads: int) -> list[tuple[slice, int, int]]:
+    """Each bucket's places in the padded layout, its length, and where its queries begin."""
     segments, start = [], 0
-    for rows, length in packed.buckets:
+    for (rows, length), first in zip(packed.buckets, packed.first_queries, strict=True):
         stop = start + rows * length * heads
-        segments.append((slice(start, stop), length))
+        segments.append((slice(start, stop), length, first))
         start = stop
     return segments
 
@@ -249,7 +327,7 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.packed.unpad(grads[0].contiguous(), ctx.heads), None
+        return ctx.packed.unpad_sum(grads[0].contiguous(), ctx.heads), None
 
 
 class _Unpad(torch.autograd.Function):

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prairie.data.loader import Batch, TokenDataset, batch_of
+from prairie.data.loader import Batch, TokenDataset, batch_of, prompts_of
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.loss import IGNORED
+from prairie.train.prefixes import layout_of
 
 
 class Objective(Protocol):
@@ -55,10 +56,17 @@ class Objective(Protocol):
 
 
 def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
-    """The forward pass of a batch: (hidden_ND after the final norm, labels_N on the same device)."""
+    """The forward pass of a batch: (hidden_ND after the final norm, labels_N on the same device).
+
+    What rows share at their beginning is computed once (`prefixes`), and its gradient is the sum over them.
+    """
     device = next(model.parameters()).device
-    attend = PackedDocuments(batch.lengths, device=device)
-    return model(batch.tokens_N.to(device), attend, adapters), batch.labels_N.to(device)
+    layout = layout_of(batch)
+    attend = PackedDocuments(layout.lengths, device, layout.prefixes)
+    hidden = model(layout.tokens.to(device), attend, adapters)
+    if layout.places_N is not None:
+        hidden = hidden.index_select(0, layout.places_N.to(device))
+    return hidden, batch.labels_N.to(device)
 
 
 def require_pairs(batch: Batch) -> None:
@@ -86,15 +94,19 @@ def supervised_per_row(batch: Batch) -> Tensor:
 
 
 def every_batch(dataset: TokenDataset, tokens_per_batch: int) -> Iterator[Batch]:
-    """Every row once, no gradient in mind: groups of like length together, filled up to `tokens_per_batch`.
+    """Every row once, no gradient in mind: groups of one prompt together, prompts of like length together, filled up
+    to `tokens_per_batch`.
 
     The same dataset gives the same batches, whatever ran before.
     """
     lengths_R = np.diff(dataset.offsets)
     group_lengths = lengths_R.reshape(-1, dataset.group).sum(axis=1)
+    prompts = prompts_of(dataset)
+    longest = np.zeros(int(prompts.max()) + 1, np.int64)
+    np.maximum.at(longest, prompts, group_lengths)
     rows: list[int] = []
     filled = 0
-    for group in np.argsort(-group_lengths, kind="stable").tolist():
+    for group in np.lexsort((prompts, -longest[prompts])).tolist():
         if rows and filled + int(group_lengths[group]) > tokens_per_batch:
             yield batch_of(dataset, rows)
             rows, filled = [], 0

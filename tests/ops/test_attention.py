@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prairie.ops import attention
-from prairie.ops.attention import PackedDocuments, attention_reference, buckets_of, rotary_turns, rotate
+from prairie.ops.attention import PackedDocuments, Prefix, attention_reference, buckets_of, rotary_turns, rotate
 
 
 def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.Tensor]:
@@ -111,3 +111,55 @@ def test_rotation_depends_on_distance_only() -> None:
     assert product(3, 1) == pytest.approx(product(12, 10), abs=1e-4)
     assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-4)
     assert product(0, 0) == pytest.approx(float((q * k).sum()), abs=1e-5)
+
+
+def expanded(x: torch.Tensor, lengths: list[int], prefixes: list[Prefix]) -> tuple[torch.Tensor, list[int], list[int]]:
+    """Every row whole, with its own copy of what it goes on from; the lengths; where each own token then stands."""
+    starts = [sum(lengths[:row]) for row in range(len(lengths))]
+    tokens, places = [], []
+    for start, length, prefix in zip(starts, lengths, prefixes, strict=True):
+        tokens += range(starts[prefix.row], starts[prefix.row] + prefix.tokens)
+        places += range(len(tokens), len(tokens) + length)
+        tokens += range(start, start + length)
+    return x[tokens], [p.tokens + n for p, n in zip(prefixes, lengths, strict=True)], places
+
+
+SHARED = {
+    "a pair": ([30, 9], [(0, 0), (0, 21)]),
+    "whole rows": ([12, 5, 1], [(0, 0), (0, 12), (0, 12)]),
+    "two prompts": ([90, 30, 28, 70, 9, 11, 7], [(0, 0), (0, 80), (0, 79), (0, 0), (3, 66), (3, 20), (0, 0)]),
+    "a long one": ([200, 3, 90], [(0, 0), (0, 150), (0, 130)]),
+    "none": ([7, 5], [(0, 0), (0, 0)]),
+}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel"])
+@pytest.mark.parametrize("case", SHARED)
+def test_rows_that_go_on_from_one_equal_whole_rows(
+    case: str, form: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "kernel":
+        monkeypatch.setattr(attention, "MATRIX_LENGTH", 0)
+    if form == "small pieces":
+        monkeypatch.setattr(attention, "CACHED_NUMBERS", 1000)
+        monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    lengths, prefixes = SHARED[case][0], [Prefix(*prefix) for prefix in SHARED[case][1]]
+    ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
+    packed = PackedDocuments(lengths, prefixes=prefixes)
+    got = packed(0, *ours)
+    whole, whole_lengths, places = expanded(torch.arange(sum(lengths)), lengths, prefixes)
+    wanted = attention_reference(*(x[whole] for x in plain), whole_lengths)[places]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert packed.positions_N.tolist() == PackedDocuments(whole_lengths).positions_N[places].tolist()
+    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
+    (got * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", [(0, 8), (1, 2), (2, 1)])
+def test_a_prefix_stands_in_an_earlier_whole_row(prefix: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="row 2 goes on from"):
+        PackedDocuments([7, 5, 5], prefixes=[Prefix(), Prefix(0, 3), Prefix(*prefix)])
