@@ -94,11 +94,14 @@ class Checkpoints:
                 self._drop(self.path(old))
         return target
 
-    def newest(self, say: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-        """The newest sound checkpoint, None if there is none. Damaged ones are told to `say` in a line and removed."""
+    def newest(self, say: Callable[[str], None] = lambda line: None, at_most: int | None = None) -> Checkpoint | None:
+        """The newest sound checkpoint (with `at_most`: of that step or an earlier one), None if there is none. Damaged
+        ones are told to `say` in a line and removed."""
         with writing(self.folder):
             self._sweep()
             for step in reversed(self.steps()):
+                if at_most is not None and step > at_most:
+                    continue
                 try:
                     return self.read(step)
                 except CheckpointError as error:

@@ -61,6 +61,18 @@ def layout_of(batch: Batch) -> Layout:
     return Layout(batch.tokens_N[torch.from_numpy(own_N)], own, prefixes, torch.from_numpy(places_N))
 
 
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """The layouts one behind the other, as one; `places_N` is left out."""
+    prefixes: list[Prefix] = []
+    lengths: list[int] = []
+    for layout in layouts:
+        mine = layout.prefixes or [NO_PREFIX] * len(layout.lengths)
+        prefixes += [prefix._replace(row=prefix.row + len(lengths)) for prefix in mine]
+        lengths += layout.lengths
+    shared = any(prefix.tokens for prefix in prefixes)
+    return Layout(torch.cat([layout.tokens for layout in layouts]), lengths, prefixes if shared else ())
+
+
 def _common(one: np.ndarray, other: np.ndarray) -> int:
     """How many tokens two rows begin with alike."""
     size = min(len(one), len(other))

@@ -83,18 +83,11 @@ def accumulate_gradients(
     `draw` names the step where something is drawn (dropout): what a micro-batch draws then depends on this name and its
     place in the step, not on who computes it. Raises TrainingError if nothing in the step is supervised.
     """
-    (count,) = ranks.total([sum(objective.count(batch) for batch in batches)])
-    if count <= 0:
-        raise TrainingError(
-            "a step has nothing to learn from",
-            got=f"rows {[row for batch in batches for row in batch.rows][:8]} without a supervised token",
-            wanted="at least one",
-        )
+    count = count_of(objective, batches, ranks)
     losses: list[Tensor] = []
     figures: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
-        if draw:
-            torch.manual_seed(zlib.crc32(f"{draw} {index * ranks.count + ranks.rank}".encode()))
+        seed_draw(draw, index * ranks.count + ranks.rank)
         with computing_in(dtype, model):
             loss, sums = objective.loss(model, batch, adapters)
         (loss / count).backward()
@@ -106,6 +99,24 @@ def accumulate_gradients(
         whole = ranks.add(torch.stack([total, *figures.values()]).double())
         total, figures = whole[0], dict(zip(figures, whole[1:], strict=True))
     return StepSums(total, count, figures)
+
+
+def count_of(objective: Objective, batches: Sequence[Batch], ranks: Ranks = ALONE) -> float:
+    """What the loss of one step is divided by. Raises TrainingError if nothing in the step is supervised."""
+    (count,) = ranks.total([sum(objective.count(batch) for batch in batches)])
+    if count <= 0:
+        raise TrainingError(
+            "a step has nothing to learn from",
+            got=f"rows {[row for batch in batches for row in batch.rows][:8]} without a supervised token",
+            wanted="at least one",
+        )
+    return count
+
+
+def seed_draw(draw: str, index: int) -> None:
+    """What micro-batch `index` of the step that is called `draw` draws; an empty name leaves the generator alone."""
+    if draw:
+        torch.manual_seed(zlib.crc32(f"{draw} {index}".encode()))
 
 
 class Trainer:
@@ -167,15 +178,26 @@ class Trainer:
         On SIGTERM or Ctrl-C the step is finished and saved, then SystemExit. Raises TrainingError (not finite),
         CheckpointError (the folder holds another run), StorageFullError, BusyError (another process trains there).
         """
-        with self._alone(), self._catching_signals(), self._resumed() as bar:
-            self._evaluate()  # due here only if a stop came between a step and its evaluation
-            while not self._over():
+        with self.running() as bar:
+            while not self.over():
                 self._train()
-                self._log(bar)
-                self._evaluate()
-                self._save()
-            self._take_best()
-            return self._figures()
+                self.tell(bar)
+                if self.save_is_due():
+                    self.save()
+            return self.finish()
+
+    @contextmanager
+    def running(self, at_most: int | None = None, listens: bool = True) -> Iterator[Bar]:
+        """The run is this process's own, its state is that of the newest sound checkpoint (with `at_most`, of none
+        later than that step), and if it `listens`, signals ask for a stop. Gives the progress bar."""
+        with self._alone(), self._catching_signals(listens), self._resumed(at_most) as bar:
+            self._evaluate()  # due here only if a stop came between a step and its evaluation
+            yield bar
+
+    def finish(self) -> dict[str, Any]:
+        """The figures of a run that is over; with `keep_best` its weights are the best ones from here on."""
+        self._take_best()
+        return self._figures()
 
     def _train(self) -> None:
         """One step."""
@@ -187,9 +209,9 @@ class Trainer:
             dtype=self.runtime.torch_dtype(), ranks=ranks, draw=f"{config.seed} {self.state.step}",
         )  # fmt: skip
         ranks.add_gradients(self.parameters.values())
-        self._update(batches, sums, started)
+        self.update(batches, sums, started)
 
-    def _update(self, batches: Sequence[Batch], sums: StepSums, started: float) -> None:
+    def update(self, batches: Sequence[Batch], sums: StepSums, started: float) -> None:
         """From gradients to new weights. The only place that waits for the device: one transfer of a few numbers."""
         config, state = self.config, self.state
         gradients = self.optimizer.gradient_norm()
@@ -213,6 +235,11 @@ class Trainer:
                 seconds=time.perf_counter() - started,
             )
         )
+
+    def tell(self, bar: Bar) -> None:
+        """What is said after a step: the log, and the evaluation where it is due."""
+        self._log(bar)
+        self._evaluate()
 
     def _log(self, bar: Bar) -> None:
         """A line of metrics.jsonl every `log_every` steps; the bar every step."""
@@ -252,22 +279,31 @@ class Trainer:
             self.best.save(state.step, {"weights": self.parameters}, {"identity": self.identity})
         self._tell({"step": state.step, "evaluation": state.evaluation})
 
-    def _over(self) -> bool:
+    @property
+    def asked_to_stop(self) -> int | None:
+        """The signal that asked for it."""
+        return self._stop
+
+    def stop(self, number: int) -> None:
+        """Stop after this step, as signal `number` would have it."""
+        self._stop = number
+
+    def over(self) -> bool:
         """Whether no further step is to be taken. A signal that reached one rank stops all."""
         state = self.state
         stop = int(self.ranks.most([self._stop or 0])[0])
         self._stop = stop or None
         return state.step >= self.config.steps or state.ended != "" or self._stop is not None
 
-    def _save(self) -> None:
-        """A checkpoint when it is due by steps or by time, with a new best, at the end, and at a signal."""
+    def save_is_due(self) -> bool:
+        """By steps or by time, with a new best, at the end, and at a signal."""
         state, config = self.state, self.config
         by_step = config.save_every and state.step % config.save_every == 0
         by_time, stop = self.ranks.most([time.monotonic() >= self._save_due_s, self._stop or 0])
         best = config.keep_best and state.best_step == state.step
         self._stop = int(stop) or None
-        if by_step or by_time or best or state.ended or state.step == config.steps or self._stop is not None:
-            self._write_checkpoint()
+        last = state.ended != "" or state.step == config.steps
+        return bool(by_step or by_time or best or last or self._stop is not None)
 
     def _take_best(self) -> None:
         """At the end of a run that keeps its best: the weights of that evaluation."""
@@ -283,7 +319,8 @@ class Trainer:
             f"{self.title}: the weights of step {state.best_step} are kept, their score {state.best:.4g} was the best."
         )
 
-    def _write_checkpoint(self) -> None:
+    def save(self) -> None:
+        """A checkpoint of the run as it stands. Raises StorageFullError."""
         started = time.monotonic()
         tensors: dict[str, Mapping[str, Tensor]] = {"weights": self.parameters, "optimizer": self.optimizer.tensors()}
         state = {
@@ -303,10 +340,10 @@ class Trainer:
         self._save_due_s = math.inf if pause_s is None else time.monotonic() + max(pause_s, cost_s / SAVING_SHARE)
 
     @contextmanager
-    def _resumed(self) -> Iterator[Bar]:
+    def _resumed(self, at_most: int | None = None) -> Iterator[Bar]:
         """Sets everything as the newest sound checkpoint says, or as a new run begins; gives the progress bar."""
         say = self.runtime.progress.say
-        checkpoint = self._newest()
+        checkpoint = self._newest(at_most)
         if checkpoint is None:
             self._check_untouched()
             self.state = RunState()
@@ -329,9 +366,9 @@ class Trainer:
             for module, mode in modes:
                 module.train(mode)
 
-    def _newest(self) -> Checkpoint | None:
+    def _newest(self, at_most: int | None) -> Checkpoint | None:
         """The newest sound checkpoint; rank 0 looks for it, the others read the same one."""
-        found = self.checkpoints.newest(self.runtime.progress.say) if self.ranks.leads else None
+        found = self.checkpoints.newest(self.runtime.progress.say, at_most) if self.ranks.leads else None
         step = self.ranks.first_says(lambda: found.step if found else None)
         return found if self.ranks.leads or step is None else self.checkpoints.read(step)
 
@@ -460,10 +497,10 @@ class Trainer:
             yield
 
     @contextmanager
-    def _catching_signals(self) -> Iterator[None]:
+    def _catching_signals(self, listens: bool) -> Iterator[None]:
         """SIGTERM and the first Ctrl-C ask for a stop after the step (SystemExit); a second Ctrl-C stops at once."""
         self._stop = None
-        if threading.current_thread() is not threading.main_thread():
+        if not listens or threading.current_thread() is not threading.main_thread():
             yield
             return
 

@@ -1,0 +1,148 @@
+"""Adapters trained in the same steps end where they would end alone; each can go on by itself."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from test_prefixes import shared_prompts
+from tiny_runs import quiet_runtime, tiny_config, tiny_dataset, tiny_model
+
+from prairie.data.loader import Loader, batch_of
+from prairie.errors import TrainingError
+from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
+from prairie.models.transformer import Transformer
+from prairie.train.objectives.causal_lm import CausalLM
+from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
+from prairie.train.together import Part, fit_together, gradients_together
+from prairie.train.trainer import Trainer, accumulate_gradients
+
+PLANS = {  # name: (steps, micro-batches, lr, rank)
+    "one": (9, 2, 1e-2, 4),
+    "two": (6, 1, 3e-3, 2),
+    "preferences": (8, 2, 1e-2, 4),
+}
+
+
+def trainers_of(folder: Path, model: Transformer, **changes) -> dict[str, Trainer]:
+    """Three runs on one base: two on next tokens, one of preferences, of different lengths, rates and ranks."""
+    made = {}
+    for seed, (name, (steps, micro_batches, lr, rank)) in enumerate(PLANS.items()):
+        config = tiny_config(
+            steps=steps, micro_batches=micro_batches, lr=lr, seed=seed, tokens_per_batch=128, **changes
+        )
+        dataset = shared_prompts(seed=seed) if name == "preferences" else tiny_dataset(20 + seed, seed=seed)
+        objective = CausalLM()
+        if name == "preferences":
+            objective = DPO(DPOConfig(), reference_logprobs(model, dataset))
+        adapter = LoRA.create(model, LoRAConfig(rank=rank), seed=seed)
+        loader = Loader(dataset, tokens_per_batch=128, seed=seed)
+        made[name] = Trainer(
+            model, objective, loader, config, runtime=quiet_runtime(), folder=folder / name, adapter=adapter, title=name
+        )
+    return made
+
+
+def weights(trainers: dict[str, Trainer]) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: {k: p.detach().clone() for k, p in t.parameters.items()} for name, t in trainers.items()}
+
+
+def farthest(one, other) -> float:
+    """The largest difference between two sets of weights, relative to each tensor's norm."""
+    return max(
+        float((value - other[name][key]).norm() / value.norm().clamp_min(1e-12))
+        for name, named in one.items()
+        for key, value in named.items()
+    )
+
+
+def fit_to_step_four(trainers: dict[str, Trainer]) -> None:
+    """Trains together until a SIGTERM in the fourth step."""
+    listener = list(trainers.values())[-1]
+    tell = listener.tell
+
+    def stop_at_four(bar):
+        tell(bar)
+        if listener.state.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    listener.tell = stop_at_four
+    with pytest.raises(SystemExit) as left:
+        fit_together(list(trainers.values()))
+    assert left.value.code == 0
+
+
+def test_gradients_together_are_those_of_each_alone():
+    model = tiny_model().requires_grad_(False)
+    parts = []
+    for seed in range(3):
+        dataset = shared_prompts(seed=seed)
+        adapter = LoRA.create(model, LoRAConfig(rank=4), seed=seed)
+        with torch.no_grad():
+            for path in adapter.paths:
+                adapter.pair(path)[1].normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+        objective = DPO(DPOConfig(), reference_logprobs(tiny_model(seed=9), dataset)) if seed else CausalLM()
+        batches = [batch_of(dataset, range(4 * i, 4 * i + 4)) for i in range(seed + 1)]
+        parts.append(Part(objective, adapter, batches))
+    together = gradients_together(model, parts)
+    got = [[p.grad.clone() for p in part.adapter.parameters()] for part in parts]
+    for part, sums, grads in zip(parts, together, got, strict=True):
+        part.adapter.zero_grad()
+        alone = accumulate_gradients(model, part.objective, part.batches, [AdapterRows(part.adapter)])
+        assert float(sums.loss) == pytest.approx(float(alone.loss), rel=1e-5) and sums.count == alone.count
+        assert {k: float(v) for k, v in sums.figures.items()} == pytest.approx(
+            {k: float(v) for k, v in alone.figures.items()}, rel=1e-4, abs=1e-4
+        )
+        worst = max(
+            float((a - p.grad).norm() / p.grad.norm()) for a, p in zip(grads, part.adapter.parameters(), strict=True)
+        )
+        assert worst < 1e-5
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_runs_together_end_where_they_end_alone(tmp_path):
+    """Within 1e-4 of each tensor's norm after 6 to 9 steps of Adam; a run that ends earlier leaves the others be."""
+    alone = trainers_of(tmp_path / "alone", tiny_model())
+    wanted = {name: trainer.fit() for name, trainer in alone.items()}
+    together = trainers_of(tmp_path / "together", tiny_model())
+    figures = dict(zip(together, fit_together(list(together.values())), strict=True))
+    assert farthest(weights(together), weights(alone)) < 1e-4
+    for name, (steps, *_) in PLANS.items():
+        assert figures[name]["steps"] == steps and figures[name]["tokens"] == wanted[name]["tokens"]
+        assert figures[name]["loss_last"] == pytest.approx(wanted[name]["loss_last"], rel=1e-4)
+
+
+def test_a_run_begun_together_goes_on_alone_and_together(tmp_path):
+    """Stopped after some steps, with one run saved a step further: the same bits together, the same end alone."""
+    whole = trainers_of(tmp_path / "whole", tiny_model(), save_every=1)
+    fit_together(list(whole.values()))
+
+    stopped = trainers_of(tmp_path / "stopped", tiny_model(), save_every=1)
+    fit_to_step_four(stopped)
+    # One of them was killed between two saves: it lacks the last step, the others go back to the one before.
+    last = stopped["two"].checkpoints
+    assert last.steps()[-1] == 4
+    for path in last.path(4).iterdir():
+        path.unlink()
+    last.path(4).rmdir()
+    resumed = trainers_of(tmp_path / "stopped", tiny_model(), save_every=1)
+    fit_together(list(resumed.values()))
+    assert farthest(weights(resumed), weights(whole)) == 0.0
+
+    again = trainers_of(tmp_path / "alone again", tiny_model(), save_every=1)
+    fit_to_step_four(again)
+    finished = trainers_of(tmp_path / "alone again", tiny_model(), save_every=1)
+    for trainer in finished.values():
+        trainer.fit()
+    assert farthest(weights(finished), weights(whole)) < 1e-4
+
+
+def test_runs_that_cannot_share_a_base_are_refused(tmp_path):
+    one, other = (list(trainers_of(tmp_path / name, tiny_model()).values()) for name in ("a", "b"))
+    with pytest.raises(TrainingError, match="one base"):
+        fit_together([one[0], other[0]])
+    with pytest.raises(TrainingError, match="an adapter each"):
+        fit_together([one[0], one[0]])
+    one[1].folder = one[0].folder
+    with pytest.raises(TrainingError, match="folder of its own"):
+        fit_together(one)
