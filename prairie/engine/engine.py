@@ -23,6 +23,7 @@ from prairie.engine.runner import Runner
 from prairie.engine.sampler import Sampled, Sampler
 from prairie.engine.scheduler import Scheduler, Step
 from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError
+from prairie.models.rope import alike, depends_on_length
 from prairie.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device))
+        self._turns_by_length = depends_on_length(config)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self.prompt_tokens = 0
@@ -230,12 +232,17 @@ class Engine:
             max_length=min(len(request.prompt_ids) + params.max_tokens, self.max_context),
             stop_ids=frozenset(stop_ids),
             stream=TextStream(self.tokenizer, params.stop) if request.stream or params.stop else None,
-            root_hash=root_hash(self.weights_hash, request.adapter, self.template.hash, request.salt),
+            root_hash=self._root_hash(request, len(request.prompt_ids)),
             lora=self.adapters[request.adapter] if request.adapter is not None else None,
         )
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
+
+    def _root_hash(self, request: Request, length: int) -> bytes:
+        """Of a row of this length: where rotary positions depend on it, so do the keys and values of all its tokens."""
+        turned_as = alike(self.model.config, length)
+        return root_hash(self.weights_hash, request.adapter, self.template.hash, request.salt, turned_as)
 
     def _check(self, request: Request) -> None:
         prompt, vocab_size = request.prompt_ids, self.model.config.vocab_size
@@ -302,6 +309,10 @@ class Engine:
                 reason = "length"
         if reason is not None:
             return self._finish(sequence, reason, delta, [token], [logprob])
+        root = self._root_hash(sequence.request, len(sequence.ids)) if self._turns_by_length else sequence.root_hash
+        if root != sequence.root_hash:
+            sequence.root_hash = root
+            self.scheduler.recompute(sequence)
         if not sequence.request.stream:
             return None
         return Output(sequence.request.id, delta, [token], [logprob])

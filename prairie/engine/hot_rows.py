@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prairie.ops.attention import CAUSAL, Sight
+from prairie.ops.elementwise import softcap
+
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
 
@@ -104,22 +107,35 @@ class HotView:
         """(S*K,) where the new tokens go in a layer seen as (rows * K * capacity, D)."""
         self.full = len(rows) == R and bool((rows == np.arange(R)).all())
         """Every row has a token, in the order of the rows."""
-        hidden = np.zeros((R, L), dtype=bool)
-        hidden[rows] = np.arange(L) >= context[:, None]
-        self.mask_RL = torch.zeros(R, L).masked_fill_(torch.from_numpy(hidden), float("-inf"))
-        self.mask: Tensor | None = None
+        self.last_R = torch.full((R,), L)
+        """The place of each row's new token; of rows without one, such that nothing they see matters."""
+        self.last_R[self.rows_S] = torch.from_numpy(context) - 1
+        self.masks: dict[Sight, Tensor] = {}
 
-    def __call__(self, layer: int, q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_SHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
         """Stores the keys and values of the new tokens; (S, H, D) what they see."""
         (R, L), (H, D) = self.shape, q_SHD.shape[1:]
         keys, values = self.hot.keys[layer], self.hot.values[layer]
         keys.view(-1, D).index_copy_(0, self.places, k_SKD.reshape(-1, D))
         values.view(-1, D).index_copy_(0, self.places, v_SKD.reshape(-1, D))
         K, G = keys.shape[1], H // keys.shape[1]
-        if self.mask is None:
-            self.mask = self.mask_RL[:, None, None, :].expand(R, K, G, L).reshape(R * K, G, L)
+        mask = self._mask(sight.within(L), K, G)
         q_RHD = q_SHD if self.full else q_SHD.new_zeros(R, H, D).index_copy_(0, self.rows_S, q_SHD)
         keys_, values_ = (x[:R].flatten(0, 1)[:, :L] for x in (keys, values))
-        scores = torch.baddbmm(self.mask, q_RHD.reshape(R * K, G, D), keys_.transpose(1, 2), alpha=D**-0.5)
+        q = q_RHD.reshape(R * K, G, D)
+        if sight.softcap:
+            scores = softcap(torch.bmm(q, keys_.transpose(1, 2)) * D**-0.5, sight.softcap).add_(mask)
+        else:
+            scores = torch.baddbmm(mask, q, keys_.transpose(1, 2), alpha=D**-0.5)
         o_RHD = torch.bmm(scores.softmax(-1), values_).view(R, H, D)
         return o_RHD if self.full else o_RHD.index_select(0, self.rows_S)
+
+    def _mask(self, sight: Sight, K: int, G: int) -> Tensor:
+        """(R * K, G, L) added to the scores, 0 or -inf."""
+        if sight not in self.masks:
+            R, L = self.shape
+            unseen_RL = ~sight.visible(self.last_R[:, None], torch.arange(L))
+            unseen_RL[self.last_R == L] = False  # a softmax over nothing would be no number
+            mask_RL = torch.zeros(R, L).masked_fill_(unseen_RL, float("-inf"))
+            self.masks[sight] = mask_RL[:, None, None, :].expand(R, K, G, L).reshape(R * K, G, L)
+        return self.masks[sight]

@@ -25,9 +25,10 @@ from prairie.engine.hot_rows import HotRows
 from prairie.engine.request import Sequence
 
 
-def root_hash(weights_hash: str, adapter_hash: str | None, template_hash: str, salt: str) -> bytes:
-    """Where a block chain starts: everything but the tokens that shapes keys and values."""
-    return sha256(repr((weights_hash, adapter_hash, template_hash, salt)).encode()).digest()
+def root_hash(weights_hash: str, adapter_hash: str | None, template_hash: str, salt: str, turned_as: int = 0) -> bytes:
+    """Where a block chain starts: everything but the tokens that shapes keys and values. `turned_as` as in
+    `models.rope.alike`."""
+    return sha256(repr((weights_hash, adapter_hash, template_hash, salt, turned_as)).encode()).digest()
 
 
 class BlockPool:

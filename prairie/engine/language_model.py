@@ -36,7 +36,6 @@ from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of, load_model, read_manifest
 from prairie.ops.attention import PackedDocuments
-from prairie.ops.loss import linear_logprobs
 from prairie.runtime import Runtime
 
 Conversation = Seq[Message | Mapping[str, Any]]
@@ -166,7 +165,7 @@ class LanguageModel:
         self._check_ids(tokens_T, len(rendered.ids))
         places = torch.tensor(learnt, device=tokens_T.device)
         hidden_ND = self._hidden(tokens_T, [len(rendered.ids)])[places - 1]
-        values: list[float] = linear_logprobs(hidden_ND, self.model.head_weight, tokens_T[places]).tolist()
+        values: list[float] = self.model.logprobs(hidden_ND, tokens_T[places]).tolist()
         return values
 
     def embed(self, texts: str | Seq[str]) -> Tensor:

@@ -11,7 +11,7 @@ of a part; H heads, K kv heads, G = H/K, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,30 +19,43 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prairie.engine.kv_cache import KVCache
-from prairie.ops.attention import PackedDocuments
+from prairie.ops.attention import CAUSAL, PackedDocuments, Sight
+from prairie.ops.elementwise import softcap
 
 BUCKET_SLACK = 1024
 """Padded keys that cost less than the calls of one more bucket (measured: about 50 us a layer on one core)."""
 
 
-Part = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""How some of the step's tokens look back: (layer, q_MHD, k_MKD, v_MKD) -> o_MHD. The pool holds the new keys and
-values already."""
+class Part(Protocol):
+    """How some of the step's tokens look back. The pool holds the new keys and values already."""
+
+    def __call__(self, layer: int, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, sight: Sight, /) -> Tensor:
+        """(M, H, D)"""
+        ...
 
 
 class PagedAttend:
     """`ops.attention.Attend` over the paged cache: stores the step's keys and values, then every token looks back.
 
     `rows`, `starts`, `counts` (S,): sequence s brings its tokens starts[s] .. starts[s] + counts[s], in this order.
+    `lengths` (S,): the tokens of each sequence that are known, those of later steps included.
     """
 
-    def __init__(self, cache: KVCache, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        lengths: np.ndarray | None = None,
+    ) -> None:
         self.cache = cache
         size = cache.block_size
         first = np.cumsum(counts) - counts
         of = np.repeat(np.arange(len(counts)), counts)
         positions = starts[of] + np.arange(len(of)) - first[of]
         slots = cache.tables[rows[of], positions // size] * size + positions % size
+        self.lengths_N = (starts + counts if lengths is None else lengths)[of]
         self.positions_N = torch.from_numpy(positions).to(cache.device)
         self.slots_N = torch.from_numpy(slots).to(cache.device)
         self.parts: list[tuple[Tensor | slice, Part]] = []
@@ -65,16 +78,20 @@ class PagedAttend:
             for members in _split(rest, counts[rest], (starts + counts)[rest]):
                 add(members, Bucket(cache, rows[members], starts[members], counts[members]))
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    @property
+    def row_lengths_N(self) -> Tensor:
+        return torch.from_numpy(self.lengths_N).to(self.cache.device)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
         """(N, H, D); keys and values of the N tokens are in the cache afterwards."""
         keys, values = self.cache.by_slot[layer]
         keys.index_copy_(0, self.slots_N, k_NKD)
         values.index_copy_(0, self.slots_N, v_NKD)
         if len(self.parts) == 1:
-            return self.parts[0][1](layer, q_NHD, k_NKD, v_NKD)
+            return self.parts[0][1](layer, q_NHD, k_NKD, v_NKD, sight)
         o_NHD = torch.empty_like(q_NHD)
         for tokens, part in self.parts:
-            o_NHD[tokens] = part(layer, q_NHD[tokens], k_NKD[tokens], v_NKD[tokens])
+            o_NHD[tokens] = part(layer, q_NHD[tokens], k_NKD[tokens], v_NKD[tokens], sight)
         return o_NHD
 
 
@@ -89,12 +106,9 @@ class Bucket:
         blocks = cache.tables[rows, : -(-L // cache.block_size)]
         self.blocks = torch.from_numpy(blocks.ravel()).to(device)
         offsets = np.minimum(np.arange(n), counts[:, None] - 1)
-        hidden = np.arange(L) > (starts[:, None] + offsets)[:, :, None]
-        self.mask: Tensor | None = None
-        """(B, 1, 1 or G, n, L) added to the scores, 0 or -inf; G is put in at the first layer."""
-        if hidden.any():
-            additive = torch.zeros((B, 1, 1, n, L), dtype=cache.store.dtype)
-            self.mask = additive.masked_fill_(torch.from_numpy(hidden)[:, None, None], float("-inf")).to(device)
+        self.places_Bn = torch.from_numpy(starts[:, None] + offsets)
+        self.masks: dict[tuple[Sight, int], Tensor | None] = {}
+        """What `_mask` has made."""
         self.padded: Tensor | None = None
         """(B*n,) the token behind each place, the last of a sequence again for its padding; None: there is none."""
         self.real: Tensor | None = None
@@ -104,7 +118,7 @@ class Bucket:
             self.padded = torch.from_numpy((first[:, None] + offsets).ravel()).to(device)
             self.real = torch.from_numpy(np.flatnonzero(np.arange(n) < counts[:, None])).to(device)
 
-    def __call__(self, layer: int, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_MHD: Tensor, k_MKD: Tensor, v_MKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
         """(M, H, D). The G heads that share a kv head stand as extra queries: nothing is repeated."""
         (B, n, L), (H, D) = self.shape, q_MHD.shape[1:]
         keys, values = self.cache.by_block[layer]
@@ -115,12 +129,28 @@ class Bucket:
         )
         q = q_MHD if self.padded is None else q_MHD.index_select(0, self.padded)
         q = q.reshape(B, n, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * n, D)
-        if self.mask is not None and self.mask.shape[2] != G:
-            self.mask = self.mask.expand(B, 1, G, n, L).contiguous()
-        mask = None if self.mask is None else self.mask.view(B, 1, G * n, L)
-        o = scaled_dot_product_attention(q, k_BKLD, v_BKLD, attn_mask=mask)
+        mask = self._mask(sight.within(L), G)
+        if sight.softcap:
+            scores = softcap(q @ k_BKLD.mT * D**-0.5, sight.softcap)
+            scores = scores if mask is None else scores + mask
+            o = scores.float().softmax(-1).to(q.dtype) @ v_BKLD
+        else:
+            o = scaled_dot_product_attention(q, k_BKLD, v_BKLD, attn_mask=mask)
         o = o.view(B, K, G, n, D).permute(0, 3, 1, 2, 4).reshape(B * n, H, D)
         return o if self.real is None else o.index_select(0, self.real)
+
+    def _mask(self, sight: Sight, G: int) -> Tensor | None:
+        """(B, 1, G * n, L) added to the scores, 0 or -inf; None if all is seen."""
+        if (sight, G) not in self.masks:
+            B, n, L = self.shape
+            unseen_BnL = ~sight.visible(self.places_Bn[:, :, None], torch.arange(L))
+            mask = None
+            if unseen_BnL.any():
+                additive = torch.zeros((B, 1, 1, n, L), dtype=self.cache.store.dtype)
+                additive.masked_fill_(unseen_BnL[:, None, None], float("-inf"))
+                mask = additive.expand(B, 1, G, n, L).reshape(B, 1, G * n, L).to(self.cache.device)
+            self.masks[sight, G] = mask
+        return self.masks[sight, G]
 
 
 def _split(members: np.ndarray, counts: np.ndarray, context: np.ndarray) -> list[np.ndarray]:

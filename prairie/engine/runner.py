@@ -27,7 +27,8 @@ class Runner:
         """Computes a step. Returns which of its sequences got a token, and these tokens."""
         for sequence in step.seated:
             self.sampler.seat(sequence)
-        attend = PagedAttend(self.cache, step.rows, step.starts, step.counts)
+        lengths = np.array([len(sequence.ids) for sequence in step.sequences], dtype=np.int64)
+        attend = PagedAttend(self.cache, step.rows, step.starts, step.counts, lengths)
         tokens: list[int] = []
         ready: list[int] = []
         for number, sequence in enumerate(step.sequences):

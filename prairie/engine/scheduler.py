@@ -60,6 +60,12 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def recompute(self, sequence: Sequence) -> None:
+        """Nothing that the cache holds of this running sequence is true any more: it begins again at the next step."""
+        self._unseat(sequence)
+        sequence.block_hashes.clear()
+        self.waiting.appendleft(sequence)
+
     def schedule(self) -> Step | None:
         """The next step; None if nothing is left to do."""
         generating = [s for s in self.running if len(s.ids) - s.computed == 1]

@@ -1,22 +1,40 @@
-"""What a Transformer is made of, as one frozen value. Not here: how a `config.json` says it (`families`)."""
+"""What a Transformer is made of, as one frozen value. Not here: how a `config.json` says it (`families`).
+
+Every difference between two families that changes the arithmetic is a field; the defaults are Llama's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from prairie.errors import ModelError
+from prairie.ops.elementwise import ACTIVATIONS
+
+NormKind = Literal["rms", "layer"]
+NormAt = Literal["input", "output", "both", "sum"]
+QKNorm = Literal["", "head", "width"]
+Positions = Literal["rotary", "learned", "none"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for a longer context; `kind` is "linear" or "llama3"."""
+    """How rotary frequencies are stretched for a longer context; the rules are in `rope`."""
 
     kind: str
-    factor: float
+    """linear, dynamic, llama3, yarn or longrope"""
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_context: int = 8192
+    """The context before the stretch; linear does not need it."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    magnitude: float = 1.0
+    """Turned queries and keys are this much longer (yarn, longrope)."""
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class ModelConfig:
     head_dim: int = 0
     """0 means dim / heads."""
     max_context: int = 2048
+    """Tokens that a row may have, the stretch of `rope_scaling` included."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -39,13 +58,63 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm = ""
+    """Queries and keys are normed: each head by itself (Qwen3), or all heads of a token together (OLMo-2)."""
     family: str = "llama"
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
     pad_id: int | None = None
     labels: tuple[str, ...] = ()
     """Names of the scores that the model ends in instead of a vocabulary: classes, or one reward."""
+
+    # ---- norms
+    norm: NormKind = "rms"
+    norm_bias: bool = False
+    norm_offset: bool = False
+    """The weight is stored as its distance from 1 (Gemma)."""
+    norm_at: NormAt = "input"
+    """Of attention and MLP: their inputs (Llama), their outputs (OLMo-2), both (Gemma 2), or the residual sum after
+    them (the first Transformer, BERT)."""
+    embed_norm: bool = False
+    final_norm: bool = True
+
+    # ---- positions
+    positions: Positions = "rotary"
+    rotary_dim: int = 0
+    """Columns of a head that turn, the first ones; 0 means all of `head_dim`."""
+    nope_layers: tuple[int, ...] = ()
+    """Layers without positions."""
+    window_rope_theta: float = 0.0
+    """Above 0: layers with a window turn by this theta, unscaled (Gemma 3)."""
+
+    # ---- attention
+    causal: bool = True
+    windows: tuple[int, ...] = ()
+    """For each layer how many tokens one sees, itself included; 0 means all. Empty: no layer has a window."""
+    attention_scale: float = 0.0
+    """What products of queries and keys are multiplied with; 0 means 1 / sqrt(head_dim)."""
+    attention_softcap: float = 0.0
+    """Above 0: scores are cap * tanh(scores / cap) (Gemma 2)."""
+
+    # ---- MLP
+    gated: bool = True
+    activation: str = "silu"
+    """A key of `ops.elementwise.ACTIVATIONS`."""
+    experts: int = 0
+    """Above 0: that many MLPs, of which a router picks `experts_per_token` (mixture of experts)."""
+    experts_per_token: int = 0
+    expert_ffn_dim: int = 0
+    expert_weights_sum_to_one: bool = False
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have a plain MLP of `ffn_dim` all the same."""
+
+    # ---- sums
+    parallel_residual: bool = False
+    """Attention and MLP read the same input (NeoX)."""
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         if self.head_dim == 0:
@@ -54,19 +123,47 @@ class ModelConfig:
                     "the model's width is no multiple of its heads", got=f"dim {self.dim}, heads {self.heads}"
                 )
             object.__setattr__(self, "head_dim", self.dim // self.heads)
-        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "head_dim", "max_context"):
+        if self.rotary_dim == 0:
+            object.__setattr__(self, "rotary_dim", self.head_dim)
+        if not any(self.windows):
+            object.__setattr__(self, "windows", ())
+        sizes = ["vocab_size", "dim", "layers", "heads", "kv_heads", "ffn_dim", "head_dim", "max_context"]
+        if self.experts:
+            sizes += ["experts", "experts_per_token", "expert_ffn_dim"]
+        for name in sizes:
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelError(f"{name} of a model must be a whole number above 0", got=repr(value))
+        for name, kinds in (("norm", NormKind), ("norm_at", NormAt), ("qk_norm", QKNorm), ("positions", Positions)):
+            if getattr(self, name) not in get_args(kinds):
+                raise ModelError(
+                    f"{name} of a model is of no known kind", got=repr(getattr(self, name)), wanted=get_args(kinds)
+                )
         if self.heads % self.kv_heads:
             raise ModelError(
                 "query heads cannot share key heads evenly",
                 got=f"heads {self.heads}, kv_heads {self.kv_heads}",
                 wanted="heads to be a multiple of kv_heads",
             )
-        if self.head_dim % 2:
+        if self.positions == "rotary" and (self.rotary_dim % 2 or self.head_dim % 2):
             raise ModelError(
-                "rotary positions turn pairs of columns", got=f"head_dim {self.head_dim}", wanted="an even one"
+                "rotary positions turn pairs of columns",
+                got=f"head_dim {self.head_dim}, of which {self.rotary_dim} turn",
+                wanted="an even one",
+            )
+        if self.rotary_dim > self.head_dim:
+            raise ModelError("more columns turn than a head has", got=self.rotary_dim, wanted=self.head_dim)
+        if self.windows and len(self.windows) != self.layers:
+            raise ModelError("not every layer has its window", got=len(self.windows), wanted=f"{self.layers} layers")
+        if self.activation not in ACTIVATIONS:
+            raise ModelError(
+                "the activation is not known here", got=self.activation, wanted="one of " + ", ".join(ACTIVATIONS)
+            )
+        if self.experts_per_token > self.experts:
+            raise ModelError(
+                "a token cannot have more experts than there are",
+                got=self.experts_per_token,
+                wanted=f"at most {self.experts}",
             )
 
     @property
@@ -81,19 +178,50 @@ class ModelConfig:
     def qkv_dim(self) -> int:
         return self.q_dim + 2 * self.kv_dim
 
+    def window(self, layer: int) -> int:
+        """Tokens that one of this layer sees, itself included; 0 means all."""
+        return self.windows[layer] if self.windows else 0
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts > 0 and layer not in self.dense_layers
+
     def parameters(self) -> int:
         """Numbers in all weights; tied embeddings count once."""
-        attention = self.qkv_dim * self.dim + self.dim * self.q_dim
-        attention += self.qkv_dim * self.qkv_bias + self.dim * self.o_bias + 2 * self.head_dim * self.qk_norm
-        mlp = 3 * self.dim * self.ffn_dim + (2 * self.ffn_dim + self.dim) * self.mlp_bias
-        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings or self.labels else 2)
-        return self.layers * (attention + mlp + 2 * self.dim) + embeddings + self.dim + len(self.labels) * self.dim
+        vectors = 1 + self.norm_bias  # of one norm, in widths
+        norms = {"input": 2, "output": 2, "both": 4, "sum": 2}[self.norm_at]
+        total = self.layers * (self._attention_matrices() + norms * vectors * self.dim)
+        total += self.layers * (self.qkv_dim * self.qkv_bias + self.dim * self.o_bias)
+        qk_norms = {"": 0, "head": 2 * self.head_dim, "width": self.q_dim + self.kv_dim}[self.qk_norm]
+        total += self.layers * qk_norms * vectors
+        for layer in range(self.layers):
+            if self.has_experts(layer):
+                total += self.experts * (self._mlp_matrices(self.expert_ffn_dim) + self.dim)
+            else:
+                biases = (1 + self.gated) * self.ffn_dim + self.dim
+                total += self._mlp_matrices(self.ffn_dim) + biases * self.mlp_bias
+        total += (self.embed_norm + self.final_norm) * vectors * self.dim
+        total += self.max_context * self.dim * (self.positions == "learned")
+        total += len(self.labels) * self.dim
+        return total + self.vocab_size * self.dim * (1 if self.tie_embeddings or self.labels else 2)
 
     def flops_per_token(self, context: int) -> float:
         """Training operations (forward and backward) per token in rows of `context` tokens.
 
-        6 per weight that multiplies, plus causal attention (PaLM's formula, arXiv 2204.02311, halved by the mask).
+        6 per weight that multiplies, plus causal attention (PaLM's formula, arXiv 2204.02311, halved by the mask); of
+        experts only those that a token is sent to.
         """
-        matrices = self.layers * (self.qkv_dim * self.dim + self.dim * self.q_dim + 3 * self.dim * self.ffn_dim)
+        matrices = self.layers * self._attention_matrices()
         matrices += (0 if self.labels else self.vocab_size) * self.dim
-        return 6.0 * matrices + 6.0 * self.layers * self.q_dim * context
+        for layer in range(self.layers):
+            if self.has_experts(layer):
+                matrices += self.experts_per_token * self._mlp_matrices(self.expert_ffn_dim) + self.experts * self.dim
+            else:
+                matrices += self._mlp_matrices(self.ffn_dim)
+        seen = sum(min(context, self.window(layer) or context) for layer in range(self.layers))
+        return 6.0 * matrices + 6.0 * self.q_dim * seen * (1 if self.causal else 2)
+
+    def _attention_matrices(self) -> int:
+        return self.qkv_dim * self.dim + self.dim * self.q_dim
+
+    def _mlp_matrices(self, ffn_dim: int) -> int:
+        return (2 + self.gated) * self.dim * ffn_dim

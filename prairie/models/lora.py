@@ -27,7 +27,6 @@ from prairie.models.config import ModelConfig
 from prairie.models.families import Part, fused_parts
 from prairie.models.transformer import Transformer
 from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
-from prairie.ops.attention import pairs_together
 from prairie.ops.linear import add_lora
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -221,6 +220,7 @@ class LoRA(nn.Module):
                 if path in self.paths:
                     a_RI, b_OR = self.pair(path)
                     delta = (b_OR.float() @ a_RI.float()) * self.config.scale
+                    delta = delta.T if weight.transposed else delta
                     weight.put(weight.take(weights[weight.parameter]).float() + delta, weights[weight.parameter])
         return model
 
@@ -237,7 +237,7 @@ class LoRA(nn.Module):
 
     def _fused(self, layer: int, group: str, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
         """The pairs of a group as one pair: A stacked, B block-diagonal and scaled; kept while nobody trains it."""
-        pairs = [self._maybe_pair(f"model.layers.{layer}.{part.name}") for part in parts]
+        pairs = [self._maybe_pair(part.name) for part in parts]
         present = [pair for pair in pairs if pair is not None]
         if not present:
             return None
@@ -259,8 +259,7 @@ class LoRA(nn.Module):
             if pair is None:
                 columns.append(stacked[0].new_zeros(part.outputs, width))
                 continue
-            b_OR = pairs_together(pair[1], part.paired) if part.paired else pair[1]
-            columns.append(F.pad(b_OR, (left, width - left - self.config.rank)))
+            columns.append(F.pad(part.to_ours(pair[1]), (left, width - left - self.config.rank)))
             left += self.config.rank
         b_OR = torch.cat(columns) if len(columns) > 1 else columns[0]
         return torch.cat(stacked) if len(stacked) > 1 else stacked[0], b_OR * self.config.scale
@@ -293,7 +292,7 @@ class LoRA(nn.Module):
 
 def _targets_of(config: ModelConfig, targets: Literal["all-linear"] | Sequence[str]) -> dict[str, Part]:
     """Paths of the linear layers that `targets` names, in layer order."""
-    parts = [part for group in fused_parts(config).values() for part in group]
+    parts = [part for block in fused_parts(config) for group in block.values() for part in group]
     known = {part.name.rsplit(".", 1)[-1] for part in parts}
     names = known if targets == "all-linear" else set(targets)
     if unknown := names - known:
@@ -302,12 +301,7 @@ def _targets_of(config: ModelConfig, targets: Literal["all-linear"] | Sequence[s
             got=", ".join(sorted(unknown)),
             wanted="all-linear or some of " + ", ".join(sorted(known)),
         )
-    return {
-        f"model.layers.{layer}.{part.name}": part
-        for layer in range(config.layers)
-        for part in parts
-        if part.name.rsplit(".", 1)[-1] in names
-    }
+    return {part.name: part for part in parts if part.name.rsplit(".", 1)[-1] in names}
 
 
 def _name_of(path: str, letter: str) -> str:

@@ -1,9 +1,10 @@
-"""The decoder: one definition for training and serving and for every family of the table.
+"""The Transformer: one definition for training and serving and for every family of the table.
 
 It works on flat tokens and knows neither rows nor caches: an `Attend` object does positions and attention. Adapters
 stand outside; their deltas are added to the outputs of the linear layers they name. Weights that read the same input
 are fused (q, k, v; gate, up); the names on disk stay Hugging Face's (`families.weight_table`).
-Not here: losses (`ops.loss`), files (`weights`).
+What differs between families is a field of `ModelConfig`, and a weight that a family does not have is None.
+Not here: losses (`ops.loss`), rotary frequencies (`rope`), files (`weights`).
 
 Legend: N tokens of all rows, D width, H query heads, K key/value heads, V vocabulary.
 """
@@ -21,73 +22,92 @@ from torch import Tensor, nn
 
 from prairie.errors import ModelError
 from prairie.models.config import ModelConfig
-from prairie.models.families import Part, Weight, fused_parts, weight_table
-from prairie.ops.attention import Attend, rotary_turns, rotate, split_and_rotate
-from prairie.ops.elementwise import rms_norm, swiglu
+from prairie.models.families import Part, Weight, block_norms, fused_parts, weight_table
+from prairie.models.rope import alike, depends_on_length, rope_frequencies, rope_magnitudes
+from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and_rotate
+from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
+from prairie.ops.experts import mix_experts, route
+from prairie.ops.loss import linear_cross_entropy, linear_logprobs
 
 if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
 
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """(D/2,) turns per token in radians, scaled as the config says ("llama3": Llama 3.1's rule, arXiv 2407.21783)."""
-    with torch.device("cpu"):  # also under "meta", where this would import torch's compiler and hold nothing
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    wavelengths = 2 * math.pi / frequencies
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_max_context / wavelengths - low) / (high - low)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+NORMS = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+RESIDUAL = ("o", "down", "experts_down")
+"""Weights whose products are added to the residual stream."""
 
 
 class Block(nn.Module):
-    """The weights of one layer; the arithmetic is in `Transformer.forward`, where it can be read in one go."""
+    """The weights of one layer, None where its family has none; the arithmetic is in `Transformer.forward`, where it
+    can be read in one go."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    qkv: nn.Parameter
+    o: nn.Parameter
+    up: nn.Parameter
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    router: nn.Parameter
+    experts_gate_up: nn.Parameter
+    experts_down: nn.Parameter
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         c = config
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape))
+        def add(name: str, *shape: int, bias: bool = False) -> None:
+            self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0])) if bias else None)
 
-        self.attention_norm = parameter(c.dim)
-        self.qkv = parameter(c.qkv_dim, c.dim)
-        self.qkv_bias = parameter(c.qkv_dim) if c.qkv_bias else None
-        self.q_norm = parameter(c.head_dim) if c.qk_norm else None
-        self.k_norm = parameter(c.head_dim) if c.qk_norm else None
-        self.o = parameter(c.dim, c.q_dim)
-        self.o_bias = parameter(c.dim) if c.o_bias else None
-        self.mlp_norm = parameter(c.dim)
-        self.gate_up = parameter(2 * c.ffn_dim, c.dim)
-        self.gate_up_bias = parameter(2 * c.ffn_dim) if c.mlp_bias else None
-        self.down = parameter(c.dim, c.ffn_dim)
-        self.down_bias = parameter(c.dim) if c.mlp_bias else None
+        norms = block_norms(c)
+        for name in NORMS:
+            if name in norms:
+                add(name, c.dim, bias=c.norm_bias)
+            else:
+                self.register_parameter(name, None)
+        add("qkv", c.qkv_dim, c.dim, bias=c.qkv_bias)
+        if c.qk_norm:
+            whole = c.qk_norm == "width"
+            add("q_norm", c.q_dim if whole else c.head_dim, bias=c.norm_bias)
+            add("k_norm", c.kv_dim if whole else c.head_dim, bias=c.norm_bias)
+        add("o", c.dim, c.q_dim, bias=c.o_bias)
+        self.has_experts = c.has_experts(layer)
+        if self.has_experts:
+            add("router", c.experts, c.dim)
+            add("experts_gate_up", c.experts, 2 * c.expert_ffn_dim, c.dim)
+            add("experts_down", c.experts, c.dim, c.expert_ffn_dim)
+        else:
+            add("gate_up" if c.gated else "up", (1 + c.gated) * c.ffn_dim, c.dim, bias=c.mlp_bias)
+            add("down", c.dim, c.ffn_dim, bias=c.mlp_bias)
 
 
 class Transformer(nn.Module):
-    """A decoder that ends in a vocabulary, or (`config.labels`) in scores of a whole row.
+    """A model that ends in a vocabulary, or (`config.labels`) in scores of a whole row.
 
     Parameters are not set until `init_weights` or `weights.load_model`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.Parameter(torch.empty(config.dim))
-        untied = not config.tie_embeddings and not config.labels
-        self.head = nn.Parameter(torch.empty(config.vocab_size, config.dim)) if untied else None
-        self.score = nn.Parameter(torch.empty(len(config.labels), config.dim)) if config.labels else None
-        self.parts: dict[str, tuple[Part, ...]] = fused_parts(config)
-        self.table: list[Weight] = weight_table(config)
-        self.frequencies = rope_frequencies(config)
+        c = self.config = config
+
+        def norm(wanted: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(c.dim)) if wanted else None
+
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.dim))
+        self.positions = nn.Parameter(torch.empty(c.max_context, c.dim)) if c.positions == "learned" else None
+        self.embed_norm, self.embed_norm_bias = norm(c.embed_norm), norm(c.embed_norm and c.norm_bias)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
+        self.norm, self.norm_bias = norm(c.final_norm), norm(c.final_norm and c.norm_bias)
+        untied = not c.tie_embeddings and not c.labels
+        self.head = nn.Parameter(torch.empty(c.vocab_size, c.dim)) if untied else None
+        self.score = nn.Parameter(torch.empty(len(c.labels), c.dim)) if c.labels else None
+        self.parts: list[dict[str, tuple[Part, ...]]] = fused_parts(c)
+        self.table: list[Weight] = weight_table(c)
+        self.sights = [Sight(c.causal, c.window(layer), c.attention_softcap) for layer in range(c.layers)]
+        self.query_scale = c.attention_scale * math.sqrt(c.head_dim) if c.attention_scale else 1.0
+        """What queries are multiplied with, as an `Attend` divides products by sqrt(head_dim)."""
+        self.ropes = [self._rope_of(layer) for layer in range(c.layers)]
+        self.frequencies = {rope: rope_frequencies(c, window=rope == "window") for rope in set(self.ropes) if rope}
         self.loaded_hashes: tuple[str, str] | None = None
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
@@ -98,25 +118,45 @@ class Transformer(nn.Module):
         """
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         residual_share = 1 / math.sqrt(2 * self.config.layers)
+        neutral = 0.0 if self.config.norm_offset else 1.0
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 kind = name.rsplit(".", 1)[-1]
                 if parameter.ndim == 1:
-                    parameter.fill_(0.0 if kind.endswith("bias") else 1.0)
+                    parameter.fill_(0.0 if kind.endswith("bias") else neutral)
                 else:
-                    std = (residual_share if kind in ("o", "down") else 1.0) / math.sqrt(parameter.shape[1])
+                    std = (residual_share if kind in RESIDUAL else 1.0) / math.sqrt(parameter.shape[-1])
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
         return self
 
+    # ---- from hidden states to the vocabulary
+
     @property
     def head_weight(self) -> Tensor:
-        """(V, D) the matrix that turns hidden states into logits: the embedding when tied. Raises ModelError for a
-        model of scores."""
+        """(V, D) the matrix that turns hidden states into logits: the embedding when tied. Logits and losses are asked
+        of the methods below, which know what else belongs to them. Raises ModelError for a model of scores."""
         if self.score is not None:
             raise ModelError(
                 "this model gives scores, not text", got=", ".join(self.config.labels), wanted="a language model"
             )
         return self.embed if self.head is None else self.head
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V)."""
+        logits_NV = F.linear(hidden_ND, self.head_weight)
+        return softcap(logits_NV, self.config.logit_softcap) if self.config.logit_softcap else logits_NV
+
+    def cross_entropy(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """SUM over supervised tokens of -log p(label), a float32 scalar; see `ops.loss.linear_cross_entropy`."""
+        return linear_cross_entropy(hidden_ND, self._head(), labels_N, softcap=self.config.logit_softcap)
+
+    def logprobs(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """(N,) float32 log p(label) of every token, 0 where it is not supervised."""
+        return linear_logprobs(hidden_ND, self._head(), labels_N, softcap=self.config.logit_softcap)
+
+    def _head(self) -> Tensor:
+        """Without a gradient where none is asked for: it would be as large as the vocabulary."""
+        return self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
 
     def scores(self, hidden_RD: Tensor) -> Tensor:
         """(R, L) float32 scores of rows, from the hidden state of each row's last token (where Hugging Face's
@@ -139,46 +179,111 @@ class Transformer(nn.Module):
             setattr(scored.get_submodule(owner), last, mine[name])
         return scored
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V)."""
-        return F.linear(hidden_ND, self.head_weight)
+    # ---- from tokens to hidden states
+
+    @property
+    def prefixes_stand_alone(self) -> bool:
+        """Whether a token's hidden state depends on nothing behind it, not even on how much there is."""
+        return self.config.causal and not depends_on_length(self.config)
 
     def forward(self, tokens_N: Tensor, attend: Attend, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """hidden_ND after the final norm, of flat tokens whose context `attend` knows."""
         c = self.config
-        turns = rotary_turns(attend.positions_N, self.frequencies.to(tokens_N.device))
-        x_ND = F.embedding(tokens_N, self.embed)
+        turns = {rope: self._turns(rope, attend) for rope in self.frequencies}
+        x_ND = self._embedded(tokens_N, attend.positions_N)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            y_ND = rms_norm(x_ND, block.attention_norm, c.norm_eps)
-            qkv = self._linear(y_ND, block.qkv, block.qkv_bias, index, "qkv", adapters)
-            o_NHD = attend(index, *self._heads(qkv, block, turns))
-            x_ND = x_ND + self._linear(o_NHD.flatten(1), block.o, block.o_bias, index, "o", adapters)
-            y_ND = rms_norm(x_ND, block.mlp_norm, c.norm_eps)
-            gate_up = self._linear(y_ND, block.gate_up, block.gate_up_bias, index, "gate_up", adapters)
-            x_ND = x_ND + self._linear(swiglu(gate_up), block.down, block.down_bias, index, "down", adapters)
-        return rms_norm(x_ND, self.norm, c.norm_eps)
+            y_ND = self._normed(x_ND, block, "attention_norm")
+            qkv = self._linear(y_ND, block, index, "qkv", adapters)
+            o_NHD = attend(index, *self._heads(qkv, block, turns.get(self.ropes[index])), self.sights[index])
+            a_ND = self._linear(o_NHD.flatten(1), block, index, "o", adapters)
+            if c.parallel_residual:
+                a_ND = a_ND + self._mlp(self._normed(x_ND, block, "mlp_norm"), block, index, adapters)
+                x_ND = x_ND + a_ND
+                continue
+            x_ND = self._added(x_ND, a_ND, block, "attention_out_norm")
+            y_ND = self._normed(x_ND, block, "mlp_norm")
+            x_ND = self._added(x_ND, self._mlp(y_ND, block, index, adapters), block, "mlp_out_norm")
+        x_ND = self._normed(x_ND, self, "norm")
+        return x_ND if c.logit_scale == 1.0 else x_ND * c.logit_scale
 
-    def _heads(self, qkv: Tensor, block: Block, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _embedded(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+        x_ND = F.embedding(tokens_N, self.embed)
+        if self.config.embed_scale != 1.0:  # rounded to the dtype of x, as the families that scale were trained
+            x_ND = x_ND * torch.tensor(self.config.embed_scale, dtype=x_ND.dtype)
+        if self.positions is not None:
+            x_ND = x_ND + F.embedding(positions_N, self.positions)
+        return self._normed(x_ND, self, "embed_norm")
+
+    def _heads(self, qkv: Tensor, block: Block, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q_NHD and k_NKD at their positions, normed before if the family does so, and v_NKD."""
         c = self.config
-        if block.q_norm is None or block.k_norm is None:
-            return split_and_rotate(qkv, c.heads, c.kv_heads, turns)
-        q_NHD, k_NKD, v_NKD = qkv.view(len(qkv), -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], 1)
-        q_NHD, k_NKD = rms_norm(q_NHD, block.q_norm, c.norm_eps), rms_norm(k_NKD, block.k_norm, c.norm_eps)
-        return rotate(q_NHD, turns), rotate(k_NKD, turns), v_NKD
+        if not c.qk_norm and turns is not None:
+            q_NHD, k_NKD, v_NKD = split_and_rotate(qkv, c.heads, c.kv_heads, turns)
+        else:
+            q, k, v = qkv.split([c.q_dim, c.kv_dim, c.kv_dim], 1)
+            if c.qk_norm == "width":
+                q, k = self._normed(q, block, "q_norm"), self._normed(k, block, "k_norm")
+            q_NHD, k_NKD, v_NKD = (x.view(len(x), -1, c.head_dim) for x in (q, k, v))
+            if c.qk_norm == "head":
+                q_NHD, k_NKD = self._normed(q_NHD, block, "q_norm"), self._normed(k_NKD, block, "k_norm")
+            if turns is not None:
+                q_NHD, k_NKD = rotate(q_NHD, turns), rotate(k_NKD, turns)
+        return q_NHD if self.query_scale == 1.0 else q_NHD * self.query_scale, k_NKD, v_NKD
 
-    def _linear(
-        self,
-        x_NI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        layer: int,
-        group: str,
-        adapters: Sequence[AdapterRows],
-    ) -> Tensor:
+    def _mlp(self, y_ND: Tensor, block: Block, index: int, adapters: Sequence[AdapterRows]) -> Tensor:
+        c = self.config
+        if block.has_experts:
+            chosen = route(F.linear(y_ND, block.router), c.experts_per_token, c.expert_weights_sum_to_one)
+            return mix_experts(y_ND, *chosen, block.experts_gate_up, block.experts_down, c.activation)
+        if c.gated:
+            inner = gated(self._linear(y_ND, block, index, "gate_up", adapters), c.activation)
+        else:
+            inner = ACTIVATIONS[c.activation](self._linear(y_ND, block, index, "up", adapters))
+        return self._linear(inner, block, index, "down", adapters)
+
+    def _added(self, x_ND: Tensor, y_ND: Tensor, block: Block, norm: str) -> Tensor:
+        """The residual stream with what a layer adds; `norm` is of the addition, or of the sum."""
+        c = self.config
+        if c.norm_at == "sum":
+            return self._normed(x_ND + y_ND, block, norm)
+        y_ND = self._normed(y_ND, block, norm)
+        return x_ND + (y_ND if c.residual_scale == 1.0 else y_ND * c.residual_scale)
+
+    def _normed(self, x: Tensor, owner: nn.Module, name: str) -> Tensor:
+        """x through the norm of this name; x itself where the family has none."""
+        c, weight = self.config, getattr(owner, name)
+        if weight is None:
+            return x
+        if c.norm == "layer":
+            return layer_norm(x, weight, getattr(owner, f"{name}_bias"), c.norm_eps)
+        return rms_norm(x, weight + 1.0 if c.norm_offset else weight, c.norm_eps)
+
+    def _linear(self, x_NI: Tensor, block: Block, layer: int, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
         """One fused linear layer with the deltas of the adapters that name it."""
-        y_NO = F.linear(x_NI, weight_OI, bias_O)
+        y_NO = F.linear(x_NI, getattr(block, group), getattr(block, f"{group}_bias"))
         for adapter in adapters:
-            y_NO = adapter.lora.add_to(y_NO, x_NI, layer, group, self.parts[group], adapter.rows)
+            y_NO = adapter.lora.add_to(y_NO, x_NI, layer, group, self.parts[layer][group], adapter.rows)
         return y_NO
+
+    # ---- positions
+
+    def _rope_of(self, layer: int) -> str:
+        """Which frequencies a layer turns by; none if it does not."""
+        c = self.config
+        if c.positions != "rotary" or layer in c.nope_layers:
+            return ""
+        return "window" if c.window_rope_theta and c.window(layer) else "all"
+
+    def _turns(self, rope: str, attend: Attend) -> Tensor:
+        """(N, 1, D/2) the rotation of each token."""
+        c, device = self.config, attend.positions_N.device
+        window = rope == "window"
+        frequencies = self.frequencies[rope]
+        if depends_on_length(c) and not window:
+            lengths, of_N = attend.row_lengths_N.unique(return_inverse=True)
+            rows = [rope_frequencies(c, alike(c, length)) for length in lengths.tolist()]
+            frequencies = torch.stack(rows)[of_N.cpu(), None]
+        magnitudes = rope_magnitudes(c, window)
+        magnitudes = magnitudes if magnitudes is None else magnitudes.to(device)
+        return rotary_turns(attend.positions_N, frequencies.to(device), magnitudes)

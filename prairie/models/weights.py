@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,33 +19,49 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prairie.errors import ModelError, PrairieError, StorageFullError
-from prairie.models.families import read_config, write_config
+from prairie.models.families import FAMILIES, Weight, read_config, write_config
 from prairie.models.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "prairie.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PIECE_BYTES = 16 << 20
+"""How much of a tensor is read at once."""
+MAPPED_BYTES = 64 << 20
+"""How much of a file may lie in memory before it is closed and opened anew: what was read counts as ours till then."""
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """sha256 (hex) over the sorted names with their dtypes, shapes and bytes."""
+    return _hash_of((name, state[name]) for name in sorted(state))
+
+
+def _hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Of tensors in the order of their names, one in memory at a time."""
     digest = hashlib.sha256()
-    for name in sorted(state):
-        _hash_tensor(digest, name, state[name])
+    for name, tensor in named:
+        digest.update(_title(name, tensor.dtype, tensor.shape))
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def named_state(model: Transformer) -> dict[str, Tensor]:
     """The model's weights under the names and in the layout of the file; views of the parameters where that is one."""
+    return dict(_each_named(model))
+
+
+def _each_named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """In the order of the names."""
     parameters = dict(model.named_parameters())
-    return {w.name: w.take(parameters[w.parameter].detach()) for w in model.table}
+    for weight in sorted(model.table):
+        yield weight.name, weight.take(parameters[weight.parameter].detach())
 
 
 def hash_of(model: Transformer) -> str:
     """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype), else
     theirs. Always computed anew: fused optimisers change weights without counting it in the tensor's version."""
-    found = weights_hash(named_state(model))
+    found = _hash_of(_each_named(model))
     if model.loaded_hashes is not None and model.loaded_hashes[1] == found:
         return model.loaded_hashes[0]
     return found
@@ -53,41 +70,36 @@ def hash_of(model: Transformer) -> str:
 def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transformer:
     """Reads `config.json` and the weights of a Hugging Face folder into a Transformer.
 
-    `dtype` None keeps the file's. Tensors are read one at a time. ModelError when a file is missing or damaged, when a
+    `dtype` None keeps the file's. Tensors are read in pieces, so that loading needs little more memory than the model
+    (tests/models/test_memory.py). ModelError when a file is missing or damaged, when a
     name or shape differs from what the config promises, or when `prairie.json` names other weights.
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     model_config = read_config(raw, str(folder / "config.json"))
     manifest = read_manifest(folder)
-    files = _files_of(folder)
     with torch.device("meta"):
         model = Transformer(model_config)
     expected = {w.name: w for w in model.table}
-    tied_copy = "lm_head.weight" if model_config.tie_embeddings and "lm_head.weight" in files else None
-    _check_names(folder, expected, {name for name in files if name != tied_copy})
+    names = FAMILIES[model_config.family].names
+    files = _without_bare_names(_files_of(folder), expected, names.prefix)
+    head, embed = f"{names.head}.weight", f"{names.embed}.weight"
+    tied_copy = head if model_config.tie_embeddings and head in files else None
+    _check_names(folder, expected, (n for n in files if n != tied_copy and not n.endswith(names.unused)))
     parameters: dict[str, Tensor] = {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     digest = hashlib.sha256()
     with _Shards(folder, files) as shards:
         for name in sorted(expected):
             weight = expected[name]
-            tensor = shards.read(name)
-            if tuple(tensor.shape) != weight.shape:
-                raise ModelError(
-                    f"{name} in {folder} does not fit config.json", got=tuple(tensor.shape), wanted=weight.shape
-                )
-            if tensor.dtype not in DTYPES:
-                raise ModelError(
-                    f"{name} in {folder} has an unsupported dtype",
-                    got=tensor.dtype,
-                    wanted="float32, bfloat16, float16",
-                )
-            _hash_tensor(digest, name, tensor)
+            kind = _checked_dtype(shards, weight, folder)
+            digest.update(_title(name, kind, weight.shape))
             if weight.parameter not in parameters:
-                parameters[weight.parameter] = torch.empty(shapes[weight.parameter], dtype=dtype or tensor.dtype)
-            weight.put(tensor, parameters[weight.parameter])
-        if tied_copy and not torch.equal(shards.read(tied_copy), shards.read("model.embed_tokens.weight")):
+                parameters[weight.parameter] = torch.empty(shapes[weight.parameter], dtype=dtype or kind)
+            for first, piece in shards.pieces(name):
+                digest.update(_bytes(piece))
+                weight.put(piece, parameters[weight.parameter], first)
+        if tied_copy and not shards.equal(tied_copy, embed):
             raise ModelError(
                 f"{folder} says its embeddings are tied but its lm_head differs from them",
                 mend="set tie_word_embeddings to false in config.json",
@@ -102,7 +114,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             wanted=str(claimed)[:12],
             mend="restore the folder from where it was made",
         )
-    model.loaded_hashes = found, found if dtype is None else weights_hash(named_state(model))
+    model.loaded_hashes = found, found if dtype is None else _hash_of(_each_named(model))
     return model
 
 
@@ -174,9 +186,33 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _hash_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{list(tensor.shape)}|".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+def _title(name: str, dtype: torch.dtype, shape: Iterable[int]) -> bytes:
+    """What stands before a tensor's bytes in a hash."""
+    return f"{name}|{str(dtype).removeprefix('torch.')}|{list(shape)}|".encode()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return data
+
+
+def _without_bare_names(files: Mapping[str, Path], expected: Iterable[str], prefix: str) -> dict[str, _Place]:
+    """Where each tensor lies, by its full name: files of a model without its head leave out the prefix."""
+    bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
+    full = {name.removeprefix(prefix): name for name in expected} if bare else {}
+    return {full.get(name, name): _Place(path, name) for name, path in files.items()}
+
+
+def _checked_dtype(shards: _Shards, weight: Weight, folder: Path) -> torch.dtype:
+    """The dtype of a tensor, when it and the shape are as promised; ModelError otherwise."""
+    shape, dtype = shards.shape_and_dtype(weight.name)
+    if shape != weight.shape:
+        raise ModelError(f"{weight.name} in {folder} does not fit config.json", got=shape, wanted=weight.shape)
+    if dtype not in DTYPES:
+        raise ModelError(
+            f"{weight.name} in {folder} has an unsupported dtype", got=dtype, wanted="float32, bfloat16, float16"
+        )
+    return dtype
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
@@ -213,7 +249,7 @@ def _opened(path: Path) -> Any:
 
 
 def _check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> None:
-    names = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    names = set(found)
     missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
     for kind, odd in (("lacks", missing), ("holds unknown", unexpected)):
         if odd:
@@ -221,12 +257,20 @@ def _check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) ->
             raise ModelError(f"the weights in {folder} do not fit config.json: it {kind} {', '.join(odd[:3])}{more}")
 
 
-class _Shards:
-    """Open files of a folder; tensors are read when asked for."""
+class _Place(NamedTuple):
+    """A tensor's file, and its name there."""
 
-    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
-        self.folder, self.files = folder, files
+    path: Path
+    name: str
+
+
+class _Shards:
+    """Open files of a folder; tensors are read when asked for, in pieces."""
+
+    def __init__(self, folder: Path, places: Mapping[str, _Place]) -> None:
+        self.folder, self.places = folder, places
         self.open: dict[Path, Any] = {}
+        self.read_bytes = 0
 
     def __enter__(self) -> _Shards:
         return self
@@ -234,12 +278,40 @@ class _Shards:
     def __exit__(self, *_: object) -> None:
         self.open.clear()
 
-    def read(self, name: str) -> Tensor:
-        path = self.files[name]
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        part = self._slice(name)
+        shape = tuple(part.get_shape())
+        return shape, part[:0].dtype if shape else part[...].dtype
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """A tensor by its rows: the number of the first, and some rows."""
+        shape, dtype = self.shape_and_dtype(name)
+        row_bytes = max(1, math.prod(shape[1:]) * dtype.itemsize)
+        step = max(1, PIECE_BYTES // row_bytes)
+        for first in range(0, shape[0], step):
+            try:
+                piece: Tensor = self._slice(name)[first : first + step]
+            except SafetensorError as error:
+                raise ModelError(f"{name} cannot be read from {self.places[name].path}", got=error) from error
+            yield first, piece
+            self.read_bytes += piece.numel() * dtype.itemsize
+            del piece
+            if self.read_bytes > MAPPED_BYTES:
+                self.open.clear()
+                self.read_bytes = 0
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same."""
+        if self.shape_and_dtype(name) != self.shape_and_dtype(other):
+            return False
+        pairs = zip(self.pieces(name), self.pieces(other), strict=True)
+        return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in pairs)
+
+    def _slice(self, name: str) -> Any:
+        path, own = self.places[name]
         if path not in self.open:
             self.open[path] = _opened(path)
         try:
-            tensor: Tensor = self.open[path].get_tensor(name)
+            return self.open[path].get_slice(own)
         except SafetensorError as error:
             raise ModelError(f"{name} cannot be read from {path}", got=error) from error
-        return tensor

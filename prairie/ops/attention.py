@@ -1,7 +1,9 @@
-"""Causal attention over packed rows, and rotary positions.
+"""Attention over packed rows, and rotary positions.
 
-Tokens are flat: the rows of a batch lie one behind the other, nothing is padded outside this file.
-Not here: the paged cache that serving uses (the engine brings its own `Attend`), weights, masks other than causal.
+Tokens are flat: the rows of a batch lie one behind the other, nothing is padded outside this file. Causal attention
+over the whole row, which nearly every step wants, has fast forms; windows, caps and sight in both directions go by a
+mask.
+Not here: the paged cache that serving uses (the engine brings its own `Attend`), weights.
 
 Legend: N tokens of all rows, B rows of a bucket, T padded length of a bucket, H query heads, K key/value heads,
 D size of a head, S query heads that share a key head (H / K), G = B x K pairs of a row and a key head, P places of
@@ -17,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prairie.ops.elementwise import softcap
+
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
 QUERY_BLOCK = 64
@@ -25,12 +29,41 @@ CACHED_NUMBERS = 1 << 18
 """Attention weights handled at once: 1 MB in float32 stays in a core's own cache."""
 
 
+class Sight(NamedTuple):
+    """What a token of some layer sees of its row."""
+
+    causal: bool = True
+    """Nothing behind itself."""
+    window: int = 0
+    """Above 0: only tokens less than this far away."""
+    softcap: float = 0.0
+    """Above 0: scores are capped (`ops.elementwise.softcap`) before the softmax."""
+
+    def within(self, length: int) -> Sight:
+        """The same for rows of at most `length` tokens: a window that holds the whole row is none."""
+        return self if self.window < length else self._replace(window=0)
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """bool, broadcast: which keys at these places the queries at those places see."""
+        distance = queries - keys
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        return seen & (distance.abs() < self.window) if self.window else seen
+
+
+CAUSAL = Sight()
+
+
 class Attend(Protocol):
     """What a Transformer asks of whoever holds the context: where each token stands, and what it sees."""
 
     positions_N: Tensor
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    @property
+    def row_lengths_N(self) -> Tensor:
+        """How long each token's row is, as far as it is known."""
+        ...
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
         """Returns o_NHD: each token's mix of the values it may see, in layer `layer`; scale is 1/sqrt(D)."""
         ...
 
@@ -45,7 +78,9 @@ class Prefix(NamedTuple):
 NO_PREFIX = Prefix()
 
 
-def attention_reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: Sequence[int]) -> Tensor:
+def attention_reference(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: Sequence[int], sight: Sight = CAUSAL
+) -> Tensor:
     """The plain form of `PackedDocuments`: one row after the other, softmax written out. Slow, for tests."""
     groups = q_NHD.shape[1] // k_NKD.shape[1]
     rows, start = [], 0
@@ -53,7 +88,10 @@ def attention_reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: Se
         q, k, v = (x[start : start + length].transpose(0, 1) for x in (q_NHD, k_NKD, v_NKD))
         k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         scores_HTT = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        unseen_TT = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        if sight.softcap:
+            scores_HTT = softcap(scores_HTT, sight.softcap)
+        places_T = torch.arange(length, device=q.device)
+        unseen_TT = ~sight.visible(places_T[:, None], places_T)
         weights_HTT = scores_HTT.float().masked_fill(unseen_TT, float("-inf")).softmax(-1).to(q.dtype)
         rows.append((weights_HTT @ v).transpose(0, 1))
         start += length
@@ -61,7 +99,7 @@ def attention_reference(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, lengths: Se
 
 
 class PackedDocuments:
-    """Causal attention inside each row of a flat batch; no row sees another.
+    """Attention inside each row of a flat batch; no row sees another.
 
     Rows of one length are only reshaped. Otherwise rows of like length are padded together into a few buckets; the
     index tensors are made once here and serve every layer.
@@ -105,9 +143,18 @@ class PackedDocuments:
                 self._own.append(~(shared_BT | ended_BT))
         self._indices: dict[int, _Places] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._rows_of, self._own_R = rows_of, own_R
+        self._sights: dict[Sight, list[Tensor]] = {}
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    @property
+    def row_lengths_N(self) -> Tensor:
+        return torch.tensor(self.lengths).repeat_interleave(self._own_R).to(self.device)
+
+    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
         """o_NHD for every token; `layer` is not needed, there is no cache."""
+        sight = sight.within(self.longest)
+        if sight != CAUSAL:
+            return self._masked_attention(q_NHD, k_NKD, v_NKD, sight)
         if q_NHD.device.type == "cpu" and q_NHD.dtype == torch.float32 and self.longest <= MATRIX_LENGTH:
             out: Tensor = _MatrixAttention.apply(q_NHD, k_NKD, v_NKD, self)
             return out
@@ -132,6 +179,41 @@ class PackedDocuments:
             start += rows * length
         out: Tensor = _Unpad.apply(torch.cat(outs), self, q_NHD.shape[1])
         return out
+
+    def _masked_attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight) -> Tensor:
+        """Every other kind of sight, by an explicit mask; a cap on the scores is written out."""
+        (H, D), K = q_NHD.shape[1:], k_NKD.shape[1]
+        padded = [_Pad.apply(x, self) for x in (q_NHD, k_NKD, v_NKD)]
+        outs, start = [], 0
+        for (rows, length), mask in zip(self.buckets, self._masks_of(sight), strict=True):
+            q, k, v = (
+                x[start * heads : (start + rows * length) * heads].view(rows, heads, length, -1)
+                for x, heads in zip(padded, (H, K, K), strict=True)
+            )
+            if sight.softcap:
+                q = q.view(rows, K, H // K, length, D)
+                scores = softcap(q @ k[:, :, None].mT * D**-0.5, sight.softcap)
+                o = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(v.dtype) @ v[:, :, None]
+            else:
+                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
+            outs.append(o.reshape(-1, D))
+            start += rows * length
+        out: Tensor = _Unpad.apply(torch.cat(outs), self, H)
+        return out
+
+    def _masks_of(self, sight: Sight) -> list[Tensor]:
+        """Per bucket (B or 1, 1, T, T) bool, True where a query sees a key. A place behind its row's end sees anything:
+        what it gets is dropped, and a softmax over nothing would be no number."""
+        if sight not in self._sights:
+            self._sights[sight] = masks = []
+            for rows, (_, longest) in zip(self._rows_of, self.buckets, strict=True):
+                places_T = torch.arange(longest)
+                seen = sight.visible(places_T[:, None], places_T)[None]
+                if not (self.equal or sight.causal):
+                    ends_B11 = torch.tensor([self.lengths[r] for r in rows])[:, None, None]
+                    seen = (seen & (places_T < ends_B11)) | (places_T[:, None] >= ends_B11)
+                masks.append(seen[:, None].to(self.device))
+        return self._sights[sight]
 
     def pad(self, x_NHW: Tensor) -> Tensor:
         """(places, W): all buckets one behind the other, each ordered by row, head, place. Places behind a row's end
@@ -341,10 +423,13 @@ class _Unpad(torch.autograd.Function):
         return ctx.packed.pad_zero(grads[0]), None, None
 
 
-def rotary_turns(positions_N: Tensor, frequencies: Tensor) -> Tensor:
-    """(N, 1, D/2) complex: the rotation of each pair of columns at each position (RoFormer, arXiv 2104.09864)."""
+def rotary_turns(positions_N: Tensor, frequencies: Tensor, magnitudes: Tensor | None = None) -> Tensor:
+    """(N, 1, D/2) complex: the rotation of each pair of columns at each position (RoFormer, arXiv 2104.09864).
+
+    `frequencies` (D/2,) for all tokens or (N, 1, D/2) for each; `magnitudes` (D/2,): what turning multiplies by.
+    """
     angles = positions_N.to(torch.float32)[:, None, None] * frequencies
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.polar(torch.ones_like(angles) if magnitudes is None else magnitudes.expand_as(angles), angles)
 
 
 def rotate(x_NHD: Tensor, turns: Tensor) -> Tensor:
@@ -365,15 +450,13 @@ def split_and_rotate(qkv_NC: Tensor, heads: int, kv_heads: int, turns: Tensor) -
     return _turn(q, turns), _turn(k, turns), v
 
 
-def pairs_together(x: Tensor, head_dim: int) -> Tensor:
-    """Reorders the first dimension (heads x head_dim): column i of a head moves beside i + head_dim / 2, its partner
-    in Hugging Face's layout. Attention does not notice, as q and k are reordered alike."""
-    return x.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(x.shape)
-
-
-def pairs_apart(x: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `pairs_together`: back to the layout on disk."""
-    return x.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(x.shape)
+def pairs_together(x: Tensor, head_dim: int, rotary_dim: int = 0) -> Tensor:
+    """Reorders the first dimension (heads x head_dim): of the first `rotary_dim` columns of a head (0: of all) column i
+    moves beside i + rotary_dim / 2, its partner in Hugging Face's layout. Attention does not notice, as q and k are
+    reordered alike."""
+    heads, size = x.unflatten(0, (-1, head_dim)), rotary_dim or head_dim
+    turning = heads[:, :size].unflatten(1, (2, size // 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([turning, heads[:, size:]], 1).reshape(x.shape)
 
 
 def _turn(x_NHD: Tensor, turns: Tensor) -> Tensor:

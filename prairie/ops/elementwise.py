@@ -1,4 +1,4 @@
-"""Operators that only touch memory: the norm and the gate, each with its gradient written out.
+"""Operators that only touch memory: norms, gates, caps; the ones of every step with their gradient written out.
 
 On a CPU these cost as much as the matrix products when autograd composes them from small steps: each step reads and
 writes the whole batch. Not here: products with weights (`linear`), attention, the loss.
@@ -8,11 +8,21 @@ Legend: N tokens, D width, F width inside the gated layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""The functions inside an MLP, by name (gelu: arXiv 1606.08415)."""
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -36,6 +46,24 @@ def swiglu(gate_up_NF2: Tensor) -> Tensor:
         return out
     gate, up = gate_up_NF2.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def gated(gate_up_NF2: Tensor, activation: str) -> Tensor:
+    """(N, F): activation(gate) * up of the fused columns gate, up."""
+    if activation == "silu":
+        return swiglu(gate_up_NF2)
+    gate, up = gate_up_NF2.chunk(2, -1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension (arXiv 1607.06450)."""
+    return F.layer_norm(x, x.shape[-1:], weight_D, bias_D, eps)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): nearly x while it is small, never beyond the cap (Gemma 2, arXiv 2408.00118)."""
+    return torch.tanh(x / cap) * cap
 
 
 def swiglu_reference(gate_up_NF2: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prairie.ops import elementwise
+
 IGNORED = -100
 """Label of a token that is not supervised."""
 
@@ -26,32 +28,43 @@ RARE = 1e-30
 """Probabilities below this are near float32's end; their logarithm is taken from the logits instead."""
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None) -> Tensor:
-    """SUM over supervised tokens of -log softmax(hidden @ weight.T)[label], a float32 scalar.
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None, softcap: float = 0.0
+) -> Tensor:
+    """SUM over supervised tokens of -log softmax(hidden @ weight.T)[label], a float32 scalar; logits are capped by
+    `softcap` (`ops.elementwise.softcap`) if it is above 0.
 
     `chunk` is the number of tokens whose logits are held at once. Differentiable in hidden and weight; a frozen
     weight costs nothing.
     """
     chunk = chunk or _chunk_of(weight_VD)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk)
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk, softcap)
 
 
-def linear_logprobs(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None) -> Tensor:
+def linear_logprobs(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None, softcap: float = 0.0
+) -> Tensor:
     """(N,) float32 log p(label) of every token, 0 where the label is -100. Differentiable in hidden and weight."""
-    return _LinearLogprobs.apply(hidden_ND, weight_VD, labels_N, chunk or _chunk_of(weight_VD))
+    return _LinearLogprobs.apply(hidden_ND, weight_VD, labels_N, chunk or _chunk_of(weight_VD), softcap)
 
 
-def linear_cross_entropy_reference(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def linear_cross_entropy_reference(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float = 0.0
+) -> Tensor:
     """The plain form of `linear_cross_entropy`."""
-    logits = (hidden_ND @ weight_VD.T).float()
+    logits = _capped((hidden_ND @ weight_VD.T).float(), softcap)
     return F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="sum")
 
 
-def linear_logprobs_reference(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def linear_logprobs_reference(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float = 0.0) -> Tensor:
     """The plain form of `linear_logprobs`."""
-    logprobs = (hidden_ND @ weight_VD.T).float().log_softmax(-1)
+    logprobs = _capped((hidden_ND @ weight_VD.T).float(), softcap).log_softmax(-1)
     picked = logprobs.gather(1, labels_N.clamp_min(0)[:, None])[:, 0]
     return picked.where(labels_N != IGNORED, picked.new_zeros(()))
+
+
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return elementwise.softcap(logits, cap) if cap else logits
 
 
 def _chunk_of(weight_VD: Tensor) -> int:
@@ -75,7 +88,7 @@ def _spread(grad_SD: Tensor, places_S: Tensor | None, count: int) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, cap: float) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_SD, labels_S, places_S = _supervised(hidden_ND, labels_N)
         weight = _working(weight_VD)
@@ -85,12 +98,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_S), chunk):
             part = slice(start, start + chunk)
             hidden_CD, labels_C1 = hidden_SD[part].to(weight.dtype), labels_S[part, None]
-            probs_CV = _softmax(hidden_CD @ weight.T)
+            logits_CV = _capped(hidden_CD @ weight.T, cap)
+            slope_CV = 1 - (logits_CV / cap).square() if cap else None
+            probs_CV = _softmax(logits_CV)
             picked_C1 = probs_CV.gather(1, labels_C1)
-            total -= _logs(picked_C1, hidden_CD, weight, labels_C1).sum()
+            total -= _logs(picked_C1, hidden_CD, weight, labels_C1, cap).sum()
             if grad_SD is None and grad_VD is None:
                 continue
             probs_CV.scatter_(1, labels_C1, picked_C1 - 1.0)  # softmax - one-hot is the gradient of the logits
+            if slope_CV is not None:
+                probs_CV.mul_(slope_CV)
             grad_CV = probs_CV.to(weight.dtype)
             if grad_SD is not None:
                 grad_SD[part] = grad_CV @ weight
@@ -101,34 +118,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_SD, grad_VD, places_S = ctx.saved_tensors
         scale = grads[0]
         grad_ND = None if grad_SD is None else _spread(grad_SD * scale, places_S, ctx.count)
-        return grad_ND, None if grad_VD is None else grad_VD * scale, None, None
+        return grad_ND, None if grad_VD is None else grad_VD * scale, None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, cap: float) -> Tensor:
         hidden_SD, labels_S, places_S = _supervised(hidden_ND, labels_N)
         weight = _working(weight_VD)
         norm_S = torch.empty(len(labels_S), dtype=torch.float32, device=hidden_ND.device)
         picked_S = torch.empty_like(norm_S)
         for start in range(0, len(labels_S), chunk):
             part = slice(start, start + chunk)
-            logits_CV = (hidden_SD[part].to(weight.dtype) @ weight.T).float()
+            logits_CV = _capped((hidden_SD[part].to(weight.dtype) @ weight.T).float(), cap)
             norm_S[part] = logits_CV.logsumexp(1)
             picked_S[part] = logits_CV.gather(1, labels_S[part, None])[:, 0]
         ctx.save_for_backward(hidden_SD, weight_VD, labels_S, places_S, norm_S)
-        ctx.count, ctx.chunk, ctx.working = len(labels_N), chunk, weight.dtype
+        ctx.count, ctx.chunk, ctx.cap, ctx.working = len(labels_N), chunk, cap, weight.dtype
         logprobs_S = picked_S - norm_S
         if places_S is None:
             return logprobs_S
         return logprobs_S.new_zeros(len(labels_N)).index_copy_(0, places_S, logprobs_S)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         # Logits are made a second time here: the gradient needs each token's weight, known only now.
         hidden_SD, weight_VD, labels_S, places_S, norm_S = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -139,15 +156,18 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, len(labels_S), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             hidden_CD, grad_C1 = hidden_SD[part].to(weight.dtype), grad_S[part, None]
-            logits_CV = (hidden_CD @ weight.T).float()
+            logits_CV = _capped((hidden_CD @ weight.T).float(), ctx.cap)
+            slope_CV = 1 - (logits_CV / ctx.cap).square() if ctx.cap else None
             grad_CV = logits_CV.sub_(norm_S[part, None]).exp_().mul_(-grad_C1)
             grad_CV.scatter_add_(1, labels_S[part, None], grad_C1)
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
             grad_CV = grad_CV.to(weight.dtype)
             if grad_SD is not None:
                 grad_SD[part] = grad_CV @ weight
             if grad_VD is not None:
                 _add_product(grad_VD, grad_CV, hidden_CD)
-        return None if grad_SD is None else _spread(grad_SD, places_S, ctx.count), grad_VD, None, None
+        return None if grad_SD is None else _spread(grad_SD, places_S, ctx.count), grad_VD, None, None, None
 
 
 def _softmax(logits_CV: Tensor) -> Tensor:
@@ -156,12 +176,12 @@ def _softmax(logits_CV: Tensor) -> Tensor:
     return torch._softmax(logits_CV, -1, False, out=logits_CV)
 
 
-def _logs(picked_C1: Tensor, hidden_CD: Tensor, weight: Tensor, labels_C1: Tensor) -> Tensor:
+def _logs(picked_C1: Tensor, hidden_CD: Tensor, weight: Tensor, labels_C1: Tensor, cap: float) -> Tensor:
     """log of the labels' probabilities; where these are too small to be exact, from the logits."""
     logs_C1 = picked_C1.log()
     rare = (picked_C1 < RARE).nonzero()[:, 0]
     if len(rare):
-        logits = (hidden_CD[rare] @ weight.T).float()
+        logits = _capped((hidden_CD[rare] @ weight.T).float(), cap)
         logs_C1[rare] = logits.gather(1, labels_C1[rare]) - logits.logsumexp(1, keepdim=True)
     return logs_C1
 

@@ -25,7 +25,7 @@ from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.loss import IGNORED
-from prairie.train.prefixes import layout_of
+from prairie.train.prefixes import Layout, layout_of
 
 
 class Objective(Protocol):
@@ -61,7 +61,7 @@ def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRo
     What rows share at their beginning is computed once (`prefixes`), and its gradient is the sum over them.
     """
     device = next(model.parameters()).device
-    layout = layout_of(batch)
+    layout = layout_of(batch) if model.prefixes_stand_alone else Layout(batch.tokens_N, batch.lengths)
     attend = PackedDocuments(layout.lengths, device, layout.prefixes)
     hidden = model(layout.tokens.to(device), attend, adapters)
     if layout.places_N is not None:

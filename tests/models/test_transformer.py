@@ -128,7 +128,7 @@ def test_packed_rows_equal_rows_alone(lengths: list[int]) -> None:
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16", "float16"])
 @pytest.mark.parametrize("lengths", [[9, 9], LENGTHS])
 def test_half_precision_stays_close(mode: str, lengths: list[int]) -> None:
-    model = Transformer(ModelConfig(50, 32, 2, 4, 2, 48, qk_norm=True)).init_weights(5)
+    model = Transformer(ModelConfig(50, 32, 2, 4, 2, 48, qk_norm="head")).init_weights(5)
     tokens = tokens_of(lengths, 50)
     wanted = model(tokens, PackedDocuments(lengths))
     linear_cross_entropy(wanted, model.head_weight, tokens).backward()

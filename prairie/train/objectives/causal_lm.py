@@ -18,7 +18,7 @@ from prairie.data.tokenizer import Tokenizer
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
-from prairie.ops.loss import IGNORED, linear_cross_entropy
+from prairie.ops.loss import IGNORED
 from prairie.train.objective import every_batch, hidden_states, judging
 
 
@@ -40,7 +40,7 @@ class CausalLM:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
-        return linear_cross_entropy(hidden_ND, model.head_weight, labels_N), {}
+        return model.cross_entropy(hidden_ND, labels_N), {}
 
 
 def held_out_loss(
@@ -57,12 +57,11 @@ def held_out_loss(
     be compared between models of different tokenizers. Raises TrainingError if nothing is supervised.
     """
     total, count, bytes_count = 0.0, 0, 0
-    head_VD = model.head_weight.detach()  # wants no gradient, so none is made
     bytes_of = _bytes_per_token(tokenizer, model.config.vocab_size) if tokenizer else None
     with judging(model, adapters):
         for batch in every_batch(dataset, tokens_per_batch):
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
-            total += float(linear_cross_entropy(hidden_ND, head_VD, labels_N))
+            total += float(model.cross_entropy(hidden_ND, labels_N))
             count += batch.supervised
             if bytes_of is not None:
                 bytes_count += int(bytes_of[batch.labels_N[batch.labels_N != IGNORED].numpy()].sum())

@@ -26,7 +26,6 @@ from prairie.data.loader import Batch, TokenDataset
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
-from prairie.ops.loss import linear_logprobs
 from prairie.train.objective import (
     computing_in,
     every_batch,
@@ -92,7 +91,7 @@ class DPO:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         reference_R = self._reference(batch)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
-        logps_R = row_sums(linear_logprobs(hidden_ND, model.head_weight, labels_N), batch.lengths)
+        logps_R = row_sums(model.logprobs(hidden_ND, labels_N), batch.lengths)
         lengths_R = supervised_per_row(batch).to(logps_R.device)
         return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config)
 
@@ -160,9 +159,7 @@ def reference_logprobs(
     with judging(model, adapters), computing_in(dtype, model):
         for batch in every_batch(dataset, tokens_per_batch):
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
-            logps_R[batch.rows] = row_sums(
-                linear_logprobs(hidden_ND, model.head_weight, labels_N).float(), batch.lengths
-            ).cpu()
+            logps_R[batch.rows] = row_sums(model.logprobs(hidden_ND, labels_N).float(), batch.lengths).cpu()
     return logps_R
 
 

@@ -24,7 +24,7 @@ from prairie.data.loader import Batch
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
-from prairie.ops.loss import IGNORED, linear_cross_entropy
+from prairie.ops.loss import IGNORED
 from prairie.train.objective import hidden_states
 
 
@@ -73,7 +73,7 @@ class MaskedLM:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_ND, labels_N = hidden_states(model, self.with_holes(batch), adapters)
-        return linear_cross_entropy(hidden_ND, model.head_weight, labels_N), {}
+        return model.cross_entropy(hidden_ND, labels_N), {}
 
     def with_holes(self, batch: Batch) -> Batch:
         """The batch as the model sees it: chosen tokens replaced, and these alone in the labels, each at its place."""
