@@ -2,7 +2,8 @@
 
 Right answers on items are counted (`wilson`), two models on the same items are compared item by item
 (`paired_difference`), and votes are compared USER by USER (`clustered_interval`): one person's votes resemble each
-other, so forty votes of two people are two units, not forty. Not here: models, text, verdicts (`flywheel.gate`).
+other, so forty votes of two people are two units, not forty. Every interval here is for ONE look, planned beforehand.
+Not here: tests that may be looked at all the time (`sequential`), models, text, verdicts (`flywheel.gate`).
 
 No scipy: the one function that is missing from the standard library, Student's t quantile, is computed here.
 """

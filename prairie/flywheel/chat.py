@@ -16,7 +16,15 @@ from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
 from prairie.flywheel.curate import curate, is_held_out
-from prairie.flywheel.gate import Comparison, Verdict, judge, length_probe, repetition_probe
+from prairie.flywheel.gate import (
+    LEAST_USERS,
+    Comparison,
+    Verdict,
+    judge,
+    length_probe,
+    repetition_probe,
+    required_sample_size,
+)
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
 from prairie.pipeline.context import Context, code_revision
@@ -148,6 +156,7 @@ class ChatGate:
         comparisons = (
             compared.comparisons if compared is not None else held_out_votes(self.context, champion.line, new, old)
         )
+        itself = self.vote(champion, champion).shown_first if self.vote is not None else ()
         before, after = self._suites(new, old)
         answers = (compared.answers_b, compared.answers_a) if compared else (before.answers, after.answers)
         return judge(
@@ -156,6 +165,8 @@ class ChatGate:
             suite_after=after.tasks,
             probes=[length_probe(*answers), repetition_probe(*answers)],
             margin=self.rules.margin,
+            planned=required_sample_size(votes_per_user=self.rules.prompts),
+            against_itself=itself,
         )
 
     def _suites(self, new: LanguageModel, old: LanguageModel) -> tuple[Evaluation, Evaluation]:
@@ -204,10 +215,13 @@ def simulated_talk(
 def simulated_vote(
     context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str, key: str = ""
 ) -> Callable[[Version, Version], Compared]:
-    """Other users, on questions of the held-out split, who compare two versions blindly."""
+    """Other users, on questions of the held-out split, who compare two versions blindly; a quarter of them when both are
+    the same version, which measures the judges and not the models."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
         crowd = _crowd(rules.users, context.recipe.seed + 1, users, f"{turn}-judge", teaching=False)
+        if candidate.name == champion.name:
+            crowd = crowd[: max(LEAST_USERS, len(crowd) // 4)]
         questions = items(tasks, "held_out", max(rules.prompts * 2, 20), context.recipe.seed)
         with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
             return compare(

@@ -1,16 +1,19 @@
 """The gate: may a candidate take the champion's place? Decided by people's blind votes, with their noise counted.
 
 A candidate passes when all of these hold:
-  1. the WHOLE 95% interval of its win rate lies above 50%. Users are the independent units: each user's votes become
-     one mean, and the interval is over users (`prairie.evals.statistics.clustered_interval`). Under pure noise a
-     candidate passes in about 2.5% of such comparisons (one end of the interval is wrong), as the tests measure;
+  1. people prefer it: an anytime-valid test over people (`prairie.evals.sequential`) says that its win rate is above 50%.
+     Each user's votes become one mean, and these are the units. A candidate that nobody prefers passes in at most 5% of
+     comparisons, however often one looks and whenever one stops; so a comparison that is undecided goes on with more
+     people. It is given up as soon as the same test rules out a win rate of 55%;
   2. no task of the suite falls, compared item by item: a fall counts when it is larger than the task's margin AND its
      95% interval lies below zero. Few items prove nothing: a suite too small to rule out a fall of three margins does
      not pass either;
-  3. the probes hold: answers did not become much longer or shorter, and do not repeat themselves.
+  3. the probes hold: answers did not become much longer or shorter, and do not repeat themselves;
+  4. the judge is fair: of two answers of the champion itself, neither the one shown first nor the other is preferred.
 
-This is a test of ONE comparison planned beforehand: look once. Voting on until the interval happens to clear 50% is
-another experiment with more false promotions; `required_sample_size` says beforehand how many users are needed.
+`required_sample_size` says beforehand how many people find a true winner. The interval of the win rate that is reported
+beside the test (`clustered_interval`) describes one look. A person counts once and whole: the test holds for more people
+who come, not for the same people who vote on until they agree.
 Not here: collecting votes (`users`, the server), promoting (`prairie.store.registry`), running the loop (`loop`).
 """
 
@@ -20,21 +23,30 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from functools import lru_cache
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from prairie.errors import DataError
 from prairie.evals.harness import TaskScore
+from prairie.evals.sequential import ERROR, POWER, WANTED, SequentialTest, required_units, sequential_test
 from prairie.evals.statistics import (
     Interval,
+    cluster_means,
     clustered_interval,
     paired_difference,
-    student_quantile,
     unpaired_difference,
 )
 
 LEAST_USERS = 6
-"""Below six, even a unanimous vote happens by chance more often than 2.5% of the time: 1/2 to the fifth is 3.1%."""
+"""Below six, even a unanimous vote happens by chance more often than 2.5% of the time: 1/2 to the fifth is 3.1%. The test
+itself wants seven who agree."""
+
+FAIR = 0.99
+"""Confidence of the interval that must hold one half when the champion is compared with itself: a fair judge is called
+unfair in one comparison in a hundred."""
 
 MARGIN = 0.05
 """How far a task may fall, as a share of its items; with 150 items or more noise alone hardly ever looks like that."""
@@ -125,6 +137,12 @@ class Verdict:
     suite: Mapping[str, TaskChange]
     probes: Sequence[Probe]
     reasons: Sequence[str]
+    test: SequentialTest | None = None
+    """What the decision about the votes rests on; None in a verdict from before there was one."""
+    planned: int | None = None
+    """People who find a true winner of `test.wanted` in 80% of comparisons, stated beforehand."""
+    judge_noise: Interval | None = None
+    """How often the judges preferred the answer shown first when both were the champion's; its units are people."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -141,6 +159,9 @@ class Verdict:
             "suite": {name: change.to_json() for name, change in self.suite.items()},
             "probes": [probe.to_json() for probe in self.probes],
             "reasons": list(self.reasons),
+            "test": self.test.to_json() if self.test else None,
+            "planned": self.planned,
+            "judge_noise": self.judge_noise.to_json() if self.judge_noise else None,
         }
 
     @classmethod
@@ -152,6 +173,8 @@ class Verdict:
             "suite": {name: TaskChange.from_json(change) for name, change in row["suite"].items()},
             "probes": tuple(Probe(p["name"], p["value"], p["low"], p["high"]) for p in row["probes"]),
             "reasons": tuple(row["reasons"]),
+            "test": SequentialTest.from_json(row["test"]) if row.get("test") else None,
+            "judge_noise": Interval(**row["judge_noise"]) if row.get("judge_noise") else None,
         })  # fmt: skip
 
     def text(self) -> str:
@@ -160,6 +183,7 @@ class Verdict:
             f"{'PROMOTE' if self.passed else 'KEEP the champion'}: the candidate wins {self.win_rate:.1%} of the votes,"
             f" {self.confidence:.0%} interval [{self.low:.1%}, {self.high:.1%}] over {self.users} users",
             f"  votes   {self.n}: {self.wins} won, {self.ties} tied, {self.losses} lost",
+            *self._about_the_test(),
         ]
         for change in self.suite.values():
             found = change.change
@@ -173,6 +197,23 @@ class Verdict:
         ]
         return "\n".join(lines + [f"  because {reason}" for reason in self.reasons])
 
+    def _about_the_test(self) -> list[str]:
+        lines = []
+        if self.test is not None:
+            found, when = self.test, f" after {self.test.decided_after} people" if self.test.decided_after else ""
+            plan = f" of {self.planned} planned" if self.planned else ""
+            lines.append(
+                f"  test    {found.decision}{when}: at any time [{found.low:.1%}, {found.high:.1%}], each end wrong in at"
+                f" most {found.error:.0%}; evidence {found.evidence:.3g} of {found.needed:.0f}, {found.n} people{plan}"
+            )
+        if self.judge_noise is not None:
+            noise = self.judge_noise
+            lines.append(
+                f"  judge   the champion against itself: shown first wins {noise.value:.1%}"
+                f" [{noise.low:.1%}, {noise.high:.1%}], {noise.n} people"
+            )
+        return lines
+
 
 def judge(
     comparisons: Sequence[Comparison],
@@ -184,24 +225,32 @@ def judge(
     margins: Mapping[str, float] | None = None,
     confidence: float = 0.95,
     least_users: int = LEAST_USERS,
+    planned: int | None = None,
+    against_itself: Sequence[Comparison] = (),
 ) -> Verdict:
     """Weighs the votes, the suite (champion before, candidate after) and the probes by the rules at the top.
 
+    `comparisons` stand in the order in which people came. `planned`: how many people the plan asked for, to be shown.
+    `against_itself`: the same judges on two answers of the champion, outcome 1 when the one shown first won.
     `margins` overrides `margin` for single tasks. Raises DataError for an outcome that is not 1, 1/2 or 0, or when one
     user voted twice on one prompt (a repeat must not count as new evidence).
     """
     _check(comparisons)
     outcomes = [comparison.outcome for comparison in comparisons]
-    votes = clustered_interval(outcomes, [comparison.user for comparison in comparisons], confidence)
+    users = [comparison.user for comparison in comparisons]
+    votes = clustered_interval(outcomes, users, confidence)
+    test = sequential_test(cluster_means(outcomes, users).tolist(), wanted=WANTED, error=ERROR, least=least_users)
+    noise = _judge_noise(against_itself)
     changes = _suite_changes(suite_before or {}, suite_after or {}, margin, margins or {})
     reasons = [
-        *_about_votes(votes, len(outcomes), least_users),
+        *_about_votes(test, len(outcomes), least_users, planned),
         *_about_suite(suite_before or {}, suite_after or {}, changes),
         *(
             f"the probe `{probe.name}` is {probe.value:.2f}, outside {probe.low:.2f} to {probe.high:.2f}"
             for probe in probes
             if not probe.holds
         ),
+        *_about_judge(noise),
     ]
     return Verdict(
         passed=not reasons,
@@ -217,6 +266,9 @@ def judge(
         suite=changes,
         probes=tuple(probes),
         reasons=tuple(reasons),
+        test=test,
+        planned=planned,
+        judge_noise=noise,
     )
 
 
@@ -235,16 +287,36 @@ def _check(comparisons: Sequence[Comparison]) -> None:
         seen.add(key)
 
 
-def _about_votes(votes: Interval, n: int, least_users: int) -> list[str]:
-    if votes.n < least_users:
+def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | None) -> list[str]:
+    if test.n < least_users:
         return [
-            f"only {votes.n} users voted ({n} votes); at least {least_users} are needed before an interval means much"
+            f"only {test.n} users voted ({n} votes); at least {least_users} are needed before an interval means much"
         ]
-    if votes.low > 0.5:
+    if test.decision == "better":
         return []
-    if votes.high < 0.5:
-        return [f"users prefer the champion: the whole interval [{votes.low:.1%}, {votes.high:.1%}] lies below 50%"]
-    return [f"the interval [{votes.low:.1%}, {votes.high:.1%}] reaches down to 50%: this may be noise"]
+    if test.high < 0.5:
+        return [f"users prefer the champion: the win rate is at most {test.high:.1%}, at whatever moment one looks"]
+    if test.decision == "not better":
+        return [f"the win rate is at most {test.high:.1%}, below the {test.wanted:.0%} that would be worth finding"]
+    plan = f" and {planned} were planned" if planned else ""
+    return [
+        f"undecided: {test.n} people say [{test.low:.1%}, {test.high:.1%}]{plan}; this may be noise, more people may vote"
+    ]
+
+
+def _judge_noise(comparisons: Sequence[Comparison]) -> Interval | None:
+    if not comparisons:
+        return None
+    return clustered_interval([c.outcome for c in comparisons], [c.user for c in comparisons], FAIR)
+
+
+def _about_judge(noise: Interval | None) -> list[str]:
+    if noise is None or noise.low <= 0.5 <= noise.high:
+        return []
+    return [
+        f"the judge is not fair: of two answers of the champion the one shown first wins {noise.value:.1%}"
+        f" [{noise.low:.1%}, {noise.high:.1%}]"
+    ]
 
 
 def _suite_changes(
@@ -312,19 +384,20 @@ def repeats_itself(text: str) -> bool:
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=64)
 def required_sample_size(
-    win_rate: float,
+    win_rate: float = WANTED,
     *,
     votes_per_user: int = 10,
     tie_share: float = 0.0,
     spread: float = 0.1,
-    power: float = 0.8,
-    confidence: float = 0.95,
+    power: float = POWER,
 ) -> int:
-    """Users needed for the interval to lie above 50% with probability `power`, if the truth is `win_rate`.
+    """People within whom the test calls the candidate better with probability `power`, if the truth is `win_rate`. Found
+    by simulating the test itself; fewer are enough when the candidate is better than that.
 
-    spread: standard deviation of users' own true win rates (people differ); tie_share: part of the votes that are ties.
-    Raises DataError for a win rate that no number of users can show to be above 50%.
+    spread: half of the people prefer the candidate by so much more than `win_rate`, half by so much less; tie_share: part
+    of the votes that are ties. Raises DataError for a win rate that no number of people can show to be above 50%.
     """
     if not 0.5 < win_rate < 1 or votes_per_user < 1 or not 0 < power < 1 or not 0 <= tie_share < 1:
         raise DataError(
@@ -332,37 +405,14 @@ def required_sample_size(
             got=f"win rate {win_rate}, {votes_per_user} votes a user, power {power}, ties {tie_share}",
             wanted="a win rate between 0.5 and 1, at least one vote, power and ties below 1",
         )
-    users = LEAST_USERS
-    while power_of(users, win_rate, votes_per_user, tie_share, spread, confidence) < power:
-        users += max(1, users // 50)
-    return users
 
+    def draw(rng: np.random.Generator, trials: int, users: int) -> np.ndarray:
+        own = win_rate + spread * rng.choice([-1.0, 1.0], (trials, users))
+        tied = rng.binomial(votes_per_user, tie_share, (trials, users))
+        won = rng.binomial(votes_per_user - tied, np.clip((own - tie_share / 2) / (1 - tie_share), 0, 1))
+        return np.asarray((won + tied / 2) / votes_per_user)
 
-def power_of(
-    users: int,
-    win_rate: float,
-    votes_per_user: int,
-    tie_share: float = 0.0,
-    spread: float = 0.1,
-    confidence: float = 0.95,
-) -> float:
-    """How often the interval of `users` users lies above 50% if the truth is `win_rate`.
-
-    Student's t with a shifted centre (Johnson and Welch 1940) for nine tenths of the users: the exact half of the
-    interval costs about a tenth of them. Within five points of simulation from 10 to 40 users (see the tests).
-    """
-    in_votes = max(
-        0.0, win_rate * (1 - win_rate) - spread**2 - tie_share / 4
-    )  # of one vote, around its user's own rate
-    deviation = math.sqrt(spread**2 + in_votes / votes_per_user)
-    if deviation == 0:
-        return 1.0
-    effective = 0.9 * users
-    shift = (win_rate - 0.5) / deviation * math.sqrt(effective)
-    critical = student_quantile(0.5 + confidence / 2, max(1, round(effective) - 1))
-    noise_of_deviation = 1 + critical**2 / (2 * (effective - 1))
-    z = (shift - critical * (1 - 1 / (4 * (effective - 1)))) / math.sqrt(noise_of_deviation)
-    return NormalDist().cdf(z)
+    return required_units(draw, power=power, least=LEAST_USERS)
 
 
 def _mark(holds: bool) -> str:

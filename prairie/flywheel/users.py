@@ -185,9 +185,11 @@ class TalkReport:
 
 @dataclass(frozen=True)
 class Compared:
-    """A blind comparison of two models: the votes as the gate wants them (of `a` against `b`), and what was said."""
+    """A blind comparison of two models: the votes as the gate wants them (of `a` against `b`), and what was said.
+    `shown_first`: the same votes, of the answer shown first against the other."""
 
     comparisons: list[Comparison]
+    shown_first: list[Comparison]
     items: list[Item]
     answers_a: list[str]
     answers_b: list[str]
@@ -347,7 +349,7 @@ def compare(
 
     A comparison counts when its vote is on the server's disk. Repeating is safe, as with `talk`.
     """
-    found: list[tuple[Comparison, Item, str, str]] = []
+    found: list[tuple[Comparison, Comparison, Item, str, str]] = []
     lock = Lock()
 
     def converse(line: _Line, item: Item) -> None:
@@ -371,15 +373,18 @@ def compare(
         outcome = vote if a_first else 1 - vote
         a, b = (first, second) if a_first else (second, first)
         with lock:
-            found.append((Comparison(user.name, item.id, outcome), item, a.text, b.text))
+            found.append((
+                Comparison(user.name, item.id, outcome), Comparison(user.name, item.id, vote), item, a.text, b.text,
+            ))  # fmt: skip
 
     report = _visit(base_url, users, prompts, each, seed, turn, key, "gate", api_key, concurrency, on_done, converse)
     found.sort(key=lambda row: (row[0].user, row[0].prompt_id))  # threads finish in any order
     return Compared(
         comparisons=[row[0] for row in found],
-        items=[row[1] for row in found],
-        answers_a=[row[2] for row in found],
-        answers_b=[row[3] for row in found],
+        shown_first=[row[1] for row in found],
+        items=[row[2] for row in found],
+        answers_a=[row[3] for row in found],
+        answers_b=[row[4] for row in found],
         report=report,
     )
 
