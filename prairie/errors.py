@@ -122,6 +122,12 @@ class ConflictError(RequestError):
     code = "conflict"
 
 
+class GameError(PrairieError):
+    """A game cannot go on: an engine is missing, has died, hangs or answers nonsense."""
+
+    code = "game_error"
+
+
 class AuthError(PrairieError):
     """No API key, or a wrong one."""
 

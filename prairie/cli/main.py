@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("prairie.cli.serve:serve", "Serve models over OpenAI's HTTP API, with a chat page."),
     "turn": ("prairie.cli.turn:turn", "Turn a line's wheel once: learn from votes, judge, promote or keep."),
     "gate": ("prairie.cli.turn:gate", "Judge whether one model is better than another."),
+    "go": ("prairie.cli.go:app", "Play Go: a line as a GTP engine, matches against other engines."),
     "feedback": ("prairie.cli.feedback:app", "List, count, export and forget what people said."),
     "keys": ("prairie.cli.keys:app", "Make and revoke API keys of the server."),
     "doctor": ("prairie.cli.doctor:doctor", "Look at this machine: what it has, what will be fast."),

@@ -1,0 +1,125 @@
+"""One player: a net and a search that thinks about one position at a time, within visits and seconds.
+
+Between two moves of one game the tree is kept. Not here: protocols (`gtp`), many games at once (`selfplay`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from prairie.games.features import TowerJudge, encode
+from prairie.games.go import Boards, Position
+from prairie.games.mcts import Forest, SearchSettings
+
+MOST_VISITS = 20_000
+"""What a search may grow to when only its time is limited."""
+ROUND_S = 0.05
+"""How often a search that is watched looks up."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a search thinks of one move."""
+
+    move: int
+    visits: int
+    winrate: float
+    """0 to 1, for the player to move."""
+    prior: float
+    line: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What a search came to; `candidates` best first."""
+
+    move: int
+    visits: int
+    winrate: float
+    candidates: tuple[Candidate, ...] = field(default=())
+
+
+class Player:
+    """Raises ModelError at `think` for a board that the net was not made for."""
+
+    def __init__(
+        self, judge: TowerJudge, *, visits: int | None = None, seconds: float | None = None,
+        settings: SearchSettings | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        """Without `visits` and `seconds`: 200 visits a move."""
+        self.judge = judge
+        self.visits = visits if visits is not None else MOST_VISITS if seconds is not None else 200
+        self.seconds = math.inf if seconds is None else seconds
+        self.settings = settings or replace(SearchSettings(), leaves=8)
+        self.seed = seed
+        self._forest: Forest | None = None
+        self._moves: tuple[int, ...] = ()
+        self._start: tuple[int, ...] = ()
+
+    def think(
+        self, position: Position, komi: float, *, seconds: float = math.inf,
+        watch: Callable[[Thought], bool] | None = None, every_s: float = math.inf,
+    ) -> Thought:  # fmt: skip
+        """The best move of `position`. `watch` is shown the thought every `every_s` seconds and ends it by False."""
+        self.judge.check(position.size)
+        if position.over:  # a client may ask on after two passes
+            position = replace(position, passes=0)
+        forest = self._forest_at(position, komi)
+        visits = self.visits if watch is None else MOST_VISITS
+        forest.begin(0, max(visits, 2))
+        deadline = time.monotonic() + min(self.seconds if watch is None else math.inf, seconds)
+        shown = time.monotonic()
+        while True:
+            pause = time.monotonic() + ROUND_S if watch is not None else math.inf
+            forest.run(min(deadline, pause))
+            over = int(forest.trees.visits[0, 0]) >= max(visits, 2) or time.monotonic() >= deadline
+            if watch is not None and (over or time.monotonic() - shown >= every_s):
+                shown = time.monotonic()
+                over = not watch(self._thought(forest)) or over
+            if over:
+                return self._thought(forest)
+
+    def owners(self, position: Position, komi: float) -> np.ndarray:
+        """(P,): the net's guess of who will own each point, +1 black's .. -1 white's."""
+        import torch
+
+        planes, figures = encode(Boards.at([position]), np.array([komi]))
+        owner = torch.tanh(self.judge.judged(planes, figures).owner_BHW[0]).reshape(-1).cpu().numpy()
+        return owner if position.to_move == 1 else -owner
+
+    def _forest_at(self, position: Position, komi: float) -> Forest:
+        """The tree of before, played on to this position, or a new one."""
+        forest, old = self._forest, self._moves
+        new = position.moves
+        begun = position.moves and self._start
+        same = forest is not None and forest.komi[0] == komi and forest.boards.size == position.size
+        if forest is not None and same and begun and new[: len(old)] == old and 0 <= len(new) - len(old) <= 2:
+            for move in new[len(old) :]:
+                forest.play(0, move)
+            if tuple(forest.boards.stones[0, :-1]) == position.stones and forest.boards.to_move[0] == position.to_move:
+                self._moves = new
+                return forest
+        boards = Boards.at([position])
+        self._forest = Forest(
+            boards, komi, self.judge, self.settings, capacity=MOST_VISITS + self.settings.leaves + 1, seed=self.seed
+        )
+        self._moves, self._start = new, position.stones
+        return self._forest
+
+    @staticmethod
+    def _thought(forest: Forest) -> Thought:
+        visits, values = forest.visits(0), forest.values(0)
+        order = [int(move) for move in np.argsort(-visits, kind="stable") if visits[move]]
+        candidates = tuple(
+            Candidate(
+                move, int(visits[move]), float(1 + values[move]) / 2, float(forest.trees.prior[0, 0, move]),
+                tuple(forest.line(0, move)),
+            )
+            for move in order
+        )  # fmt: skip
+        return Thought(forest.best(0), int(visits.sum()), (1 + forest.value(0)) / 2, candidates)
