@@ -122,6 +122,12 @@ class AdapterShape(_Strict):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Learn the lengths of the weights' rows apart from their directions (arXiv 2402.09353)."""
+    stack: bool = False
+    """If the start is an adapter: a new one on top of it, instead of going on with it."""
 
 
 class Learning(_Strict):

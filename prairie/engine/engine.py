@@ -90,12 +90,12 @@ class Engine:
         is not the hash of its content and is taken."""
         lora.require_base(self.model, adapter_hash[:12])
         known = self.adapters.get(adapter_hash)
-        if known is not None and known is not lora and known.weights_hash != lora.weights_hash:
+        if known is not None and known is not lora and known.hash != lora.hash:
             raise AdapterError(
                 "another adapter already has this hash",
                 got=adapter_hash[:12],
                 wanted="the content hash of the adapter",
-                mend="pass lora.weights_hash",
+                mend="pass lora.hash",
             )
         self.adapters.setdefault(adapter_hash, lora.to(self.model.head_weight.device))
 

@@ -72,7 +72,7 @@ class LanguageModel:
         self.adapter_hash: str | None = None
         self.engine = Engine(model, tokenizer, template, weights_hash=self.weights_hash, **engine_settings)
         if lora is not None:
-            self.adapter_hash = lora.eval().weights_hash
+            self.adapter_hash = lora.eval().hash
             self.engine.add_adapter(self.adapter_hash, lora)
 
     @classmethod
@@ -102,6 +102,11 @@ class LanguageModel:
             lora = LoRA.load(adapter).to(runtime.device)
         name = Path(adapter).name if adapter is not None else folder.name
         return cls(model, tokenizer, template, lora=lora, name=name, folder=folder, **engine_settings)
+
+    @property
+    def adapters(self) -> list[AdapterRows]:
+        """What the forward pass takes."""
+        return [AdapterRows(self.lora)] if self.lora is not None else []
 
     # ---- answers
 
@@ -152,7 +157,7 @@ class LanguageModel:
         B, T = tokens_BT.shape
         self._check_ids(tokens_BT, T)
         hidden_ND = self._hidden(tokens_BT.flatten(), [T] * B)
-        return self.model.logits(hidden_ND).float().view(B, T, -1)
+        return self.model.logits(hidden_ND, self.adapters).float().view(B, T, -1)
 
     @torch.no_grad()
     def logprobs(self, messages: Conversation) -> list[float]:
@@ -165,7 +170,7 @@ class LanguageModel:
         self._check_ids(tokens_T, len(rendered.ids))
         places = torch.tensor(learnt, device=tokens_T.device)
         hidden_ND = self._hidden(tokens_T, [len(rendered.ids)])[places - 1]
-        values: list[float] = self.model.logprobs(hidden_ND, tokens_T[places]).tolist()
+        values: list[float] = self.model.logprobs(hidden_ND, tokens_T[places], self.adapters).tolist()
         return values
 
     def embed(self, texts: str | Seq[str]) -> Tensor:
@@ -177,8 +182,7 @@ class LanguageModel:
         return Embedder(self.model, self.tokenizer)
 
     def _hidden(self, tokens_N: Tensor, lengths: list[int]) -> Tensor:
-        adapters = [AdapterRows(self.lora)] if self.lora is not None else []
-        hidden_ND: Tensor = self.model(tokens_N, PackedDocuments(lengths, tokens_N.device), adapters)
+        hidden_ND: Tensor = self.model(tokens_N, PackedDocuments(lengths, tokens_N.device), self.adapters)
         return hidden_ND
 
     def _check_ids(self, tokens: Tensor, length: int) -> None:

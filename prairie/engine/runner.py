@@ -47,5 +47,12 @@ class Runner:
         if len(ready) < len(tokens):
             last = (np.cumsum(step.counts) - 1)[ready]
             hidden_ND = hidden_ND.index_select(0, torch.from_numpy(last).to(self.cache.device))
+            adapters = [AdapterRows(lora, _among(last, rows)) for lora, rows in step.adapters]
         counters = np.array([step.sequences[number].generated for number in ready], dtype=np.int64)
-        return ready, self.sampler(self.model.logits(hidden_ND).float(), step.rows[ready], counters)
+        return ready, self.sampler(self.model.logits(hidden_ND, adapters).float(), step.rows[ready], counters)
+
+
+def _among(chosen: np.ndarray, rows: slice) -> slice:
+    """Where the chosen places, in rising order, lie inside `rows`."""
+    start, stop = np.searchsorted(chosen, (rows.start, rows.stop)).tolist()
+    return slice(start, stop)

@@ -93,6 +93,10 @@ class Part(NamedTuple):
         """Reorders the first dimension, the file's outputs, into the order of the fused weight."""
         return x_O if self.order is None else x_O[self.order.sources_O]
 
+    def to_files(self, x_O: Tensor) -> Tensor:
+        """The inverse of `to_ours`."""
+        return x_O if self.order is None else x_O[self.order.places_O]
+
 
 class Weight(NamedTuple):
     """One tensor of the file: its name there, the parameter that holds it, which of that parameter's rows it is.

@@ -1,71 +1,54 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) as objects outside the base model.
+"""Low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353) as objects outside the base model.
 
 The base is never changed: many adapters can stand on one base, each given to `Transformer.forward` with the rows it
-serves. On disk an adapter is a PEFT folder, plus `prairie.json` that names the base it was trained on; on another base
-it is refused.
-Not here: which adapter a request wants (engine), training (train).
+serves. An adapter may stand on another one (a DPO adapter on an SFT adapter) and then brings it along as its `parent`.
+On disk it is a PEFT folder with the parent's folder inside, and a `prairie.json` that names the base and the adapters
+it was trained on; on another base, or with another parent, it is refused.
+Not here: PEFT's files (`peft_format`), which adapter a request wants (engine), training (train).
 
-Legend: N tokens, I input columns, O output columns, R rank.
+Legend: N tokens, I input columns, O output columns, R rank, V vocabulary.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prairie.errors import AdapterError, ModelError
-from prairie.models.config import ModelConfig
-from prairie.models.families import Part, fused_parts
-from prairie.models.transformer import Transformer
+from prairie.models.families import Part
+from prairie.models.peft_format import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LoRAConfig,
+    Pair,
+    config_from_peft,
+    config_to_peft,
+    pairs_from_peft,
+    read_state,
+    state_to_peft,
+)
+from prairie.models.transformer import FusedLinear, Transformer
 from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
-from prairie.ops.linear import add_lora
+from prairie.ops.attention import PackedDocuments
+from prairie.ops.linear import LowRank, adapt, adapt_embedding, adapted_weight, row_lengths
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What PEFT puts before each path of the base model."""
+__all__ = ["AdapterRows", "LoRA", "LoRAConfig"]
 
-REFUSED_SETTINGS = {
-    "use_dora": False,
-    "use_qalora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
-"""Settings of PEFT that change the arithmetic, with the only value that is computed here."""
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """`targets` are names of linear layers ("q_proj", "down_proj", ...), or "all-linear" for the seven of a block."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) (arXiv 2312.03732) instead of alpha / rank."""
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+PARENT = "parent"
+"""The folder inside an adapter's folder that holds the adapter it stands on."""
+MERGE_TOLERANCE = {torch.float32: 1e-3}
+"""The most that merging may change a logit, as a share of the largest one; other dtypes round more: 5%."""
 
 
 class AdapterRows(NamedTuple):
@@ -76,128 +59,143 @@ class AdapterRows(NamedTuple):
 
 
 class LoRA(nn.Module):
-    """Pairs A (R, I), B (O, R) keyed by the path of the linear layer they add to: model.layers.0.self_attn.q_proj."""
+    """Pairs A (R, I), B (O, R), with DoRA lengths (O,), keyed by the path of the layer they change:
+    model.layers.0.self_attn.q_proj. `parent` is the adapter below this one; it is frozen."""
 
     def __init__(
-        self, config: LoRAConfig, pairs: dict[str, tuple[Tensor, Tensor]], base_hash: str | None = None
+        self,
+        config: LoRAConfig,
+        pairs: Mapping[str, Pair],
+        base_hash: str | None = None,
+        merged: Sequence[str] = (),
+        parent: LoRA | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.paths = sorted(pairs)
-        self.a = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(pairs[path][0]) for path in self.paths})
-        self.b = nn.ParameterDict({path.replace(".", "/"): nn.Parameter(pairs[path][1]) for path in self.paths})
+        self.embedded = frozenset(path for path, pair in pairs.items() if pair.embedded)
+        self.a, self.b, self.magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        for path in self.paths:
+            for kept, tensor in zip((self.a, self.b, self.magnitude), pairs[path][:3], strict=True):
+                if tensor is not None:
+                    kept[path.replace(".", "/")] = nn.Parameter(tensor)
         self.base_hash = base_hash
         """Hash of the base this adapter was made on; None for a foreign adapter that does not say."""
-        self.chain: tuple[str, ...] = ()
-        self._served: dict[tuple[int, str], tuple[int, tuple[Tensor, Tensor] | None]] = {}
+        self.merged = tuple(merged)
+        """Hashes of the adapters that were merged into that base, in their order."""
+        self._below = () if parent is None else (parent.requires_grad_(False).eval(),)  # a tuple: no part of the module
+        self._served: dict[tuple[int | None, str], tuple[int, LowRank | None]] = {}
+
+    @property
+    def parent(self) -> LoRA | None:
+        return self._below[0] if self._below else None
 
     @classmethod
-    def create(cls, model: Transformer, config: LoRAConfig | None = None, seed: int = 0) -> LoRA:
-        """A fresh adapter whose delta is zero: A kaiming uniform from `seed`, B zero (PEFT's start)."""
+    def create(
+        cls, model: Transformer, config: LoRAConfig | None = None, seed: int = 0, parent: LoRA | None = None
+    ) -> LoRA:
+        """A fresh adapter that changes nothing yet: A kaiming uniform from `seed`, B zero (PEFT's start), DoRA's
+        lengths those that the rows have. With `parent` it stands on that adapter. AdapterError for unknown targets."""
         config = config or LoRAConfig()
         if config.rank < 1:
             raise AdapterError("an adapter needs a rank above 0", got=config.rank)
+        if parent is not None:
+            parent.require_base(model, "the parent")
         generator = torch.Generator().manual_seed(seed)
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for path, part in _targets_of(model.config, config.targets).items():
-            bound = 1 / math.sqrt(part.inputs)  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and PEFT start
-            a_RI = torch.empty(config.rank, part.inputs).uniform_(-bound, bound, generator=generator)
-            pairs[path] = (a_RI, torch.zeros(part.outputs, config.rank))
-        return cls(config, pairs, hash_of(model)).to(model.embed.device)
+        wanted = _targets_of(model, config.targets)
+        pairs: dict[str, Pair] = {}
+        for at in model.linears():
+            lengths_O = None
+            if config.dora and any(part.name in wanted for part in at.parts):
+                weight_OI = at.weight.float() if parent is None else parent.weight_under(at).float()
+                lengths_O = row_lengths(weight_OI.detach()).cpu()
+            for part, rows in at.rows():
+                if (path := part.name) in wanted:
+                    pairs[path] = _fresh(part, config.rank_of(path), at.group == "embed", generator)
+                    if lengths_O is not None:
+                        pairs[path] = pairs[path]._replace(magnitude=part.to_files(lengths_O[rows]).clone())
+        return cls(config, pairs, hash_of(model), model.merged, parent).to(model.embed.device)
 
     @classmethod
     def load(cls, folder: Path | str) -> LoRA:
-        """Reads a PEFT folder. AdapterError when it is damaged or uses a setting that is not computed here."""
+        """Reads a PEFT folder, and the parent inside it. AdapterError when anything is damaged, is not what its
+        manifest names, or uses a setting that is not computed here."""
         folder = Path(folder)
         try:
             raw, manifest = read_json(folder / ADAPTER_CONFIG), read_manifest(folder)
         except ModelError as error:
             raise AdapterError(error.what, got=error.got, wanted=error.wanted, mend=error.mend) from error
-        config = _read_config(raw, folder)
-        state = _read_state(folder / ADAPTER_WEIGHTS)
-        pairs: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in state:
-            path = name.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-            if name not in (_name_of(path, "A"), _name_of(path, "B")):
-                raise AdapterError(f"{folder} holds a tensor that is no part of a LoRA adapter", got=name)
-            a_RI, b_OR = state.get(_name_of(path, "A")), state.get(_name_of(path, "B"))
-            if a_RI is None or b_OR is None:
-                raise AdapterError(f"the adapter in {folder} has only half of its pair for {path}", got=name)
-            if a_RI.ndim != 2 or b_OR.ndim != 2 or len(a_RI) != config.rank or b_OR.shape[1] != config.rank:
-                raise AdapterError(
-                    f"the adapter in {folder} has a pair of another rank for {path}",
-                    got=f"A {tuple(a_RI.shape)}, B {tuple(b_OR.shape)}",
-                    wanted=f"rank {config.rank}",
-                )
-            pairs[path] = (a_RI, b_OR)
-        if not pairs:
-            raise AdapterError(f"the adapter in {folder} is empty")
-        claimed, found = manifest.get("weights_hash"), weights_hash(state)
-        if claimed is not None and claimed != found:
-            raise AdapterError(
-                f"the adapter weights in {folder} are not those its {MANIFEST} names",
-                got=found[:12],
-                wanted=str(claimed)[:12],
-            )
-        lora = cls(config, pairs, manifest.get("base_hash"))
-        lora.chain = tuple(manifest.get("chain", ()))
+        config = config_from_peft(raw, folder)
+        state = read_state(folder / ADAPTER_WEIGHTS)
+        pairs = pairs_from_peft(state, config, folder)
+        _check_claim(folder, "weights", manifest.get("weights_hash"), weights_hash(state))
+        parent = _load_parent(folder, list(manifest.get("parents", ())))
+        lora = cls(config, pairs, manifest.get("base_hash"), manifest.get("merged", ()), parent)
+        _check_claim(folder, "settings", manifest.get("adapter_hash"), lora.hash)
         return lora.requires_grad_(False).eval()
 
-    def save(
-        self,
-        folder: Path | str,
-        base_hash: str | None = None,
-        chain: Sequence[str] | None = None,
-        base_name: str | None = None,
-        **manifest: Any,
-    ) -> str:
-        """Writes a PEFT folder and `prairie.json`; returns the adapter's hash. `chain`: hashes of earlier stages."""
+    def save(self, folder: Path | str, base_name: str | None = None, **manifest: Any) -> str:
+        """Writes a PEFT folder, `prairie.json` and the parent inside; returns the adapter's hash. `manifest` is added
+        to `prairie.json`, here and in the parents."""
         folder = Path(folder)
-        state = self.peft_state()
-        found = weights_hash(state)
+        state = state_to_peft(self._pairs())
         facts = {
             "kind": "adapter",
             **manifest,
-            "weights_hash": found,
-            "base_hash": base_hash or self.base_hash,
-            "chain": list(self.chain if chain is None else chain),
+            "weights_hash": weights_hash(state),
+            "adapter_hash": self.hash,
+            "base_hash": self.base_hash,
+            "merged": list(self.merged),
+            "parents": [below.hash for below in self.parents],
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / ADAPTER_CONFIG, self._peft_config(base_name))
+            write_json(folder / ADAPTER_CONFIG, config_to_peft(self.config, self._peft_targets(), base_name))
             save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             write_json(folder / MANIFEST, facts)
         except (OSError, SafetensorError) as error:
             raise not_written(AdapterError, f"the adapter cannot be written to {folder}", error) from error
-        return found
+        if self.parent is not None:
+            self.parent.save(folder / PARENT, base_name, **manifest)
+        return self.hash
+
+    @property
+    def parents(self) -> list[LoRA]:
+        """The adapters below this one, the lowest first."""
+        return [] if self.parent is None else [*self.parent.parents, self.parent]
 
     @property
     def weights_hash(self) -> str:
         """sha256 over the names and tensors of the file."""
-        return weights_hash(self.peft_state())
+        return weights_hash(state_to_peft(self._pairs()))
+
+    @property
+    def hash(self) -> str:
+        """What names this adapter: sha256 over its tensors, what it does with them, and the adapters below it."""
+        below = self.parent.hash if self.parent is not None else None
+        content = json.dumps([self.weights_hash, self.config.arithmetic(), below])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def pair(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (R, I) and B (O, R) of one linear layer."""
+        """A (R, I) and B (O, R) of one layer."""
         key = path.replace(".", "/")
         return self.a[key], self.b[key]
-
-    def peft_state(self) -> dict[str, Tensor]:
-        """The tensors under PEFT's names."""
-        state = {}
-        for path in self.paths:
-            for letter, tensor in zip("AB", self.pair(path), strict=True):
-                state[_name_of(path, letter)] = tensor.detach().cpu().contiguous()
-        return state
 
     def require_base(self, model: Transformer, name: str = "adapter") -> None:
         """AdapterError unless this adapter was made on these very weights (a foreign one: unless shapes fit)."""
         base = hash_of(model)
-        if self.base_hash is not None and self.base_hash != base:
-            raise AdapterError(
-                f"{name} stands on base {self.base_hash[:12]}, this base is {base[:12]}",
-                mend="load it on the base it was trained on, or train it again on this one",
-            )
-        known = _targets_of(model.config, "all-linear")
+        for lora in (*self.parents, self):
+            if lora.base_hash is not None and lora.base_hash != base:
+                raise AdapterError(
+                    f"{name} stands on base {lora.base_hash[:12]}, this base is {base[:12]}",
+                    got=f"a base with {len(model.merged)} merged adapters" if model.merged != lora.merged else None,
+                    wanted=f"one with {len(lora.merged)}" if model.merged != lora.merged else None,
+                    mend="load it on the base it was trained on, or train it again on this one",
+                )
+            lora._require_shapes(model, name)
+
+    def _require_shapes(self, model: Transformer, name: str) -> None:
+        known = _targets_of(model, None)
         for path in self.paths:
             a_RI, b_OR = self.pair(path)
             part = known.get(path)
@@ -210,132 +208,204 @@ class LoRA(nn.Module):
                     wanted=f"{part.outputs} x {part.inputs}",
                 )
 
-    def merge_into(self, model: Transformer, name: str = "adapter") -> Transformer:
-        """Adds the deltas to the model's own weights, in place; returns the model. It is another base afterwards."""
-        self.require_base(model, name)
-        weights = dict(model.named_parameters())
-        with torch.no_grad():
-            for weight in model.table:
-                path = weight.name.removesuffix(".weight")
-                if path in self.paths:
-                    a_RI, b_OR = self.pair(path)
-                    delta = (b_OR.float() @ a_RI.float()) * self.config.scale
-                    delta = delta.T if weight.transposed else delta
-                    weight.put(weight.take(weights[weight.parameter]).float() + delta, weights[weight.parameter])
-        return model
+    def merge_into(self, model: Transformer, name: str = "adapter", tolerance: float | None = None) -> float:
+        """Adds what this adapter and those below it do to the model's own weights, in place: another base afterwards.
 
-    def add_to(
-        self, y_NO: Tensor, x_NI: Tensor, layer: int, group: str, parts: Sequence[Part], rows: slice | None
-    ) -> Tensor:
-        """y plus this adapter's delta for one fused linear layer; may write into `y_NO`."""
-        fused = self._fused(layer, group, parts)
-        if fused is None:
+        Returns the largest change of a logit on probe tokens by the merging itself, as a share of the largest logit.
+        AdapterError for another base; when that change is above `tolerance` (the model must then be loaded anew); when
+        only one side of tied embeddings is adapted.
+        """
+        self.require_base(model, name)
+        stack = (*self.parents, self)
+        if model.head is None and any(self.touches(model.linear(None, group)) for group in ("embed", "head")):
+            raise AdapterError(
+                f"{name} changes the embeddings or the head, which are one tensor in this base",
+                mend="serve it as an adapter",
+            )
+        before = _logits_of_probe(model, [AdapterRows(self)])
+        with torch.no_grad():
+            for at in model.linears():
+                at.weight.copy_(self.weight_under(at))
+        model.merged = (*model.merged, *(lora.hash for lora in stack))
+        error = float((_logits_of_probe(model, []) - before).abs().max() / before.abs().max())
+        allowed = MERGE_TOLERANCE.get(model.embed.dtype, 0.05) if tolerance is None else tolerance
+        if not error <= allowed:
+            raise AdapterError(
+                f"merging {name} would change its answers", got=f"{error:.2g} of the largest logit",
+                wanted=f"at most {allowed:.2g}", mend="merge into the base in float32",
+            )  # fmt: skip
+        return error
+
+    def add_to(self, y_NO: Tensor, x_NI: Tensor, at: FusedLinear, rows: slice | None) -> Tensor:
+        """The output y of one fused linear layer as this adapter (on its parent) changes it; may write into `y_NO`."""
+        if self.parent is not None:
+            y_NO = self.parent.add_to(y_NO, x_NI, at, rows)
+        change = self._change(at)
+        if change is None:
             return y_NO
         if self.training and self.config.dropout > 0 and torch.is_grad_enabled():  # never while serving or judging
             x_NI = F.dropout(x_NI, self.config.dropout)
-        return add_lora(y_NO, x_NI, *fused, rows)
+        return adapt(y_NO, x_NI, change, rows)
 
-    def _fused(self, layer: int, group: str, parts: Sequence[Part]) -> tuple[Tensor, Tensor] | None:
-        """The pairs of a group as one pair: A stacked, B block-diagonal and scaled; kept while nobody trains it."""
-        pairs = [self._maybe_pair(part.name) for part in parts]
-        present = [pair for pair in pairs if pair is not None]
-        if not present:
+    def add_to_embedding(self, x_NO: Tensor, tokens_N: Tensor, at: FusedLinear, rows: slice | None) -> Tensor:
+        """The same for the embeddings x of tokens. PEFT knows no dropout here."""
+        if self.parent is not None:
+            x_NO = self.parent.add_to_embedding(x_NO, tokens_N, at, rows)
+        change = self._change(at)
+        return x_NO if change is None else adapt_embedding(x_NO, tokens_N, change, rows)
+
+    def weight_under(self, at: FusedLinear) -> Tensor:
+        """(O, I) the weight of one fused linear layer as this adapter (on its parent) changes it."""
+        weight_OI = at.weight if self.parent is None else self.parent.weight_under(at)
+        change = self._change(at)
+        return weight_OI if change is None else adapted_weight(weight_OI, change)
+
+    def touches(self, at: FusedLinear) -> bool:
+        """Whether this adapter or one below it changes the layer."""
+        return bool(self._pairs_at(at)) or (self.parent is not None and self.parent.touches(at))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRA:
+        """`.to(device)` and its kin take the parent along."""
+        for below in self._below:
+            below._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def _change(self, at: FusedLinear) -> LowRank | None:
+        """What this adapter alone does to one fused linear layer, its pairs as one; kept while nobody trains it."""
+        pairs = self._pairs_at(at)
+        if not pairs:
             return None
-        if any(p.requires_grad for pair in present for p in pair):
+        tensors = [t for pair in pairs.values() for t in pair[:3] if t is not None]
+        if any(t.requires_grad for t in tensors):
             self._served.clear()  # in training; fused optimisers do not count their changes in `_version`
-            return self._fuse(parts, pairs)
-        version = sum(p._version for pair in present for p in pair)
-        kept = self._served.get((layer, group))
+            return self._fuse(at, pairs)
+        version = sum(t._version for t in tensors)
+        kept = self._served.get((at.layer, at.group))
         if kept is None or kept[0] != version:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._served[layer, group] = (version, self._fuse(parts, pairs))
+                kept = self._served[at.layer, at.group] = (version, self._fuse(at, pairs))
         return kept[1]
 
-    def _fuse(self, parts: Sequence[Part], pairs: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
-        stacked = [pair[0] for pair in pairs if pair is not None]
-        columns, width = [], self.config.rank * len(stacked)
-        left = 0
-        for part, pair in zip(parts, pairs, strict=True):
+    def _fuse(self, at: FusedLinear, pairs: Mapping[str, Pair]) -> LowRank:
+        """A stacked, B block-diagonal and scaled; with DoRA the gain of every row."""
+        stacked = [pair.a for pair in pairs.values()]
+        width, left = sum(map(len, stacked)), 0
+        columns: list[Tensor] = []
+        for part in at.parts:
+            pair = pairs.get(path := part.name)
             if pair is None:
                 columns.append(stacked[0].new_zeros(part.outputs, width))
                 continue
-            columns.append(F.pad(part.to_ours(pair[1]), (left, width - left - self.config.rank)))
-            left += self.config.rank
-        b_OR = torch.cat(columns) if len(columns) > 1 else columns[0]
-        return torch.cat(stacked) if len(stacked) > 1 else stacked[0], b_OR * self.config.scale
+            b_OR = part.to_ours(pair.b) * self.config.scale_of(path)
+            columns.append(F.pad(b_OR, (left, width - left - b_OR.shape[1])))
+            left += b_OR.shape[1]
+        change = LowRank(torch.cat(stacked), torch.cat(columns))
+        return self._with_gain(at, pairs, change) if self.config.dora else change
 
-    def _maybe_pair(self, path: str) -> tuple[Tensor, Tensor] | None:
-        return self.pair(path) if path.replace(".", "/") in self.a else None
+    def _with_gain(self, at: FusedLinear, pairs: Mapping[str, Pair], change: LowRank) -> LowRank:
+        """The length of W + B A is a constant of the backward pass, as the paper has it (section 4.3)."""
+        with torch.no_grad():
+            weight_OI = (at.weight if self.parent is None else self.parent.weight_under(at)).float()
+            lengths_O = row_lengths(adapted_weight(weight_OI, change))
+        gains = []
+        for part, rows in at.rows():
+            pair = pairs.get(part.name)
+            if pair is None or pair.magnitude is None:
+                gains.append(torch.ones_like(lengths_O[rows]))
+                continue
+            gains.append(part.to_ours(pair.magnitude) / lengths_O[rows])
+        gain_O = torch.cat(gains)
+        shift_O = None if at.bias is None else at.bias * (1 - gain_O)
+        return LowRank(change.a_RI, change.b_OR * gain_O[:, None], gain_O, shift_O)
 
-    def _peft_config(self, base_name: str | None) -> dict[str, Any]:
-        """PEFT's own settings; target_modules are short names when every layer has the same ones, else full paths."""
-        short = {path.rsplit(".", 1)[-1] for path in self.paths}
-        layers = {path.split(".")[2] for path in self.paths}
-        uniform = len(short) * len(layers) == len(self.paths) and layers == {str(i) for i in range(len(layers))}
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "r": self.config.rank,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": self.config.dropout,
-            "use_rslora": self.config.rslora,
-            "target_modules": sorted(short) if uniform else self.paths,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-            "use_dora": False,
-        }
+    def _pairs_at(self, at: FusedLinear) -> dict[str, Pair]:
+        """The pairs of one fused linear layer, in the order of its parts."""
+        return {part.name: self._pair(part.name) for part in at.parts if part.name.replace(".", "/") in self.a}
+
+    def _pair(self, path: str) -> Pair:
+        key = path.replace(".", "/")
+        return Pair(self.a[key], self.b[key], self.magnitude[key] if self.config.dora else None, path in self.embedded)
+
+    def _pairs(self) -> dict[str, Pair]:
+        return {path: self._pair(path) for path in self.paths}
+
+    def _peft_targets(self) -> list[str]:
+        """The ends of paths ("self_attn.q_proj") when every layer has the same ones, else full paths."""
+        numbered = [match for path in self.paths if (match := re.fullmatch(r"\D+\.(\d+)\.(.+)", path))]
+        layers = {int(match[1]) for match in numbered}
+        ends = {match[2] for match in numbered}
+        if len(layers) * len(ends) != len(numbered) or layers != set(range(len(layers))):
+            return self.paths
+        outside = set(self.paths) - {match[0] for match in numbered}
+        return sorted(ends | {path.rsplit(".", 1)[-1] for path in outside})
 
 
-def _targets_of(config: ModelConfig, targets: Literal["all-linear"] | Sequence[str]) -> dict[str, Part]:
-    """Paths of the linear layers that `targets` names, in layer order."""
-    parts = [part for block in fused_parts(config) for group in block.values() for part in group]
-    known = {part.name.rsplit(".", 1)[-1] for part in parts}
-    names = known if targets == "all-linear" else set(targets)
-    if unknown := names - known:
+def _targets_of(model: Transformer, targets: Literal["all-linear"] | Sequence[str] | None) -> dict[str, Part]:
+    """Paths of the layers that `targets` names; None: all that can carry an adapter."""
+    known = {part.name: (at, part) for at in model.linears() for part in at.parts}
+    inside = {path for path, (at, _) in known.items() if at.layer is not None}
+    if targets is None:
+        chosen = set(known)
+    elif targets == "all-linear":
+        chosen = inside
+    else:
+        chosen = {path for path in known if path in targets or path.rsplit(".", 1)[-1] in targets}
+        if unknown := {t for t in targets if not any(path == t or path.endswith("." + t) for path in known)}:
+            raise AdapterError(
+                "an adapter was asked for layers that the model does not have",
+                got=", ".join(sorted(unknown)),
+                wanted="all-linear or some of " + ", ".join(sorted({path.rsplit(".", 1)[-1] for path in known})),
+            )
+    return {path: part for path, (_, part) in known.items() if path in chosen}
+
+
+def _fresh(part: Part, rank: int, embedded: bool, generator: torch.Generator) -> Pair:
+    """PEFT's start, whose product is zero. An embedding has it the other way round: A zero, B normal."""
+    if embedded:
+        b_OR = torch.empty(part.outputs, rank).normal_(generator=generator)
+        return Pair(torch.zeros(rank, part.inputs), b_OR, embedded=True)
+    bound = 1 / math.sqrt(part.inputs)  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and PEFT start
+    a_RI = torch.empty(rank, part.inputs).uniform_(-bound, bound, generator=generator)
+    return Pair(a_RI, torch.zeros(part.outputs, rank))
+
+
+def _load_parent(folder: Path, parents: list[str]) -> LoRA | None:
+    """The adapter in the folder inside, which must be the very one that this one was trained on."""
+    if not parents:
+        return None
+    if not (folder / PARENT).is_dir():
         raise AdapterError(
-            "an adapter was asked for layers that the model does not have",
-            got=", ".join(sorted(unknown)),
-            wanted="all-linear or some of " + ", ".join(sorted(known)),
+            f"the adapter in {folder} stands on another adapter, which is not there",
+            got=f"no folder {PARENT}",
+            wanted=f"adapter {parents[-1][:12]} in it",
+            mend="copy the whole folder",
         )
-    return {part.name: part for part in parts if part.name.rsplit(".", 1)[-1] in names}
-
-
-def _name_of(path: str, letter: str) -> str:
-    return f"{PREFIX}{path}.lora_{letter}.weight"
-
-
-def _read_config(raw: dict[str, Any], folder: Path) -> LoRAConfig:
-    if raw.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder} is no LoRA adapter", got=raw.get("peft_type"), wanted="peft_type LORA")
-    for key, only in REFUSED_SETTINGS.items():
-        if raw.get(key) not in (None, only, [], {}):
-            raise AdapterError(f"the adapter in {folder} sets {key}, which is not supported", got=raw[key], wanted=only)
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    parent = LoRA.load(folder / PARENT)
+    if [below.hash for below in (*parent.parents, parent)] != parents:
         raise AdapterError(
-            f"{folder / ADAPTER_CONFIG} lacks a usable r or lora_alpha", got=f"r {rank}, lora_alpha {alpha}"
+            f"the adapter in {folder} was trained on another parent than the one in {folder / PARENT}",
+            got=parent.hash[:12],
+            wanted=parents[-1][:12],
+            mend="restore the folder from where it was made",
         )
-    targets = raw.get("target_modules")
-    return LoRAConfig(
-        rank=rank,
-        alpha=float(alpha),
-        dropout=float(raw.get("lora_dropout") or 0.0),
-        targets=tuple(targets) if isinstance(targets, list) else "all-linear",
-        rslora=bool(raw.get("use_rslora", False)),
-    )
+    return parent
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} does not exist", wanted="an adapter folder in PEFT's format") from None
-    except (SafetensorError, OSError) as error:
+def _check_claim(folder: Path, what: str, claimed: object, found: str) -> None:
+    if claimed is not None and claimed != found:
         raise AdapterError(
-            f"{path} is damaged or cut short", got=error, mend="copy it again from where it came"
-        ) from error
+            f"the adapter {what} in {folder} are not those its {MANIFEST} names",
+            got=found[:12],
+            wanted=str(claimed)[:12],
+        )
+
+
+def _logits_of_probe(model: Transformer, adapters: Sequence[AdapterRows]) -> Tensor:
+    """(N, V) float32 on two rows of seeded random tokens."""
+    lengths = [min(32, model.config.max_context)] * 2
+    generator = torch.Generator().manual_seed(0)
+    tokens_N = torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator).to(model.embed.device)
+    with torch.no_grad():
+        hidden_ND = model(tokens_N, PackedDocuments(lengths, tokens_N.device), adapters)
+        return model.logits(hidden_ND, adapters).float()

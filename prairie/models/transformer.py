@@ -12,17 +12,17 @@ Legend: N tokens of all rows, D width, H query heads, K key/value heads, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prairie.errors import ModelError
+from prairie.errors import AdapterError, ModelError
 from prairie.models.config import ModelConfig
-from prairie.models.families import Part, Weight, block_norms, fused_parts, weight_table
+from prairie.models.families import FAMILIES, Part, Weight, block_norms, fused_parts, weight_table
 from prairie.models.rope import alike, depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and_rotate
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
 
 NORMS = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+HEAD = "lm_head"
+"""The path of the head as adapters name it: transformers' module, whatever older files call its weight."""
 RESIDUAL = ("o", "down", "experts_down")
 """Weights whose products are added to the residual stream."""
 
@@ -80,6 +82,24 @@ class Block(nn.Module):
             add("down", c.dim, c.ffn_dim, bias=c.mlp_bias)
 
 
+class FusedLinear(NamedTuple):
+    """A linear layer and where it stands: what an adapter changes. `layer` None: the embedding or the head."""
+
+    layer: int | None
+    group: str
+    parts: tuple[Part, ...]
+    weight: Tensor
+    """(O, I)"""
+    bias: Tensor | None = None
+
+    def rows(self) -> Iterator[tuple[Part, slice]]:
+        """Each part with its rows of the weight."""
+        start = 0
+        for part in self.parts:
+            yield part, slice(start, start + part.outputs)
+            start += part.outputs
+
+
 class Transformer(nn.Module):
     """A model that ends in a vocabulary, or (`config.labels`) in scores of a whole row.
 
@@ -108,6 +128,8 @@ class Transformer(nn.Module):
         """What queries are multiplied with, as an `Attend` divides products by sqrt(head_dim)."""
         self.ropes = [self._rope_of(layer) for layer in range(c.layers)]
         self.frequencies = {rope: rope_frequencies(c, window=rope == "window") for rope in set(self.ropes) if rope}
+        self.merged: tuple[str, ...] = ()
+        """Hashes of the adapters that were merged into these weights, in their order."""
         self.loaded_hashes: tuple[str, str] | None = None
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
@@ -141,22 +163,28 @@ class Transformer(nn.Module):
             )
         return self.embed if self.head is None else self.head
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V)."""
-        logits_NV = F.linear(hidden_ND, self.head_weight)
+    def logits(self, hidden_ND: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        """(N, V). The rows of `adapters` are those of `hidden_ND`."""
+        logits_NV = self._adapted(F.linear(hidden_ND, self.head_weight), hidden_ND, self.linear(None, "head"), adapters)
         return softcap(logits_NV, self.config.logit_softcap) if self.config.logit_softcap else logits_NV
 
-    def cross_entropy(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+    def cross_entropy(self, hidden_ND: Tensor, labels_N: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """SUM over supervised tokens of -log p(label), a float32 scalar; see `ops.loss.linear_cross_entropy`."""
-        return linear_cross_entropy(hidden_ND, self._head(), labels_N, softcap=self.config.logit_softcap)
+        return linear_cross_entropy(hidden_ND, self._head(adapters), labels_N, softcap=self.config.logit_softcap)
 
-    def logprobs(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+    def logprobs(self, hidden_ND: Tensor, labels_N: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """(N,) float32 log p(label) of every token, 0 where it is not supervised."""
-        return linear_logprobs(hidden_ND, self._head(), labels_N, softcap=self.config.logit_softcap)
+        return linear_logprobs(hidden_ND, self._head(adapters), labels_N, softcap=self.config.logit_softcap)
 
-    def _head(self) -> Tensor:
-        """Without a gradient where none is asked for: it would be as large as the vocabulary."""
-        return self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
+    def _head(self, adapters: Sequence[AdapterRows]) -> Tensor:
+        """The head as the adapters change it. Without a gradient where none is asked for: it would be as large as the
+        vocabulary. Raises AdapterError when one of several adapters changes the head."""
+        at = self.linear(None, "head")
+        if any(adapter.lora.touches(at) for adapter in adapters):
+            if len(adapters) > 1 or adapters[0].rows is not None:
+                raise AdapterError("adapters of the head learn one at a time", got=f"{len(adapters)} at once")
+            return adapters[0].lora.weight_under(at)
+        return at.weight if torch.is_grad_enabled() else at.weight.detach()
 
     def scores(self, hidden_RD: Tensor) -> Tensor:
         """(R, L) float32 scores of rows, from the hidden state of each row's last token (where Hugging Face's
@@ -179,6 +207,28 @@ class Transformer(nn.Module):
             setattr(scored.get_submodule(owner), last, mine[name])
         return scored
 
+    # ---- what can carry an adapter
+
+    def linear(self, layer: int | None, group: str) -> FusedLinear:
+        """A fused linear layer, the embedding ("embed", a product with one-hot tokens) or the head ("head")."""
+        if layer is None:
+            names, (vocabulary, width) = FAMILIES[self.config.family].names, self.embed.shape
+            if group == "embed":
+                return FusedLinear(None, group, (Part(names.embed, width, vocabulary),), self.embed.T)
+            return FusedLinear(None, group, (Part(HEAD, vocabulary, width),), self.head_weight)
+        block = self.layers[layer]
+        weight, bias = getattr(block, group), getattr(block, f"{group}_bias")
+        return FusedLinear(layer, group, self.parts[layer][group], weight, bias)
+
+    def linears(self) -> Iterator[FusedLinear]:
+        """Everything that can carry an adapter. Experts cannot."""
+        yield self.linear(None, "embed")
+        for layer, groups in enumerate(self.parts):
+            for group in groups:
+                yield self.linear(layer, group)
+        if self.score is None:
+            yield self.linear(None, "head")
+
     # ---- from tokens to hidden states
 
     @property
@@ -190,13 +240,13 @@ class Transformer(nn.Module):
         """hidden_ND after the final norm, of flat tokens whose context `attend` knows."""
         c = self.config
         turns = {rope: self._turns(rope, attend) for rope in self.frequencies}
-        x_ND = self._embedded(tokens_N, attend.positions_N)
+        x_ND = self._embedded(tokens_N, attend.positions_N, adapters)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
             y_ND = self._normed(x_ND, block, "attention_norm")
-            qkv = self._linear(y_ND, block, index, "qkv", adapters)
+            qkv = self._linear(y_ND, index, "qkv", adapters)
             o_NHD = attend(index, *self._heads(qkv, block, turns.get(self.ropes[index])), self.sights[index])
-            a_ND = self._linear(o_NHD.flatten(1), block, index, "o", adapters)
+            a_ND = self._linear(o_NHD.flatten(1), index, "o", adapters)
             if c.parallel_residual:
                 a_ND = a_ND + self._mlp(self._normed(x_ND, block, "mlp_norm"), block, index, adapters)
                 x_ND = x_ND + a_ND
@@ -207,8 +257,10 @@ class Transformer(nn.Module):
         x_ND = self._normed(x_ND, self, "norm")
         return x_ND if c.logit_scale == 1.0 else x_ND * c.logit_scale
 
-    def _embedded(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+    def _embedded(self, tokens_N: Tensor, positions_N: Tensor, adapters: Sequence[AdapterRows]) -> Tensor:
         x_ND = F.embedding(tokens_N, self.embed)
+        for adapter in adapters:
+            x_ND = adapter.lora.add_to_embedding(x_ND, tokens_N, self.linear(None, "embed"), adapter.rows)
         if self.config.embed_scale != 1.0:  # rounded to the dtype of x, as the families that scale were trained
             x_ND = x_ND * torch.tensor(self.config.embed_scale, dtype=x_ND.dtype)
         if self.positions is not None:
@@ -237,10 +289,10 @@ class Transformer(nn.Module):
             chosen = route(F.linear(y_ND, block.router), c.experts_per_token, c.expert_weights_sum_to_one)
             return mix_experts(y_ND, *chosen, block.experts_gate_up, block.experts_down, c.activation)
         if c.gated:
-            inner = gated(self._linear(y_ND, block, index, "gate_up", adapters), c.activation)
+            inner = gated(self._linear(y_ND, index, "gate_up", adapters), c.activation)
         else:
-            inner = ACTIVATIONS[c.activation](self._linear(y_ND, block, index, "up", adapters))
-        return self._linear(inner, block, index, "down", adapters)
+            inner = ACTIVATIONS[c.activation](self._linear(y_ND, index, "up", adapters))
+        return self._linear(inner, index, "down", adapters)
 
     def _added(self, x_ND: Tensor, y_ND: Tensor, block: Block, norm: str) -> Tensor:
         """The residual stream with what a layer adds; `norm` is of the addition, or of the sum."""
@@ -259,11 +311,14 @@ class Transformer(nn.Module):
             return layer_norm(x, weight, getattr(owner, f"{name}_bias"), c.norm_eps)
         return rms_norm(x, weight + 1.0 if c.norm_offset else weight, c.norm_eps)
 
-    def _linear(self, x_NI: Tensor, block: Block, layer: int, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
-        """One fused linear layer with the deltas of the adapters that name it."""
-        y_NO = F.linear(x_NI, getattr(block, group), getattr(block, f"{group}_bias"))
+    def _linear(self, x_NI: Tensor, layer: int, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
+        """One fused linear layer, as the adapters that name it change it."""
+        at = self.linear(layer, group)
+        return self._adapted(F.linear(x_NI, at.weight, at.bias), x_NI, at, adapters)
+
+    def _adapted(self, y_NO: Tensor, x_NI: Tensor, at: FusedLinear, adapters: Sequence[AdapterRows]) -> Tensor:
         for adapter in adapters:
-            y_NO = adapter.lora.add_to(y_NO, x_NI, layer, group, self.parts[layer][group], adapter.rows)
+            y_NO = adapter.lora.add_to(y_NO, x_NI, at, adapter.rows)
         return y_NO
 
     # ---- positions

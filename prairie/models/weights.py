@@ -114,6 +114,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             wanted=str(claimed)[:12],
             mend="restore the folder from where it was made",
         )
+    model.merged = tuple(manifest.get("merged", ()))
     model.loaded_hashes = found, found if dtype is None else _hash_of(_each_named(model))
     return model
 
@@ -138,7 +139,8 @@ def save_model(model: Transformer, folder: Path | str, dtype: torch.dtype | None
             {k: v for k, v in marks.items() if v is not None},
         )
         save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / MANIFEST, {"kind": "model", **manifest, "weights_hash": found})
+        facts = {"kind": "model", **manifest, "weights_hash": found, "merged": list(model.merged)}
+        write_json(folder / MANIFEST, facts)
     except (OSError, SafetensorError) as error:
         raise not_written(ModelError, f"the model cannot be written to {folder}", error) from error
     return found

@@ -1,4 +1,5 @@
-"""Products with weights: the low-rank delta of LoRA (arXiv 2106.09685).
+"""Products with weights: a linear layer, and the low-rank change of it that LoRA (arXiv 2106.09685) and DoRA
+(arXiv 2402.09353) learn.
 
 Not here: which parts of a model carry an adapter (`models.lora`), the vocabulary's head (`ops.loss`).
 
@@ -7,22 +8,61 @@ Legend: N tokens, I input columns, O output columns, R rank.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def lora_delta(x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """(N, O): scale * x A^T B^T, in the dtype of x."""
-    return (x_NI @ a_RI.T.to(x_NI.dtype)) @ b_OR.T.to(x_NI.dtype) * scale
+class LowRank(NamedTuple):
+    """What an adapter does to the output of one linear layer: y * gain + shift + x A^T B^T."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    """Holds the scale, and the gain where there is one."""
+    gain_O: Tensor | None = None
+    """DoRA: the learnt length of each row of the weight over the length that it has; None is 1 (LoRA)."""
+    shift_O: Tensor | None = None
+    """DoRA: gives the layer's bias back what the gain took from it."""
 
 
-def add_lora(y_NO: Tensor, x_NI: Tensor, a_RI: Tensor, b_OR: Tensor, rows: slice | None) -> Tensor:
-    """y + x A^T B^T for all N tokens, or for the tokens `rows` only; B already holds the scale.
+def adapt(y_NO: Tensor, x_NI: Tensor, change: LowRank, rows: slice | None) -> Tensor:
+    """The changed output for all N tokens, or for the tokens `rows` only, in the dtype of y.
 
     May write into `y_NO`, which must be the caller's own fresh output.
     """
-    a_RI, b_OR = a_RI.to(y_NO.dtype), b_OR.to(y_NO.dtype)
+    a_RI, b_OR = change.a_RI.to(y_NO.dtype), change.b_OR.to(y_NO.dtype)
     if rows is None:
-        return torch.addmm(y_NO, x_NI.to(y_NO.dtype) @ a_RI.T, b_OR.T)
+        return torch.addmm(_turned(y_NO, change), x_NI.to(y_NO.dtype) @ a_RI.T, b_OR.T)
+    if change.gain_O is not None:
+        y_NO[rows] = _turned(y_NO[rows].clone(), change)  # a copy: the backward pass wants what stood there
     y_NO[rows].addmm_(x_NI[rows].to(y_NO.dtype) @ a_RI.T, b_OR.T)
     return y_NO
+
+
+def adapt_embedding(x_NO: Tensor, tokens_N: Tensor, change: LowRank, rows: slice | None) -> Tensor:
+    """The changed embeddings of tokens. An embedding is the product of a one-hot token with its (O, I) transpose: here
+    I is the vocabulary and O the width."""
+    at = slice(None) if rows is None else rows
+    found_NR = F.embedding(tokens_N[at], change.a_RI.T.to(x_NO.dtype))
+    changed = torch.addmm(_turned(x_NO[at], change), found_NR, change.b_OR.T.to(x_NO.dtype))
+    return changed if rows is None else torch.cat([x_NO[: rows.start], changed, x_NO[rows.stop :]])
+
+
+def adapted_weight(weight_OI: Tensor, change: LowRank) -> Tensor:
+    """The weight whose plain product is the changed output: gain * W + B A."""
+    turned = weight_OI if change.gain_O is None else weight_OI * change.gain_O[:, None]
+    return turned + change.b_OR @ change.a_RI
+
+
+def row_lengths(weight_OI: Tensor) -> Tensor:
+    """(O,) the length of each row of a weight."""
+    return torch.linalg.vector_norm(weight_OI, dim=1)
+
+
+def _turned(y_NO: Tensor, change: LowRank) -> Tensor:
+    if change.gain_O is None:
+        return y_NO
+    gain_O = change.gain_O.to(y_NO.dtype)
+    return y_NO * gain_O if change.shift_O is None else torch.addcmul(change.shift_O.to(y_NO.dtype), y_NO, gain_O)

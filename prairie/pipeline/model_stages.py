@@ -23,7 +23,7 @@ from prairie.errors import DataError, ModelError
 from prairie.models.config import ModelConfig
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
-from prairie.models.weights import hash_of, load_model, read_manifest, save_model
+from prairie.models.weights import load_model, read_manifest, save_model
 from prairie.pipeline.context import Work, file_fingerprint
 from prairie.pipeline.data_stages import train_records
 from prairie.recipe import Import, Learning, Sample, Shape, Train
@@ -296,14 +296,15 @@ def base_of(artifact: Artifact) -> str:
 
 
 def _adapter_to_train(config: Learning, start: Start, seed: int) -> LoRA | None:
-    """The start's own adapter goes on learning; otherwise a new one, or none."""
-    if start.adapter is not None:
-        return start.adapter
-    if config.adapter is None:
-        return None
+    """The start's own adapter goes on learning, or a new one stands on it; otherwise a new one, or none."""
     shape = config.adapter
+    if start.adapter is not None and (shape is None or not shape.stack):
+        return start.adapter
+    if shape is None:
+        return None
     targets: Any = shape.targets if isinstance(shape.targets, str) else tuple(shape.targets)
-    return LoRA.create(start.model, LoRAConfig(shape.rank, shape.alpha, shape.dropout, targets), seed)
+    wanted = LoRAConfig(shape.rank, shape.alpha, shape.dropout, targets, shape.rslora, shape.dora)
+    return LoRA.create(start.model, wanted, seed, start.adapter)
 
 
 def _objective(name: str, config: Learning, reference: Any) -> Objective:
@@ -318,7 +319,6 @@ def _objective(name: str, config: Learning, reference: Any) -> Objective:
 def _write_adapter(adapter: LoRA, start: Start, folder: Path, base_artifact: str) -> None:
     adapter.save(
         folder,
-        base_hash=hash_of(start.model),
         template_hash=start.template.hash,
         tokenizer_hash=start.tokenizer.hash,
         base_artifact=base_artifact,

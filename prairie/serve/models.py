@@ -383,7 +383,7 @@ class Models:
 
         check_adapter(source.folder, base.model.template, base.model.tokenizer)
         lora = LoRA.load(source.folder)
-        hash = lora.weights_hash
+        hash = lora.hash
         self.worker.call(lambda: base.model.engine.add_adapter(hash, lora)).result()
         return hash
 

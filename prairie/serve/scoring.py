@@ -41,7 +41,7 @@ def score(resident: Resident, token_ids: Sequence[int], top: int) -> Score:
         hidden_ND = model(tokens_N, PackedDocuments([len(token_ids)], tokens_N.device), rows)
         for start in range(0, len(token_ids) - 1, ROWS):
             part = slice(start, min(start + ROWS, len(token_ids) - 1))
-            logprobs_NV = torch.log_softmax(model.logits(hidden_ND[part]).float(), dim=-1)
+            logprobs_NV = torch.log_softmax(model.logits(hidden_ND[part], rows).float(), dim=-1)
             chosen_N1 = tokens_N[part.start + 1 : part.stop + 1, None]
             logprobs += logprobs_NV.gather(1, chosen_N1)[:, 0].tolist()
             if top:

@@ -411,9 +411,10 @@ def _succession(connection: Connection, line: str) -> list[int]:
 
 
 def _weights_hash(folder: Path) -> str | None:
-    """The hash that the model's own prairie.json states, if it has one."""
+    """The hash by which prairie.json names the model, if there is one; an adapter's covers what it stands on."""
     try:
-        stated = json.loads((folder / "prairie.json").read_text(encoding="utf-8")).get("weights_hash")
+        manifest = json.loads((folder / "prairie.json").read_text(encoding="utf-8"))
+        stated = manifest.get("adapter_hash") or manifest.get("weights_hash")
     except (OSError, ValueError, AttributeError):
         return None
     return str(stated) if stated else None

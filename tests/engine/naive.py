@@ -70,7 +70,7 @@ def logits_of(ids: Sequence[int], lora: LoRA | None = None, base: Transformer | 
     """(T, V) of a whole row."""
     base = base or model()
     adapters = [AdapterRows(lora)] if lora is not None else []
-    return base.logits(base(torch.tensor(ids), PackedDocuments([len(ids)]), adapters))
+    return base.logits(base(torch.tensor(ids), PackedDocuments([len(ids)]), adapters), adapters)
 
 
 def greedy(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prairie.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
-from prairie.ops.linear import add_lora, lora_delta
+from prairie.ops.linear import LowRank, adapt
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,10 +51,9 @@ def test_swiglu_equals_plain_form() -> None:
 
 
 @pytest.mark.parametrize("rows", [None, slice(2, 5)])
-def test_add_lora_adds_the_delta_to_its_rows(rows: slice | None) -> None:
+def test_an_adapter_adds_the_delta_to_its_rows(rows: slice | None) -> None:
     y, x, a, b = normal(7, 6), normal(7, 5, seed=1), normal(3, 5, seed=2), normal(6, 3, seed=3)
     wanted = y.clone()
     part = rows or slice(None)
-    wanted[part] += lora_delta(x[part], a, b, 0.5)
-    torch.testing.assert_close(add_lora(y.clone(), x, a, b * 0.5, rows), wanted)
-    torch.testing.assert_close(lora_delta(x, a, b, 0.5), 0.5 * (x @ (b @ a).T))
+    wanted[part] += 0.5 * (x[part] @ (b @ a).T)
+    torch.testing.assert_close(adapt(y.clone(), x, LowRank(a, b * 0.5), rows), wanted)

@@ -3,7 +3,9 @@
 import pytest
 from tiny_recipes import contents, data_stages, learning, quiet_runtime, run_here, training_recipe, write_jsonl
 
+import prairie
 from prairie.errors import BusyError, DataError, NotFoundError, RecipeError
+from prairie.models.lora import LoRA
 from prairie.pipeline import run as module
 from prairie.pipeline.context import Context
 from prairie.recipe import resolve_recipe
@@ -133,3 +135,26 @@ def test_a_product_that_is_damaged_is_a_sentence(home, tmp_path):
         run_here(tree, home)
     with pytest.raises(NotFoundError):
         home.artifacts.get("ffff")
+
+
+def test_an_adapter_on_an_adapter(home, tmp_path):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    tree["stages"] |= {
+        "base": learning(4, data="chats", tokenizer="tokenizer", shape={"depth": 1, "dim": 32}),
+        "sft": learning(4, data="chats", start="base", adapter={"rank": 2, "dora": True}),
+        "dpo": learning(
+            4, objective="dpo", data="pairs", start="sft", lr=1e-2,
+            adapter={"rank": 3, "stack": True, "rslora": True, "targets": ["q_proj", "lm_head"]},
+        ),
+        "publish": {"kind": "publish", "line": "tiny:dpo", "model": "dpo"},
+        "after": {"kind": "evaluate", "models": ["base", "sft", "dpo"], "text": ["chats"]},
+    }  # fmt: skip
+    made = run_here(tree, home)
+    below, above = (LoRA.load(made[name].product.path) for name in ("sft", "dpo"))
+    assert below.config.dora and above.config.rslora and above.config.rank == 3
+    assert [parent.hash for parent in above.parents] == [below.hash], "the adapter below was not left as it was"
+    loss = {name: figures["loss"]["chats"]["loss"] for name, figures in made["after"].figures["models"].items()}
+    assert len(set(loss.values())) == 3
+    model = prairie.load("tiny:dpo", home=home.root)
+    assert model.adapter_hash == above.hash
+    assert model.generate("what colour is thing 3?", max_tokens=3, temperature=0).token_ids

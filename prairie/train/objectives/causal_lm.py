@@ -40,7 +40,7 @@ class CausalLM:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
-        return model.cross_entropy(hidden_ND, labels_N), {}
+        return model.cross_entropy(hidden_ND, labels_N, adapters), {}
 
 
 def held_out_loss(
@@ -61,7 +61,7 @@ def held_out_loss(
     with judging(model, adapters):
         for batch in every_batch(dataset, tokens_per_batch):
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
-            total += float(model.cross_entropy(hidden_ND, labels_N))
+            total += float(model.cross_entropy(hidden_ND, labels_N, adapters))
             count += batch.supervised
             if bytes_of is not None:
                 bytes_count += int(bytes_of[batch.labels_N[batch.labels_N != IGNORED].numpy()].sum())

@@ -91,7 +91,7 @@ class DPO:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         reference_R = self._reference(batch)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
-        logps_R = row_sums(model.logprobs(hidden_ND, labels_N), batch.lengths)
+        logps_R = row_sums(model.logprobs(hidden_ND, labels_N, adapters), batch.lengths)
         lengths_R = supervised_per_row(batch).to(logps_R.device)
         return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config)
 
@@ -159,7 +159,7 @@ def reference_logprobs(
     with judging(model, adapters), computing_in(dtype, model):
         for batch in every_batch(dataset, tokens_per_batch):
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
-            logps_R[batch.rows] = row_sums(model.logprobs(hidden_ND, labels_N).float(), batch.lengths).cpu()
+            logps_R[batch.rows] = row_sums(model.logprobs(hidden_ND, labels_N, adapters).float(), batch.lengths).cpu()
     return logps_R
 
 

@@ -73,7 +73,7 @@ class MaskedLM:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_ND, labels_N = hidden_states(model, self.with_holes(batch), adapters)
-        return model.cross_entropy(hidden_ND, labels_N), {}
+        return model.cross_entropy(hidden_ND, labels_N, adapters), {}
 
     def with_holes(self, batch: Batch) -> Batch:
         """The batch as the model sees it: chosen tokens replaced, and these alone in the labels, each at its place."""
