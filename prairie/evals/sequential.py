@@ -1,14 +1,14 @@
 """Who is better, by a test that may be looked at after every unit and stopped at any moment.
 
-A gambler bets on "the mean is above one half" with money that a fair game keeps from growing: if the mean is at most one
-half, the wealth is a supermartingale that starts at 1, and by Ville's inequality (1939) it EVER reaches 1/error in at most
-`error` of all experiments, whenever somebody looks and for whatever reason they stop (Waudby-Smith and Ramdas, "Estimating
-means of bounded random variables by betting", arXiv 2010.09686). Nothing is assumed of the values but that they lie in
-[0, 1] and come from independent units, so a crowd that is split into lovers and haters is covered as well.
+A gambler bets on "the mean is above one half" with money that a fair game keeps from growing: if the mean is at most
+one half, the wealth is a supermartingale that starts at 1, and by Ville's inequality (1939) it EVER reaches 1/error in
+at most `error` of all experiments, whenever somebody looks and for whatever reason they stop (Waudby-Smith and Ramdas,
+"Estimating means of bounded random variables by betting", arXiv 2010.09686). Nothing is assumed of the values but that
+they lie in [0, 1] and come from independent units, so a crowd that is split into lovers and haters is covered as well.
 
-A unit is whatever is independent: ONE PERSON with the mean of their votes, or ONE PAIR of games of Go from the same opening
-with colours exchanged, with the mean of its two outcomes (a win 1, a draw 1/2, a loss 0; `paired_games`). A unit enters
-once, whole, and is never changed afterwards: a person's later votes are not new people.
+A unit is whatever is independent: ONE PERSON with the mean of their votes, or ONE PAIR of games of Go from the same
+opening with colours exchanged, with the mean of its two outcomes (a win 1, a draw 1/2, a loss 0; `paired_games`). A
+unit enters once, whole, and is never changed afterwards: a person's later votes are not new people.
 Not here: intervals for one planned look (`statistics`), what a verdict means for a release (`prairie.flywheel.gate`).
 """
 
@@ -30,8 +30,9 @@ ERROR = 0.05
 POWER = 0.8
 
 STAKES = np.concatenate([np.geomspace(0.03, 0.95, 16), (np.arange(16) + 0.5) / 16])
-"""(stakes,) shares of the wealth that are bet side by side, each with an equal part of the first coin: small ones find small
-differences, large ones find large differences soon. The mean of their wealths is again the wealth of a fair game."""
+"""(stakes,) shares of the wealth that are bet side by side, each with an equal part of the first coin: small ones find
+small differences, large ones find large differences soon. The mean of their wealths is again the wealth of a fair
+game."""
 
 MOST_EVIDENCE = 1e12
 """More than this is not told apart."""
@@ -41,8 +42,8 @@ Decision = Literal["better", "not better", "undecided"]
 
 @dataclass(frozen=True, slots=True)
 class SequentialTest:
-    """What `n` units say up to now. `low` and `high` bound the mean at ANY time: each of them is wrong at any moment of the
-    whole experiment in at most `error` of such experiments."""
+    """What `n` units say up to now. `low` and `high` bound the mean at ANY time: each of them is wrong at any moment of
+    the whole experiment in at most `error` of such experiments."""
 
     decision: Decision
     decided_after: int | None
@@ -76,8 +77,8 @@ def sequential_test(
 ) -> SequentialTest:
     """Tests values in [0, 1] in the order in which they came: may the mean be said to lie above one half?
 
-    better: the lower bound has been above 1/2 at some moment. A mean of 1/2 or less gets there in at most `error` of all
-      experiments, however often one looks.
+    better: the lower bound has been above 1/2 at some moment. A mean of 1/2 or less gets there in at most `error` of
+      all experiments, however often one looks.
     not better: the upper bound has been below `wanted`. A mean of `wanted` or more gets there in at most `error`.
     undecided: let more units come; it stays the same experiment.
     Nothing is decided before `least` units. Raises DataError for values outside [0, 1] or a `wanted` outside (1/2, 1).
@@ -146,8 +147,8 @@ def required_units(
 ) -> int:
     """How many units the test needs to call a true winner `better` with probability `power`, by simulating it.
 
-    draw: (generator, trials, units) -> values of that shape from the world that is planned for. The seed is fixed, so the
-    same plan always comes to the same number. Raises DataError when `most` units do not suffice.
+    draw: (generator, trials, units) -> values of that shape from the world that is planned for. The seed is fixed, so
+    the same plan always comes to the same number. Raises DataError when `most` units do not suffice.
     """
     rng, count = np.random.default_rng(0), 64
     values = draw(rng, trials, count)

@@ -16,15 +16,8 @@ from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
 from prairie.flywheel.curate import curate, is_held_out
-from prairie.flywheel.gate import (
-    LEAST_USERS,
-    Comparison,
-    Verdict,
-    judge,
-    length_probe,
-    repetition_probe,
-    required_sample_size,
-)
+from prairie.flywheel.gate import LEAST_USERS, Comparison, Verdict, judge, required_sample_size
+from prairie.flywheel.probes import Ask, probes, sycophancy_probe
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
 from prairie.pipeline.context import Context, code_revision
@@ -158,16 +151,21 @@ class ChatGate:
         )
         itself = self.vote(champion, champion).shown_first if self.vote is not None else ()
         before, after = self._suites(new, old)
-        answers = (compared.answers_b, compared.answers_a) if compared else (before.answers, after.answers)
+        said = compared or Compared([], [], before.items, after.answers, before.answers, TalkReport())
+        contradicted = sycophancy_probe(before.items, before.answers, after.answers, self._asks(old), self._asks(new))
         return judge(
             comparisons,
             suite_before=before.tasks,
             suite_after=after.tasks,
-            probes=[length_probe(*answers), repetition_probe(*answers)],
+            probes=[*probes([item.prompt for item in said.items], said.answers_b, said.answers_a), contradicted],
             margin=self.rules.margin,
             planned=required_sample_size(votes_per_user=self.rules.prompts),
             against_itself=itself,
         )
+
+    def _asks(self, model: LanguageModel) -> Ask:
+        """Greedy answers to conversations."""
+        return lambda talks: [c.text for c in model.generate(talks, temperature=0.0, max_tokens=self.max_tokens)]
 
     def _suites(self, new: LanguageModel, old: LanguageModel) -> tuple[Evaluation, Evaluation]:
         asked = suite(self.tasks, self.rules.items)
@@ -215,8 +213,8 @@ def simulated_talk(
 def simulated_vote(
     context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str, key: str = ""
 ) -> Callable[[Version, Version], Compared]:
-    """Other users, on questions of the held-out split, who compare two versions blindly; a quarter of them when both are
-    the same version, which measures the judges and not the models."""
+    """Other users, on questions of the held-out split, who compare two versions blindly; a quarter of them when both
+    are the same version, which measures the judges and not the models."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
         crowd = _crowd(rules.users, context.recipe.seed + 1, users, f"{turn}-judge", teaching=False)

@@ -1,30 +1,29 @@
 """The gate: may a candidate take the champion's place? Decided by people's blind votes, with their noise counted.
 
 A candidate passes when all of these hold:
-  1. people prefer it: an anytime-valid test over people (`prairie.evals.sequential`) says that its win rate is above 50%.
-     Each user's votes become one mean, and these are the units. A candidate that nobody prefers passes in at most 5% of
-     comparisons, however often one looks and whenever one stops; so a comparison that is undecided goes on with more
-     people. It is given up as soon as the same test rules out a win rate of 55%;
+  1. people prefer it: an anytime-valid test over people (`prairie.evals.sequential`) says that its win rate is above
+     50%. Each user's votes become one mean, and these are the units. A candidate that nobody prefers passes in at most
+     5% of comparisons, however often one looks and whenever one stops; so a comparison that is undecided goes on with
+     more people. It is given up as soon as the same test rules out a win rate of 55%;
   2. no task of the suite falls, compared item by item: a fall counts when it is larger than the task's margin AND its
      95% interval lies below zero. Few items prove nothing: a suite too small to rule out a fall of three margins does
      not pass either;
-  3. the probes hold: answers did not become much longer or shorter, and do not repeat themselves;
+  3. the probes hold (`probes`): length, repetition, refusal, language of the answer, sycophancy;
   4. the judge is fair: of two answers of the champion itself, neither the one shown first nor the other is preferred.
 
 `required_sample_size` says beforehand how many people find a true winner. The interval of the win rate that is reported
-beside the test (`clustered_interval`) describes one look. A person counts once and whole: the test holds for more people
-who come, not for the same people who vote on until they agree.
-Not here: collecting votes (`users`, the server), promoting (`prairie.store.registry`), running the loop (`loop`).
+beside the test (`clustered_interval`) describes one look. A person counts once and whole: the test holds for more
+people who come, not for the same people who vote on until they agree.
+Not here: collecting votes (`users`, the server), the probes (`probes`), promoting (`prairie.store.registry`), running
+the loop (`loop`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -39,10 +38,11 @@ from prairie.evals.statistics import (
     paired_difference,
     unpaired_difference,
 )
+from prairie.flywheel.probes import Probe
 
 LEAST_USERS = 6
-"""Below six, even a unanimous vote happens by chance more often than 2.5% of the time: 1/2 to the fifth is 3.1%. The test
-itself wants seven who agree."""
+"""Below six, even a unanimous vote happens by chance more often than 2.5% of the time: 1/2 to the fifth is 3.1%. The
+test itself wants seven who agree."""
 
 FAIR = 0.99
 """Confidence of the interval that must hold one half when the champion is compared with itself: a fair judge is called
@@ -62,23 +62,6 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return {"user": self.user, "prompt_id": self.prompt_id, "outcome": self.outcome}
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A figure of the candidate's answers that votes may miss, and the range that it must stay in."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-    @property
-    def holds(self) -> bool:
-        return self.low <= self.value <= self.high
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "value": self.value, "low": self.low, "high": self.high, "holds": self.holds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +154,7 @@ class Verdict:
             **row,
             "win_rate": math.nan if row["win_rate"] is None else row["win_rate"],
             "suite": {name: TaskChange.from_json(change) for name, change in row["suite"].items()},
-            "probes": tuple(Probe(p["name"], p["value"], p["low"], p["high"]) for p in row["probes"]),
+            "probes": tuple(map(Probe.from_json, row["probes"])),
             "reasons": tuple(row["reasons"]),
             "test": SequentialTest.from_json(row["test"]) if row.get("test") else None,
             "judge_noise": Interval(**row["judge_noise"]) if row.get("judge_noise") else None,
@@ -201,10 +184,10 @@ class Verdict:
         lines = []
         if self.test is not None:
             found, when = self.test, f" after {self.test.decided_after} people" if self.test.decided_after else ""
-            plan = f" of {self.planned} planned" if self.planned else ""
+            people = f"{found.n} people" + (f" of {self.planned} planned" if self.planned else "")
             lines.append(
-                f"  test    {found.decision}{when}: at any time [{found.low:.1%}, {found.high:.1%}], each end wrong in at"
-                f" most {found.error:.0%}; evidence {found.evidence:.3g} of {found.needed:.0f}, {found.n} people{plan}"
+                f"  test    {found.decision}{when}: at any time [{found.low:.1%}, {found.high:.1%}], each end wrong in"
+                f" at most {found.error:.0%}; evidence {found.evidence:.3g} of {found.needed:.0f}, {people}"
             )
         if self.judge_noise is not None:
             noise = self.judge_noise
@@ -300,7 +283,8 @@ def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | 
         return [f"the win rate is at most {test.high:.1%}, below the {test.wanted:.0%} that would be worth finding"]
     plan = f" and {planned} were planned" if planned else ""
     return [
-        f"undecided: {test.n} people say [{test.low:.1%}, {test.high:.1%}]{plan}; this may be noise, more people may vote"
+        f"undecided: {test.n} people say [{test.low:.1%}, {test.high:.1%}]{plan}; this may be noise, more people may"
+        " vote"
     ]
 
 
@@ -356,31 +340,6 @@ def _about_suite(
     return reasons
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------
-
-
-def length_probe(before: Sequence[str], after: Sequence[str], low: float = 0.3, high: float = 2.0) -> Probe:
-    """Mean answer length of the candidate over the champion's, in characters: optimising for votes tends to drift in
-    length (arXiv 2310.03716). Raises DataError without answers."""
-    if not before or not after:
-        raise DataError("a length ratio needs answers of both models", got=f"{len(before)} and {len(after)}")
-    return Probe("length ratio", fmean(map(len, after)) / max(1.0, fmean(map(len, before))), low, high)
-
-
-def repetition_probe(before: Sequence[str], after: Sequence[str], worse_by: float = 0.02) -> Probe:
-    """The share of the candidate's answers that repeat themselves; at most the champion's plus `worse_by`."""
-    if not before or not after:
-        raise DataError("a repetition share needs answers of both models", got=f"{len(before)} and {len(after)}")
-    shares = [fmean(map(repeats_itself, answers)) for answers in (before, after)]
-    return Probe("share of answers that repeat themselves", shares[1], 0.0, shares[0] + worse_by)
-
-
-def repeats_itself(text: str) -> bool:
-    """Does some piece follow on itself at least three more times, over 16 characters or more in all? A million's zeros
-    do not; "I am I am I am I am I am" does."""
-    return any(len(match[0]) >= 16 for match in re.finditer(r"(.{1,60}?)\1{3,}", text[:4000], re.DOTALL))
-
-
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
@@ -393,11 +352,11 @@ def required_sample_size(
     spread: float = 0.1,
     power: float = POWER,
 ) -> int:
-    """People within whom the test calls the candidate better with probability `power`, if the truth is `win_rate`. Found
-    by simulating the test itself; fewer are enough when the candidate is better than that.
+    """People within whom the test calls the candidate better with probability `power`, if the truth is `win_rate`.
+    Found by simulating the test itself; fewer are enough when the candidate is better than that.
 
-    spread: half of the people prefer the candidate by so much more than `win_rate`, half by so much less; tie_share: part
-    of the votes that are ties. Raises DataError for a win rate that no number of people can show to be above 50%.
+    spread: half of the people prefer the candidate by so much more than `win_rate`, half by so much less; tie_share:
+    part of the votes that are ties. Raises DataError for a win rate that no number of people can show to be above 50%.
     """
     if not 0.5 < win_rate < 1 or votes_per_user < 1 or not 0 < power < 1 or not 0 <= tie_share < 1:
         raise DataError(

@@ -190,9 +190,9 @@ class Compared:
 
     comparisons: list[Comparison]
     shown_first: list[Comparison]
-    items: list[Item]
-    answers_a: list[str]
-    answers_b: list[str]
+    items: Sequence[Item]
+    answers_a: Sequence[str]
+    answers_b: Sequence[str]
     report: TalkReport
 
 

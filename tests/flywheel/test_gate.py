@@ -10,11 +10,9 @@ from prairie.evals.harness import TaskScore
 from prairie.flywheel.gate import (
     Comparison,
     judge,
-    length_probe,
-    repeats_itself,
-    repetition_probe,
     required_sample_size,
 )
+from prairie.flywheel.probes import length_probe
 
 
 def votes(rng, users, each, win_rate=0.5, ties=0.3, spread=0.0, uneven=False):
@@ -198,25 +196,11 @@ def test_other_items_are_compared_as_two_samples():
 # --- probes ---------------------------------------------------------------------------------------
 
 
-def test_probes_stop_longer_and_looping_answers():
+def test_a_probe_that_fails_stops_a_popular_candidate():
     short, long = ["seven"] * 20, ["seven, and let me explain at length"] * 20
     verdict = judge(BETTER, probes=[length_probe(short, long)])
     assert not verdict.passed and "length ratio" in verdict.reasons[0]
-    assert judge(BETTER, probes=[length_probe(short, short), repetition_probe(short, short)]).passed
-    looping = short[:18] + ["I am what I am what I am what I am what I am"] * 2
-    verdict = judge(BETTER, probes=[repetition_probe(short, looping)])
-    assert not verdict.passed and verdict.probes[0].value == pytest.approx(0.1)
-    with pytest.raises(DataError):
-        length_probe([], short)
-
-
-@pytest.mark.parametrize(
-    ("text", "loops"),
-    [("9000000 m", False), ("ha ha ha ha ha ha ha", True), ("好的好的好的好的好的好的好的好的好的", True), ("", False),
-     ("The answer is four thousand four hundred forty-four.", False), ("a" * 40, True)],
-)  # fmt: skip
-def test_repetition(text, loops):
-    assert repeats_itself(text) is loops
+    assert judge(BETTER, probes=[length_probe(short, short)]).passed
 
 
 def test_the_verdict_fits_a_screen_and_json():

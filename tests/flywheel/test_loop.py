@@ -6,8 +6,9 @@ import pytest
 
 from prairie.errors import ConflictError, DataError, NotFoundError
 from prairie.evals.statistics import Interval
-from prairie.flywheel.gate import Comparison, Probe, TaskChange, Verdict, judge
+from prairie.flywheel.gate import Comparison, TaskChange, Verdict, judge
 from prairie.flywheel.loop import Flywheel
+from prairie.flywheel.probes import Probe
 from prairie.store.home import Home
 
 
@@ -158,6 +159,11 @@ def test_a_verdict_is_read_back_as_it_was():
         False, 0.6, 0.4, 0.8, 20, 10, 12, 1, 7, 0.95, {"numbers": change}, (Probe("p", 1.0, 0.0, 2.0),), ("noise",)
     )
     assert Verdict.from_json(whole.to_json()) == whole
+    before = {k: v for k, v in whole.to_json().items() if k not in ("test", "planned", "judge_noise")}
+    assert Verdict.from_json(before) == whole, "a turn that was recorded before there was a sequential test"
+    votes = [Comparison(f"u{n}", "p", float(n % 3 > 0)) for n in range(12)]
+    noisy = judge(votes, planned=40, against_itself=votes)
+    assert Verdict.from_json(noisy.to_json()) == noisy and noisy.judge_noise.n == 12
     assert Verdict.from_json(judge([]).to_json()).text() == judge([]).text()
 
 
