@@ -1,107 +1,97 @@
-"""Pretraining tokens a second against a plain transformers loop (LlamaForCausalLM, fused AdamW, clipping).
+"""Pretraining tokens a second against a plain transformers loop: LlamaForCausalLM, fused AdamW, clipping.
 
-    python -m benchmarks.pretrain [--quick] --json
+    python -m benchmarks.pretrain [--quick] [--case 10m/32k] --json
 
-Same shapes, same random tokens, rows of 256, 4,096 tokens a step, float32, all cores; the faster of float32 and
-bfloat16 autocast is taken for the peer.
+Same shapes, same tokens a step, all cores, the dtype that this machine multiplies fastest. The peer is run as it is and
+compiled, and the faster of the two is taken.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from typing import Any
 
-from benchmarks.measure import compare, report, timed
+import numpy as np
 
-CASES = {  # name: (dim, layers, heads, ffn_dim, vocabulary)
-    "1m/4k": (128, 4, 4, 352, 4096),
-    "10m/32k": (320, 6, 5, 864, 32768),
+from benchmarks import workloads
+from benchmarks.measure import Case, Found, run, timed
+
+SIZES = {  # case: (shape, vocabulary, tokens a row, tokens a step)
+    "1m/4k": ("1m", 4096, 256, 4096),
+    "10m/32k": ("10m", 32768, 512, 4096),
+    "50m/32k": ("50m", 32768, 1024, 2048),
 }
-ROW, ROWS = 256, 16
 
 
-def ours(case: str, seconds: float) -> dict[str, Any]:
-    import numpy as np
-
-    from prairie.data.loader import Loader, TokenDataset
-    from prairie.models.config import ModelConfig
-    from prairie.models.transformer import Transformer
+def ours(case: str, quick: bool) -> Found:
+    from prairie.data.loader import Loader
     from prairie.train.objectives.causal_lm import CausalLM
     from prairie.train.optim import AdamW
+    from prairie.train.trainer import accumulate_gradients
 
-    dim, layers, heads, ffn_dim, vocabulary = CASES[case]
-    ids = np.random.default_rng(0).integers(8, vocabulary, ROW * ROWS * 8).astype(np.uint32)
-    offsets = np.arange(0, len(ids) + 1, ROW).astype(np.int64)
-    mask = np.ones(len(ids), bool)
-    mask[offsets[:-1]] = False
-    loader = Loader(TokenDataset(ids, mask, offsets), tokens_per_batch=ROW * ROWS, seed=0)
-    config = ModelConfig(
-        vocab_size=vocabulary, dim=dim, layers=layers, heads=heads, kv_heads=heads, ffn_dim=ffn_dim, max_context=ROW
-    )
-    model, objective = Transformer(config).init_weights(0), CausalLM()
+    shape, vocabulary, row, tokens = SIZES[case]
+    rng = np.random.default_rng(0)
+    texts = [(rng.integers(8, vocabulary, row).tolist(), row - 1) for _ in range(8 * tokens // row)]
+    loader = Loader(workloads.our_rows(texts), tokens_per_batch=tokens, seed=0)
+    model, runtime = workloads.our_model(shape, vocabulary), workloads.our_runtime()
     optimizer = AdamW(dict(model.named_parameters()), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def step() -> int:
-        batch = loader.next_step()[0]
-        loss, _ = objective.loss(model, batch)
-        (loss / objective.count(batch)).backward()
+        batches = loader.next_step()
+        accumulate_gradients(model, CausalLM(), batches, dtype=runtime.torch_dtype())
         gradients = optimizer.gradient_norm()
         gradients.clip(float(gradients.norm), 1.0)
         optimizer.step(1e-4)
-        return len(batch.tokens_N)
+        return sum(len(batch.tokens_N) for batch in batches)
 
-    return timed(step, seconds)
+    flops = model.config.flops_per_token(row)
+    return {**(found := timed(step, seconds(quick))), "gflops": round(found["rate"] * flops / 1e9, 1)}
 
 
-def peer(case: str, seconds: float) -> dict[str, Any]:
+def peer(case: str, quick: bool) -> Found:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    dim, layers, heads, ffn_dim, vocabulary = CASES[case]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=ffn_dim, max_position_embeddings=ROW, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    rows = torch.randint(8, vocabulary, (ROWS * 8, ROW))
+    shape, vocabulary, row, tokens = SIZES[case]
+    workloads.peer_threads()
+    bfloat16 = workloads.our_runtime().best_dtype() == "bfloat16"
+    rows = torch.randint(8, vocabulary, (8 * tokens // row, row))
+    count = tokens // row
 
-    def with_dtype(autocast: bool) -> dict[str, Any]:
+    def measured(compiled: bool) -> Found:
+        model: Any = workloads.peer_model(shape, vocabulary)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        run_model: Any = torch.compile(model) if compiled else model
         place = 0
 
         def step() -> int:
             nonlocal place
-            batch = rows[place : place + ROWS]
-            place = (place + ROWS) % len(rows)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(input_ids=batch, labels=batch).loss
+            batch = rows[place : place + count]
+            place = (place + count) % len(rows)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = run_model(input_ids=batch, labels=batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return batch.numel()
 
-        return timed(step, seconds)
+        return {**timed(step, seconds(quick)), "compiled": compiled, "dtype": "bfloat16" if bfloat16 else "float32"}
 
-    return max(with_dtype(False), with_dtype(True), key=lambda found: float(found["rate"]))
+    eager = measured(False)
+    if quick:  # compiling takes a minute
+        return eager
+    both = eager, measured(True)
+    return {**max(both, key=lambda found: float(found["rate"])), "rates": [round(one["rate"], 1) for one in both]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--side", choices=["ours", "peer"])
-    parser.add_argument("--case", choices=list(CASES))
-    args = parser.parse_args()
-    seconds = 3.0 if args.quick else 12.0
-    if args.side:
-        print(json.dumps((ours if args.side == "ours" else peer)(args.case, seconds)))
-        return
-    cases = [args.case] if args.case else list(CASES)[: 1 if args.quick else None]
-    rows = [compare("benchmarks.pretrain", case, "transformers loop", "tokens/s", args.quick) for case in cases]
-    report("pretrain", rows, args.json)
+def seconds(quick: bool) -> float:
+    return 4.0 if quick else 12.0
 
+
+def case(name: str) -> Case:
+    return Case(name, "transformers loop", "tokens/s", lambda quick: ours(name, quick), lambda quick: peer(name, quick))
+
+
+CASES = [case(name) for name in SIZES]
 
 if __name__ == "__main__":
-    main()
+    run("pretrain", CASES)

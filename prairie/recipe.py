@@ -151,7 +151,8 @@ class Learning(_Strict):
     max_tokens: int = Field(256, gt=1)
     """Longest row."""
     on_long: Literal["refuse", "truncate"] = "refuse"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """auto: bfloat16 where this machine multiplies it clearly faster than float32."""
     adapter: AdapterShape | None = None
     beta: float = Field(0.1, gt=0)
     """dpo: the pull towards the reference."""

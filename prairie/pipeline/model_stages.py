@@ -148,7 +148,7 @@ def learn(
     title: str,
 ) -> dict[str, Any]:
     """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`."""
-    runtime = replace(runtime, dtype=config.dtype)
+    runtime = replace(runtime, dtype=runtime.best_dtype() if config.dtype == "auto" else config.dtype)
     runtime.seed_all()
     dataset = dataset_of(records, start.tokenizer, start.template, config, objective)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
