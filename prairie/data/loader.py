@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -188,6 +188,10 @@ class TokenDataset:
         """Number of groups."""
         return (len(self.offsets) - 1) // self.group
 
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Batch:
+        """The batch of these rows, in this order."""
+        return batch_of(self, rows, epoch)
+
     def row(self, i: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]:
         """Ids and mask of row i."""
         start, end = int(self.offsets[i]), int(self.offsets[i + 1])
@@ -245,9 +249,43 @@ class Batch:
     """int64: the class of each row, where rows have one."""
 
     @property
+    def size(self) -> int:
+        """Tokens."""
+        return len(self.tokens_N)
+
+    @property
     def supervised(self) -> int:
         """Number of labels."""
         return int((self.labels_N != -100).sum())
+
+    def described(self) -> list[dict[str, Any]]:
+        """Each row, JSON-able, for a report of what went wrong."""
+        tokens, labels = self.tokens_N.split(self.lengths), self.labels_N.split(self.lengths)
+        return [
+            {"token_ids": ids.tolist(), "label_ids": wanted.tolist()}
+            for ids, wanted in zip(tokens, labels, strict=True)
+        ]
+
+
+class Rows(Protocol):
+    """What a loader asks of a dataset: rows of tokens here, positions of games elsewhere."""
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """(rows + 1,): where each row begins, in the unit that a batch is filled up with."""
+        ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        ...
+
+    def batch(self, rows: Sequence[int], epoch: int = 0) -> Any: ...
 
 
 def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batch:
@@ -295,24 +333,24 @@ class Loader:
     that answer one prompt follow each other, so that the prompt can be computed once for them.
     """
 
-    def __init__(self, dataset: TokenDataset, *, tokens_per_batch: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, dataset: Rows, *, tokens_per_batch: int, seed: int, shuffle: bool = True) -> None:
         if tokens_per_batch < 1:
             raise TrainingError("a batch needs tokens", got=tokens_per_batch, wanted="tokens_per_batch of 1 or more")
         self.dataset, self.tokens_per_batch, self.seed, self.shuffle = dataset, tokens_per_batch, seed, shuffle
         self._group_tokens = np.diff(dataset.offsets[:: dataset.group])
-        prompts = prompts_of(dataset)
+        prompts = prompts_of(dataset) if isinstance(dataset, TokenDataset) else np.arange(len(dataset))
         self._by_prompt, self._prompt_groups = np.argsort(prompts, kind="stable"), np.bincount(prompts)
         self._epoch, self._cursor = 0, 0
         self._start_epoch()
 
-    def next_step(self, micro_batches: int = 1, rank: int = 0, ranks: int = 1) -> list[Batch]:
+    def next_step(self, micro_batches: int = 1, rank: int = 0, ranks: int = 1) -> list[Any]:
         """Of the next `micro_batches` batches every `ranks`-th, from the `rank`-th on: together the ranks see what one
         process would."""
         batches = []
         for index in range(micro_batches):
             rows = self._next_rows()
             if index % ranks == rank:
-                batches.append(batch_of(self.dataset, rows, self._epoch))
+                batches.append(self.dataset.batch(rows, self._epoch))
         return batches
 
     @property

@@ -72,6 +72,10 @@ class TowerConfig:
             value_hidden=width, boards=boards,
         )  # fmt: skip
 
+    def flops_per_token(self, context: int = 1) -> float:
+        """Forward and backward of one position on the largest board that the net is for (`multiply_adds` counts)."""
+        return 6.0 * multiply_adds(self, max(self.boards, default=19) ** 2)
+
 
 SCORE_SCALE = 20.0
 

@@ -22,10 +22,14 @@ from torch import Tensor, nn
 from prairie.data.loader import Batch, TokenDataset, batch_of, prompts_of
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
+from prairie.models.tower import Tower
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.loss import IGNORED
 from prairie.train.prefixes import Layout, layout_of
+
+Learner = Transformer | Tower
+"""What can be trained."""
 
 
 class Objective(Protocol):
@@ -44,14 +48,15 @@ class Objective(Protocol):
         """What tells two objectives of one name apart; JSON-able, part of a checkpoint's identity."""
         ...
 
-    def count(self, batch: Batch) -> float:
-        """What the loss of this batch is a sum over: supervised tokens, pairs. Needs no model."""
+    def count(self, batch: Any) -> float:
+        """What the loss of this batch is a sum over: supervised tokens, pairs, positions. Needs no model."""
         ...
 
-    def loss(
-        self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The SUM of the loss over the batch (a scalar with gradient), and sums of figures (scalars without)."""
+    def loss(self, model: Any, batch: Any, adapters: Sequence[AdapterRows]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The SUM of the loss over the batch (a scalar with gradient), and sums of figures (scalars without).
+
+        `model` and `batch` are of the kind that the objective is for: most take a Transformer and tokens.
+        """
         ...
 
 
@@ -146,13 +151,13 @@ def length_baseline(dataset: TokenDataset) -> float:
     return max(longer, 1 - longer)
 
 
-def computing_in(dtype: torch.dtype, model: Transformer) -> torch.autocast:
+def computing_in(dtype: torch.dtype, model: nn.Module) -> torch.autocast:
     """The forward pass in `dtype` inside, whatever the weights are kept in; float32 changes nothing."""
     return torch.autocast(next(model.parameters()).device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
-def judging(model: Transformer, adapters: Sequence[AdapterRows]) -> Iterator[None]:
+def judging(model: nn.Module, adapters: Sequence[AdapterRows]) -> Iterator[None]:
     """No dropout and no gradient inside; the modes of model and adapters are as before after it."""
     modules: list[nn.Module] = [model, *(adapter.lora for adapter in adapters)]
     modes = [module.training for module in modules]

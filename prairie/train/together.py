@@ -72,7 +72,7 @@ def _step(trainers: Sequence[Trainer]) -> None:
     parts = [Part(t.objective, cast(LoRA, t.adapter), t.loader.next_step(t.config.micro_batches)) for t in trainers]
     first = trainers[0]
     draw = f"{first.config.seed} {first.state.step}"
-    sums = gradients_together(first.model, parts, dtype=first.runtime.torch_dtype(), draw=draw)
+    sums = gradients_together(cast(Transformer, first.model), parts, dtype=first.runtime.torch_dtype(), draw=draw)
     for trainer, part, its_sums in zip(trainers, parts, sums, strict=True):
         trainer.update(part.batches, its_sums, started)
 

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prairie.data.loader import Batch, Loader, batch_of
+from prairie.data.loader import Batch, Loader, TokenDataset
 from prairie.errors import BusyError, CheckpointError, TrainingError
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
@@ -47,7 +47,7 @@ from prairie.train.checkpoint import (
     writing,
 )
 from prairie.train.config import TrainConfig
-from prairie.train.objective import Objective, computing_in, judging
+from prairie.train.objective import Learner, Objective, computing_in, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
 from prairie.train.ranks import Ranks
@@ -68,7 +68,7 @@ class StepSums:
 
 
 def accumulate_gradients(
-    model: Transformer,
+    model: Learner,
     objective: Objective,
     batches: Sequence[Batch],
     adapters: Sequence[AdapterRows] = (),
@@ -131,7 +131,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Learner,
         objective: Objective,
         loader: Loader,
         config: TrainConfig,
@@ -153,6 +153,7 @@ class Trainer:
         model.requires_grad_(adapter is None)
         self.adapters: list[AdapterRows] = []
         if adapter is not None:
+            assert isinstance(model, Transformer), "adapters stand on Transformers"
             adapter.require_base(model)
             adapter.to(runtime.device).requires_grad_(True)
             self.adapters = [AdapterRows(adapter, None)]
@@ -220,7 +221,7 @@ class Trainer:
             raise self._not_finite(batches, loss / sums.count, norm)
         gradients.clip(norm, config.clip_norm)
         self.optimizer.step(config.lr_at(state.step))
-        counts = [(len(b.tokens_N), b.supervised, places_of(b.lengths)) for b in batches]
+        counts = [(b.size, b.supervised, places_of(b.lengths)) for b in batches]
         tokens, supervised, places = map(int, self.ranks.total([sum(column) for column in zip(*counts, strict=True)]))
         state.add(
             Step(
@@ -436,19 +437,16 @@ class Trainer:
         guilty: list[int] = []
         with judging(self.model, self.adapters):
             for start in range(0, len(rows), group):
-                batch = batch_of(self.loader.dataset, rows[start : start + group], epochs[rows[start]])
+                batch = self.loader.dataset.batch(rows[start : start + group], epochs[rows[start]])
                 value = float(self.objective.loss(self.model, batch, self.adapters)[0])
                 if not math.isfinite(value):
                     guilty += batch.rows
-                tokens = batch.tokens_N.split(list(batch.lengths))
-                labels = batch.labels_N.split(list(batch.lengths))
-                for row, ids, wanted in zip(batch.rows, tokens, labels, strict=True):
+                for row, content in zip(batch.rows, batch.described(), strict=True):
                     entry = {
                         "step": step,
                         "row": row,
                         "loss_alone": value if math.isfinite(value) else str(value),
-                        "token_ids": ids.tolist(),
-                        "label_ids": wanted.tolist(),
+                        **content,
                     }
                     lines.append(json.dumps(entry) + "\n")
         replace_text(path, "".join(lines))
@@ -526,12 +524,11 @@ class Trainer:
 
 
 def _check_settings(
-    model: Transformer, objective: Objective, loader: Loader, config: TrainConfig, runtime: Runtime
+    model: Learner, objective: Objective, loader: Loader, config: TrainConfig, runtime: Runtime
 ) -> None:
     """Raises TrainingError for what would fail, or be silently wrong, later."""
     dataset = loader.dataset
     longest = int(np.diff(dataset.offsets).max())
-    highest = int(dataset.ids.max())
     if dataset.group != objective.group:
         kinds = {1: "single rows", 2: "(chosen, rejected) pairs"}
         raise TrainingError(
@@ -548,16 +545,6 @@ def _check_settings(
             "the loader was made for another tokens_per_batch", got=loader.tokens_per_batch,
             wanted=config.tokens_per_batch, param="tokens_per_batch",
         )  # fmt: skip
-    if longest > model.config.max_context:
-        raise TrainingError(
-            "the longest row does not fit into the model's context", got=f"{longest} tokens",
-            wanted=f"at most {model.config.max_context}", mend="lower max_tokens",
-        )  # fmt: skip
-    if highest >= model.config.vocab_size:
-        raise TrainingError(
-            "the data was made with another tokenizer than the model's", got=f"token id {highest}",
-            wanted=f"below {model.config.vocab_size}",
-        )  # fmt: skip
     if runtime.dtype not in ("float32", "bfloat16"):
         raise TrainingError("training cannot run in this dtype", got=runtime.dtype, wanted="float32 | bfloat16")
     if not 0 <= runtime.rank < runtime.world_size:
@@ -570,6 +557,23 @@ def _check_settings(
         )  # fmt: skip
     if (config.keep_best or config.patience) and not config.eval_every:
         raise TrainingError("a best checkpoint needs evaluations", got="eval_every 0", wanted="1 or more")
+    if isinstance(dataset, TokenDataset):
+        _check_tokens(model, dataset, longest)
+
+
+def _check_tokens(model: Any, dataset: TokenDataset, longest: int) -> None:
+    """The same of rows of tokens."""
+    highest = int(dataset.ids.max())
+    if longest > model.config.max_context:
+        raise TrainingError(
+            "the longest row does not fit into the model's context", got=f"{longest} tokens",
+            wanted=f"at most {model.config.max_context}", mend="lower max_tokens",
+        )  # fmt: skip
+    if highest >= model.config.vocab_size:
+        raise TrainingError(
+            "the data was made with another tokenizer than the model's", got=f"token id {highest}",
+            wanted=f"below {model.config.vocab_size}",
+        )  # fmt: skip
     bare = dataset.rows_without_label()
     if len(bare):
         listed = ", ".join(map(str, bare[:8])) + (f" and {len(bare) - 8} more" if len(bare) > 8 else "")

@@ -349,8 +349,8 @@ def test_not_finite_is_named_saved_and_never_applied(kind, what, tmp_path, monke
     def next_step(count, *ranks):
         batches = real_next(count, *ranks)
         if trainer.state.step == 4:
-            batches[0] = trainer_module.batch_of(trainer.loader.dataset, [0, 1, 2, 3][: 2 * group])
-            batches[1] = trainer_module.batch_of(trainer.loader.dataset, [2, 3] if group == 2 else [2])
+            batches[0] = trainer.loader.dataset.batch([0, 1, 2, 3][: 2 * group])
+            batches[1] = trainer.loader.dataset.batch([2, 3] if group == 2 else [2])
         return batches
 
     monkeypatch.setattr(trainer.loader, "next_step", next_step)

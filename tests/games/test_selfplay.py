@@ -1,0 +1,79 @@
+"""Self-play: the same seed gives the same games, rows say what happened, a collapse is seen and refused."""
+
+import numpy as np
+import pytest
+
+from prairie.errors import DataError
+from prairie.games.features import TowerJudge
+from prairie.games.go import BLACK
+from prairie.games.mcts import Opinion
+from prairie.games.selfplay import ALL_POINTS, Health, SelfPlay, joined, play
+from prairie.models.tower import Tower, TowerConfig
+
+SMALL = SelfPlay(4, visits=16, fast_visits=6, slots=6)
+
+
+def judge():
+    return TowerJudge(Tower(TowerConfig.small(12, 7, blocks=2, width=16)).init_weights(0))
+
+
+def test_the_same_seed_gives_the_same_games():
+    one, two = (play(judge(), SMALL, games=9, mean_score=1.5, seed=4) for _ in range(2))
+    assert one.games == two.games and one.rows.fingerprint == two.rows.fingerprint
+    other = play(judge(), SMALL, games=9, mean_score=1.5, seed=5)
+    assert other.games != one.games and len(one.games) == 9
+
+
+def test_rows_say_what_happened():
+    played = play(judge(), SMALL, games=8, mean_score=0, seed=1)
+    rows, arrays = played.rows, played.rows.arrays
+    assert np.allclose(arrays["policy"].sum(axis=1), 1, atol=1e-5)
+    assert (np.sign(arrays["lead"]) == arrays["outcome"]).all() and set(arrays["outcome"]) <= {-1.0, 1.0}
+    stones = arrays["planes"][:, 1].astype(int) + arrays["planes"][:, 2]
+    assert (arrays["planes"][:, 0] == 1).all() and stones.max() == 1
+    assert (arrays["policy"][:, :-1].reshape(-1, 4, 4)[stones == 1] == 0).all(), "no row plays where a stone stands"
+    # Ownership is of the final board, for the player to move: its sum with komi is the lead.
+    komi = arrays["figures"][:, 5] * 20
+    assert np.allclose(arrays["owner"].sum(axis=(1, 2)) + komi, arrays["lead"])
+    for game, score in zip(played.games, played.scores, strict=True):
+        positions = list(game.positions())
+        assert positions[-1].over or len(game.moves) == 48
+        assert positions[-1].score(0) == score
+        early = [move for _, move in game.moves[: int(ALL_POINTS * 16)]]
+        passed = [k for k, move in enumerate(early) if move == 16]
+        assert all(len(positions[k].legal_moves()) == 1 for k in passed), "a pass only where nothing else was allowed"
+    assert len({game.komi for game in played.games}) > 1 and all(game.komi % 1 == 0.5 for game in played.games)
+    assert 0.1 < len(rows) / sum(len(game.moves) for game in played.games) < 0.6
+
+
+def test_parts_are_joined():
+    parts = [play(judge(), SMALL, games=3, mean_score=0, seed=seed) for seed in (1, 2)]
+    whole = joined(parts)
+    assert len(whole.games) == 6 and len(whole.rows) == sum(len(part.rows) for part in parts)
+    assert whole.simulations == sum(part.simulations for part in parts)
+
+
+def test_health_of_real_games():
+    health = Health.of(play(judge(), SMALL, games=24, mean_score=0, seed=3))
+    assert health.faults(4) == [] and health.mean_length > 11 and health.entropy > 0.5 and health.distinct == 1
+    health.check(4)
+
+
+def test_the_trap_a_fixed_komi_and_free_passing(monkeypatch):
+    """A net that only wants to pass: without the two cures its games are two moves long, and are refused."""
+
+    def passes(planes, figures):
+        moves = planes.shape[-1] ** 2 + 1
+        logits = np.zeros((len(planes), moves), np.float32)
+        logits[:, -1] = 12
+        return Opinion(logits, np.zeros(len(planes), np.float32), np.zeros(len(planes), np.float32))
+
+    cured = play(passes, SMALL, games=20, mean_score=0, seed=0)
+    assert Health.of(cured).mean_length > ALL_POINTS * 16
+    monkeypatch.setattr("prairie.games.selfplay.ALL_POINTS", 0.0)
+    sick = play(passes, SelfPlay(4, visits=16, fast_visits=6, slots=6, komi_spread=0.0), games=60, mean_score=0, seed=0)
+    health = Health.of(sick)
+    assert health.mean_length < 6
+    with pytest.raises(DataError, match=r"self-play has collapsed.*games last [0-9.]+ moves on 16 points"):
+        health.check(4)
+    assert BLACK == 1
