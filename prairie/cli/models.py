@@ -149,7 +149,10 @@ def import_model(
     line: Annotated[str, typer.Argument(metavar="LINE", help="The line that it becomes a version of.")],
     template: Annotated[
         str | None,
-        typer.Option("--template", help="A built-in chat template instead of its own: chatml, zephyr, plain."),
+        typer.Option(
+            "--template",
+            help="A built-in chat template instead of its own: chatml, llama3, zephyr, mistral, gemma, plain.",
+        ),
     ] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,

@@ -2,10 +2,11 @@
 
 A template is jinja, as in a model folder. Ours mark what the assistant says by `{% generation %}`; for a foreign one
 the marks are found by rendering prefixes of the conversation. The rendered text is cut at these marks and each segment
-is tokenised apart, so that the ids of a served prompt are an exact prefix of the ids that were trained on.
+is tokenised apart, so that the ids of a served prompt are an exact prefix of the ids that were trained on. A template
+that writes earlier turns anew as the conversation grows gives one row for each answer instead of one for all.
 
-Content is data: a special token written inside a message stays plain text. Not here: the tokens themselves
-(`tokenizer`), rows and batches (`loader`).
+Content is data: a special token written inside a message, a tool or a result stays plain text. Not here: the tokens
+themselves (`tokenizer`), the bounds of foreign jinja (`template_sandbox`), rows and batches (`loader`).
 """
 
 from __future__ import annotations
@@ -13,62 +14,48 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from prairie.data.records import Message
+from prairie.data.builtin_templates import BUILTIN, ENDS_BY_EOS, NEEDED, PLAIN_CHATML, STOP_STRINGS
+from prairie.data.records import Message, ToolCall, Tools
+from prairie.data.template_sandbox import Sandbox
 from prairie.data.tokenizer import Place, Tokenizer
 from prairie.errors import TemplateError, TokenizerError
-
-BUILTIN: dict[str, str] = {
-    "chatml": (
-        "{%- for message in messages -%}"
-        "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-        "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
-        "{{- '\\n' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    ),
-    "zephyr": (
-        "{%- for message in messages -%}"
-        "{{- '<|' + message['role'] + '|>\\n' -}}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
-        "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}"
-        "{{- '\\n' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"
-    ),
-    "plain": (
-        "{%- if bos_token and bos_token != eos_token -%}{{- bos_token -}}{%- endif -%}"
-        "{%- for message in messages -%}"
-        "{{- message['role'] | capitalize + ': ' -}}"
-        "{%- if message['role'] == 'assistant' -%}"
-        "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
-        "{%- else -%}{{- message['content'] -}}{%- endif -%}"
-        "{{- '\\n' -}}"
-        "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}"
-    ),
-}
-_NEEDED = {"chatml": ("<|im_start|>", "<|im_end|>"), "zephyr": (), "plain": ()}
-_STOP_STRINGS = {"plain": ("\nUser:",)}
 
 # Unicode noncharacters, never part of text: they mark spans inside the rendered text and shield content.
 _OPEN, _CLOSE, _GUARD, _ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _MARKS = _OPEN + _CLOSE + _GUARD + _ESCAPE
+_NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 _PROBE = (Message("user", "QUESTION"), Message("assistant", "ANSWER"))
+PROBE_CALL = ToolCall("probe_name", '{"probe_key": "probe_value"}', "probe0001")
+"""A call that is rendered to see how a template writes one; Mistral's want ids of nine characters."""
+_PROBE_TOOLS: Tools = (
+    {
+        "type": "function",
+        "function": {
+            "name": PROBE_CALL.name,
+            "description": "A probe.",
+            "parameters": {
+                "type": "object",
+                "properties": {"probe_key": {"type": "string", "description": "A key."}},
+                "required": ["probe_key"],
+            },
+        },
+    },
+)
+Options = Mapping[str, Any]
+"""What a template may be told beside the conversation: `enable_thinking`, `reasoning_effort` and the like."""
+_TAKEN = frozenset(
+    ["messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,34 +67,66 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
+class Dialogue:
+    """What is rendered: turns, the tools that may be called, and options of the template."""
+
+    messages: tuple[Message, ...]
+    tools: Tools = ()
+    options: Options | None = None
+
+    def until(self, i: int) -> Dialogue:
+        """The first `i` turns."""
+        return Dialogue(self.messages[:i], self.tools, self.options)
+
+
+@dataclass(frozen=True, slots=True)
 class _Segment:
     text: str
     supervised: bool
 
 
+class _Rewritten(TemplateError):
+    """The rendered beginning of a conversation is no prefix of the whole."""
+
+
 class ChatTemplate:
     """A chat template bound to its tokenizer."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer, extra_stop_ids: Sequence[int] = (), name: str = "") -> None:
-        """Raises TemplateError if `source` is no jinja or cannot render a question."""
-        self.source = source
-        self.hash = hashlib.sha256(source.encode()).hexdigest()
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        extra_stop_ids: Sequence[int] = (),
+        name: str = "",
+        tool_source: str | None = None,
+    ) -> None:
+        """`tool_source`: what a model uses instead when there are tools. Raises TemplateError if a source is no jinja
+        or cannot render a question."""
+        self.source, self.tool_source = source, tool_source
+        both = source if tool_source is None else f"{source}\0{tool_source}"
+        self.hash = hashlib.sha256(both.encode()).hexdigest()
         self._tokenizer = tokenizer
-        self._marked = re.search(r"\{%-?\s*generation\b", source) is not None
-        self._render = _compile(source, tokenizer)
+        self._trusted = source in BUILTIN.values() or source == PLAIN_CHATML
+        sandbox = Sandbox(_Generation)
+        self._render = sandbox.load(source)
+        self._with_tools = None if tool_source is None else ChatTemplate(tool_source, tokenizer)
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._shield = re.compile("|".join([f"[{_MARKS}]", *map(re.escape, special)]))
+        self._in_parts = False
+        self._in_parts = self._wants_parts()
         self._untrainable = self._why_untrainable()
         stops = [*self._stops_of_template(), tokenizer.eos_id, *extra_stop_ids]
+        if self._with_tools is not None:
+            stops += self._with_tools.stop_ids
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
-        self.stop_strings: tuple[str, ...] = _STOP_STRINGS.get(name, ())
+        self.stop_strings: tuple[str, ...] = STOP_STRINGS.get(name, ())
 
     @classmethod
     def builtin(cls, name: str, tokenizer: Tokenizer) -> ChatTemplate:
         """Raises TemplateError for an unknown name, TokenizerError if the tokenizer lacks a token of the template."""
         if name not in BUILTIN:
             raise TemplateError("no such chat template", got=repr(name), wanted=" | ".join(BUILTIN))
-        for token in _NEEDED[name]:
+        for token in NEEDED[name]:
             if token not in tokenizer.special_tokens:
                 raise TokenizerError(
                     f"the template {name} needs a special token that the tokenizer does not have",
@@ -115,7 +134,7 @@ class ChatTemplate:
                     wanted=token,
                     mend="use the template plain, or train the tokenizer with this token",
                 )
-        if tokenizer.eos_id is None and name != "chatml":
+        if tokenizer.eos_id is None and name in ENDS_BY_EOS:
             raise TokenizerError(
                 f"the template {name} ends an answer by the end-of-text token", got="none", wanted="an eos_token"
             )
@@ -123,92 +142,245 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path | str, tokenizer: Tokenizer) -> ChatTemplate:
-        """`chat_template.jinja`, else that of `tokenizer_config.json`, else builtin chatml where its tokens exist,
-        else plain. Stop ids of `generation_config.json` are added."""
+        """`chat_template.jinja` (and `additional_chat_templates/tool_use.jinja`), else `chat_template.json`, else that
+        of `tokenizer_config.json`, else ChatML where its tokens exist, else plain. Stop ids of
+        `generation_config.json` are added."""
         folder = Path(folder)
         stops = _stops_of_folder(folder)
-        source = _source_of_folder(folder)
+        source, tool_source = _sources_of_folder(folder)
         if source is None:
-            fits = all(token in tokenizer.special_tokens for token in _NEEDED["chatml"])
+            fits = all(token in tokenizer.special_tokens for token in NEEDED["chatml"])
             source = cls.builtin("chatml" if fits else "plain", tokenizer).source
         name = next((name for name, text in BUILTIN.items() if text == source), "")
-        return cls(source, tokenizer, stops, name)
+        return cls(source, tokenizer, stops, name, tool_source)
 
     def save(self, folder: Path | str) -> None:
-        """Writes `chat_template.jinja`, and the same into `tokenizer_config.json` where that exists.
+        """Writes `chat_template.jinja` (that for tools beside it, where transformers looks for it), and the same into
+        `tokenizer_config.json` where that exists.
 
         The `{% generation %}` marks stay: transformers knows them and returns the same mask by them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chat_template.jinja").write_text(self.source, encoding="utf-8")
+        if self.tool_source is not None:
+            (folder / _TOOL_FILE).parent.mkdir(exist_ok=True)
+            (folder / _TOOL_FILE).write_text(self.tool_source, encoding="utf-8")
         path = folder / "tokenizer_config.json"
         if path.is_file():
             config = json.loads(path.read_text(encoding="utf-8")) | {"chat_template": self.source}
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def encode(self, messages: Sequence[Message]) -> Rendered:
+    def encode(self, messages: Sequence[Message], tools: Tools = ()) -> Rendered:
         """A whole conversation. Raises TemplateError if the template refuses it or cannot be trained on."""
-        return self.encode_many([messages])[0]
+        return self.encode_many([Dialogue(tuple(messages), tools)])[0]
 
-    def encode_many(self, conversations: Sequence[Sequence[Message]], *, prompt: bool = False) -> list[Rendered]:
-        """`encode` of many conversations (with `prompt`: up to where the assistant speaks); all their text is
-        tokenised in one batch on all cores."""
+    def encode_many(self, dialogues: Sequence[Dialogue], *, prompt: bool = False) -> list[Rendered]:
+        """One row for each (with `prompt`: up to where the assistant speaks); all text is tokenised in one batch on
+        all cores. Raises TemplateError if one cannot be one row."""
         self.check_trainable()
-        return self._assemble([self._segments(messages, prompt) for messages in conversations])
+        return self._assemble([self._of(d)._prompt(d) if prompt else self._of(d)._row(d) for d in dialogues])
+
+    def encode_rows(self, dialogues: Sequence[Dialogue]) -> list[list[Rendered]]:
+        """Rows to learn each answer from: one for a conversation, or one for each of its answers where the template
+        writes earlier turns anew. Raises TemplateError if the template refuses one or cannot be trained on."""
+        self.check_trainable()
+        rows = [self._of(dialogue)._rows(dialogue) for dialogue in dialogues]
+        flat = iter(self._assemble([row for each in rows for row in each]))
+        return [[next(flat) for _ in each] for each in rows]
 
     def check_trainable(self) -> None:
         """Raises TemplateError if rows of this template would differ from what is served with it."""
         if self._untrainable:
             raise TemplateError(self._untrainable, mend="use a builtin template: " + " | ".join(BUILTIN))
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation up to where the assistant speaks: an exact prefix of `encode` of it with the answer."""
-        if self._untrainable:
-            text = self._text(messages, True)
-            return self._assemble([[_Segment(text.replace(_OPEN, "").replace(_CLOSE, ""), False)]])[0].ids
-        return self._assemble([self._segments(messages, True)])[0].ids
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Tools = (), options: Options | None = None
+    ) -> list[int]:
+        """The conversation up to where the assistant speaks: an exact prefix of the row that its answer is learnt
+        from. Raises TemplateError if the template refuses it, or cannot show its tools or calls."""
+        dialogue = Dialogue(tuple(messages), tools, options)
+        return self._assemble([self._of(dialogue)._prompt(dialogue)])[0].ids
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Tools = (),
+        options: Options | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The text, as transformers' `apply_chat_template(tokenize=False)` gives it."""
-        text = self._text(messages, add_generation_prompt).replace(_OPEN, "").replace(_CLOSE, "")
-        return _unshield(text)
+        dialogue = Dialogue(tuple(messages), tools, options)
+        return _unshield(_unmarked(self._of(dialogue)._text(dialogue, add_generation_prompt)))
 
-    def _text(self, messages: Sequence[Message], prompt: bool) -> str:
+    # ---- text
+
+    def _of(self, dialogue: Dialogue) -> ChatTemplate:
+        """The template for tools where there are some."""
+        return self._with_tools if dialogue.tools and self._with_tools is not None else self
+
+    def _text(self, dialogue: Dialogue, prompt: bool) -> str:
         """Rendered text with span marks and shielded content."""
-        values = [{"role": m.role, "content": self._shield.sub(_shield_match, m.content)} for m in messages]
-        return self._render(values, prompt)
+        if dialogue.tools and not self._shows_tools:
+            raise TemplateError(
+                "this chat template cannot show tools", mend="leave them out, or use the template chatml"
+            )
+        if any(message.tool_calls for message in dialogue.messages) and not self._shows_calls:
+            raise TemplateError("this chat template cannot show tool calls", mend="use the template chatml")
+        return self._written(dialogue, prompt, self._shows_reasoning)
 
-    def _segments(self, messages: Sequence[Message], prompt: bool) -> list[_Segment]:
-        """The rendered text cut where an assistant starts and stops to speak."""
-        text = self._text(messages, prompt)
-        return _cut_at_marks(text) if self._marked else self._cut_at_prefixes(messages, text)
+    def _written(self, dialogue: Dialogue, prompt: bool, shows_reasoning: bool = True) -> str:
+        names = {
+            key: token
+            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (token := getattr(self._tokenizer, key)) is not None
+        }
+        options = {key: self._shielded(value) for key, value in (dialogue.options or {}).items()}
+        if wrong := sorted(_TAKEN & options.keys()):
+            raise TemplateError("an option of the template has a name that is taken", got=", ".join(wrong))
+        given = {
+            "messages": [
+                self._shielded(_values(message, shows_reasoning, self._in_parts)) for message in dialogue.messages
+            ],
+            "tools": self._shielded(list(dialogue.tools)) or None,
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
+        try:
+            return self._render(given | names | options)
+        except Exception as error:  # a template is foreign code: it may fail in any way
+            roles = ", ".join(message.role for message in dialogue.messages) or "none"
+            raise TemplateError(
+                "the chat template refuses this conversation", got=f"{error or type(error).__name__} for roles {roles}"
+            ) from None
 
-    def _cut_at_prefixes(self, messages: Sequence[Message], text: str) -> list[_Segment]:
+    def _shielded(self, value: Any) -> Any:
+        """A value whose texts cannot be taken for marks or special tokens."""
+        if isinstance(value, str):
+            return self._shield.sub(_shield_match, value)
+        if isinstance(value, Mapping):
+            return {self._shielded(key): self._shielded(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._shielded(each) for each in value]
+        return value
+
+    # ---- segments
+
+    def _prompt(self, dialogue: Dialogue) -> list[_Segment]:
+        """What is served: cut at earlier answers where they stand as they were served."""
+        marked = self._text(dialogue, True)
+        text = _unmarked(marked)
+        try:
+            segments = self._cut(dialogue, marked)
+        except _Rewritten:
+            segments = [_Segment(text, False)] if text else []
+        # The mark of an answer without thoughts is a segment of its own, so that it may follow the plain prompt.
+        plain = self._plain_prompt(dialogue)
+        if segments and plain and text.startswith(plain):
+            last = segments[-1].text
+            start = len(plain) - len(text) + len(last)
+            if 0 < start < len(last):
+                segments[-1:] = [_Segment(last[:start], False), _Segment(last[start:], False)]
+        return segments
+
+    def _row(self, dialogue: Dialogue) -> list[_Segment]:
+        """What is learnt from in one row. Raises TemplateError if an earlier turn is written anew."""
+        return self._without_empty_thoughts(dialogue, self._cut(dialogue, self._text(dialogue, False)))
+
+    def _rows(self, dialogue: Dialogue) -> list[list[_Segment]]:
+        try:
+            return [self._row(dialogue)]
+        except _Rewritten:
+            return [self._last_answer(dialogue.until(i + 1)) for i in _answers(dialogue)]
+
+    def _last_answer(self, dialogue: Dialogue) -> list[_Segment]:
+        """A row from which only the last turn is learnt, after the prompt that is served before it."""
+        text, last = _unmarked(self._text(dialogue, False)), len(dialogue.messages) - 1
+        served = self._served(dialogue, last, text)
+        stop = len(served) + self._spoken(text[len(served) :])
+        prompt = [_Segment(segment.text, False) for segment in self._prompt(dialogue.until(last))]
+        start = sum(len(segment.text) for segment in prompt)  # the prompt with thinking; `served` may be without
+        if not text.startswith("".join(segment.text for segment in prompt)):
+            prompt, start = [], 0
+        rest = [_Segment(text[start : len(served)], False), _Segment(text[len(served) : stop], True)]
+        rest.append(_Segment(text[stop:], False))
+        return self._without_empty_thoughts(dialogue, [segment for segment in (*prompt, *rest) if segment.text])
+
+    def _cut(self, dialogue: Dialogue, marked: str) -> list[_Segment]:
+        """The rendered text cut where an assistant starts and stops to speak.
+
+        A foreign template's own marks are not used: they often hold the line end after a stop token, or a part of
+        the prompt, or leave out what a model has to say itself.
+        """
+        return _cut_at_marks(marked) if self._trusted else self._cut_at_prefixes(dialogue, _unmarked(marked))
+
+    def _cut_at_prefixes(self, dialogue: Dialogue, text: str) -> list[_Segment]:
         segments: list[_Segment] = []
         end = 0
-        for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            before, through = self._text(messages[:i], True), self._text(messages[: i + 1], False)
-            if not (text.startswith(before) and text.startswith(through) and end <= len(before) <= len(through)):
-                raise TemplateError(
-                    "this chat template writes earlier turns anew when the conversation grows, so what was served "
-                    "is not what would be trained on",
-                    got=f"another text before or in message {i}",
-                    wanted="the rendered beginning of a conversation to be a prefix of the whole",
-                    mend="use a builtin template, or mark the assistant's text with {% generation %}",
-                )
+        for i in _answers(dialogue):
+            before, through = self._served(dialogue, i, text), _unmarked(self._text(dialogue.until(i + 1), False))
+            if not (text.startswith(through) and end <= len(before) <= len(through)):
+                raise _rewritten(i)
             stop = len(before) + self._spoken(text[len(before) : len(through)])
             segments += [_Segment(text[end : len(before)], False), _Segment(text[len(before) : stop], True)]
             end = stop
         segments.append(_Segment(text[end:], False))
         return [segment for segment in segments if segment.text]
 
+    def _served(self, dialogue: Dialogue, i: int, text: str) -> str:
+        """The prompt before answer `i`, which `text` begins with; for an answer without thoughts also that with
+        thinking switched off. Raises _Rewritten."""
+        plain = _unmarked(self._text(dialogue.until(i), True))
+        if text.startswith(plain):
+            return plain
+        if self._knows_thinking and not dialogue.messages[i].reasoning:
+            silent = self._silent_prompt(dialogue.until(i))
+            if text.startswith(silent):
+                return silent
+        raise _rewritten(i)
+
+    def _without_empty_thoughts(self, dialogue: Dialogue, segments: list[_Segment]) -> list[_Segment]:
+        """Marks that say "no thoughts" are not learnt before an answer that brought none: where the template knows
+        them, they belong to the prompt that is served when thinking is switched off."""
+        text = "".join(segment.text for segment in segments)
+        silent: list[str] = []
+        if self._knows_thinking:
+            thoughtless = [i for i in _answers(dialogue) if not dialogue.messages[i].reasoning]
+            silent = [prompt for i in thoughtless if text.startswith(prompt := self._silent_prompt(dialogue.until(i)))]
+        kept: list[_Segment] = []
+        place = 0
+        for segment in segments:
+            start, stop = place, place + len(segment.text)
+            place = stop
+            if segment.supervised:
+                cut = max([start, *(len(prompt) for prompt in silent if start < len(prompt) <= stop)])
+                if empty := _NO_THOUGHTS.match(text, cut, stop):
+                    cut = empty.end()
+                kept.append(_Segment(text[start:cut], False))
+                start = cut
+            kept.append(_Segment(text[start:stop], segment.supervised))
+        return [segment for segment in kept if segment.text]
+
+    def _silent_prompt(self, dialogue: Dialogue) -> str:
+        """The prompt with thinking switched off."""
+        options = {**(dialogue.options or {}), "enable_thinking": False}
+        return _unmarked(self._text(Dialogue(dialogue.messages, dialogue.tools, options), True))
+
+    def _plain_prompt(self, dialogue: Dialogue) -> str:
+        """The prompt without options that switch thinking off; empty if there are none."""
+        options = dialogue.options or {}
+        if options.get("enable_thinking") is not False or not self._knows_thinking:
+            return ""
+        kept = {key: value for key, value in options.items() if key != "enable_thinking"}
+        return _unmarked(self._text(Dialogue(dialogue.messages, dialogue.tools, kept), True))
+
     def _spoken(self, answer: str) -> int:
         """Length of an assistant's rendered turn up to its stop token, without the white space that follows it."""
         ends = [match.end() for match in self._tokenizer.special_pattern.finditer(answer)] or [0]
         return ends[-1] if not answer[ends[-1] :].strip() else len(answer)
+
+    # ---- tokens
 
     def _assemble(self, conversations: Sequence[Sequence[_Segment]]) -> list[Rendered]:
         """Tokens of segments; the pieces of text are tokenised once each, in one batch for each place."""
@@ -242,33 +414,84 @@ class ChatTemplate:
             rendered.append(Rendered(row, mask))
         return rendered
 
+    # ---- what a template can do, found by rendering
+
     def _why_untrainable(self) -> str:
         """Empty, or why rows of this template would differ from what is served with it."""
-        prompt = self._text(_PROBE[:1], True)
-        try:
-            if not self._marked:
-                self._cut_at_prefixes(_PROBE, self._text(_PROBE, False))
-                grown = (*_PROBE, *(replace(m, content=m.content + " 2") for m in _PROBE))
-                self._cut_at_prefixes(grown, self._text(grown, False))
-                return ""
-            text = self._text(_PROBE, False)
-        except TemplateError as error:
-            return error.what
-        if _OPEN not in text:
-            return "this chat template marks no text of the assistant"
-        if text[: text.index(_OPEN)] != prompt:
-            return "the generation prompt of this chat template is not what stands before the assistant's text"
+        why = ""
+        for answer in (_PROBE[1], Message("assistant", "ANSWER", reasoning="THOUGHT")):
+            try:
+                row = self._row(Dialogue((_PROBE[0], answer)))
+            except _Rewritten:
+                why = "the generation prompt of this chat template is not what stands before the assistant's text"
+            except TemplateError as error:
+                why = error.what
+            else:
+                return "" if any(segment.supervised for segment in row) else "this chat template shows no answer"
+        return why
+
+    def _wants_parts(self) -> bool:
+        """Whether content is to be a list of parts, as templates of models that see images want it. Raises
+        TemplateError if the template shows a question in neither form."""
+        question = Dialogue(_PROBE[:1])
+        if _PROBE[0].content in self._probe(question, True):
+            return False
+        self._in_parts = True
+        if _PROBE[0].content not in self._written(question, True):
+            raise TemplateError("this chat template does not show what is said", mend="use a builtin template")
+        return True
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        return PROBE_CALL.name in self._probe(Dialogue(_PROBE[:1], _PROBE_TOOLS))
+
+    @cached_property
+    def _shows_calls(self) -> bool:
+        return PROBE_CALL.name in self.call_as_written
+
+    @cached_property
+    def _shows_reasoning(self) -> bool:
+        """Whether it has a field for thoughts, even if it writes them only in some turns."""
+        return "reasoning" in self.source or "thinking" in self.source
+
+    @cached_property
+    def _knows_thinking(self) -> bool:
+        """Whether `enable_thinking` changes the prompt."""
+        question = _PROBE[:1]
+        return self._probe(Dialogue(question), True) != self._probe(
+            Dialogue(question, (), {"enable_thinking": False}), True
+        )
+
+    @cached_property
+    def call_as_written(self) -> str:
+        """How an assistant writes `PROBE_CALL`, up to its stop token; empty if the template cannot show calls."""
+        for tools in (_PROBE_TOOLS, ()):
+            dialogue = Dialogue((_PROBE[0], Message("assistant", "", (PROBE_CALL,))), tools)
+            before, text = self._probe(dialogue.until(1), True), self._probe(dialogue)
+            if PROBE_CALL.name in text.removeprefix(before):
+                spoken = text.removeprefix(before)
+                return spoken[: self._spoken(spoken)]
         return ""
 
-    def _stops_of_template(self) -> list[int]:
-        """The special token that ends an answer, found by rendering one."""
+    def _probe(self, dialogue: Dialogue, prompt: bool = False) -> str:
+        """Rendered text; empty if the template refuses."""
         try:
-            text = self._text(_PROBE, False)
+            return _unmarked(self._written(dialogue, prompt))
         except TemplateError:
-            return []
-        after = text[text.rfind("ANSWER") + len("ANSWER") :].replace(_CLOSE, "")
+            return ""
+
+    def _stops_of_template(self) -> list[int]:
+        """The special tokens that end an answer and a call, found by rendering them."""
+        stops = []
+        text = self._probe(Dialogue(_PROBE))
+        after = text[text.rfind("ANSWER") + len("ANSWER") :]
         match = self._tokenizer.special_pattern.match(after.lstrip()) if self._tokenizer.special_tokens else None
-        return [self._tokenizer.special_id(match.group())] if match else []
+        stops += [self._tokenizer.special_id(match.group())] if match else []
+        if self._tokenizer.special_tokens:
+            matches = list(self._tokenizer.special_pattern.finditer(self.call_as_written))
+            if matches and matches[-1].end() == len(self.call_as_written):
+                stops.append(self._tokenizer.special_id(matches[-1].group()))
+        return stops
 
 
 class _Generation(Extension):
@@ -285,41 +508,40 @@ class _Generation(Extension):
         return _OPEN + caller() + _CLOSE
 
 
-def _compile(source: str, tokenizer: Tokenizer) -> Callable[[list[dict[str, str]], bool], str]:
-    """The same environment as transformers': sandbox, trimmed blocks, loop controls, `raise_exception`, `tojson`."""
+def _values(message: Message, shows_reasoning: bool, in_parts: bool) -> dict[str, Any]:
+    """A turn as templates read it: arguments as objects, and thoughts in the text where the template knows no field
+    for them."""
+    values: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning and shows_reasoning:
+        values |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
+    elif message.reasoning:
+        values["content"] = f"<think>\n{message.reasoning}\n</think>\n\n{message.content}"
+    if in_parts:
+        values["content"] = [{"type": "text", "text": values["content"]}]
+    if message.tool_calls:
+        values["tool_calls"] = [
+            call.to_json() | {"function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            for call in message.tool_calls
+        ]
+    return values | {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
 
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def _answers(dialogue: Dialogue) -> list[int]:
+    return [i for i, message in enumerate(dialogue.messages) if message.role == "assistant"]
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+
+def _rewritten(i: int) -> _Rewritten:
+    return _Rewritten(
+        "this chat template writes earlier turns anew when the conversation grows, so what was served "
+        "is not what would be trained on",
+        got=f"another text before or in message {i}",
+        wanted="the rendered beginning of a conversation to be a prefix of the whole",
+        mend="use a builtin template, or mark the assistant's text with {% generation %}",
     )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise TemplateError("the chat template is no jinja", got=str(error), wanted="a jinja template") from None
-    names = {
-        key: token
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        if (token := getattr(tokenizer, key)) is not None
-    }
 
-    def render(messages: list[dict[str, str]], prompt: bool) -> str:
-        try:
-            return template.render(messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **names)
-        except Exception as error:  # a template is foreign code: it may fail in any way
-            raise TemplateError(
-                "the chat template refuses this conversation",
-                got=f"{error} for roles {', '.join(m['role'] for m in messages) or 'none'}",
-            ) from None
 
-    return render
+def _unmarked(text: str) -> str:
+    return text.replace(_OPEN, "").replace(_CLOSE, "")
 
 
 def _cut_at_marks(text: str) -> list[_Segment]:
@@ -343,14 +565,31 @@ def _unshield(text: str) -> str:
     return re.sub(f"{_ESCAPE}([0-9a-f]+){_GUARD}|{_GUARD}", lambda m: chr(int(m[1], 16)) if m[1] else "", text)
 
 
-def _source_of_folder(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+_TOOL_FILE = Path("additional_chat_templates") / "tool_use.jinja"
+
+
+def _sources_of_folder(folder: Path) -> tuple[str | None, str | None]:
+    """(the template, the one for tools if that is another)."""
+    found: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        found = {"default": _text_of(folder / "chat_template.jinja")}
+        if (folder / _TOOL_FILE).is_file():
+            found["tool_use"] = _text_of(folder / _TOOL_FILE)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = found or _json_of(folder / name).get("chat_template")
+    if isinstance(found, list):  # several named templates
+        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+    if isinstance(found, dict):
+        source, tool_source = found.get("default"), found.get("tool_use")
+        return (source if isinstance(source, str) else None), (tool_source if isinstance(tool_source, str) else None)
+    return (found if isinstance(found, str) else None), None
+
+
+def _text_of(path: Path) -> str:
+    try:
         return path.read_text(encoding="utf-8")
-    value = _json_of(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(value, list):  # several named templates
-        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}.get("default")
-    return value if isinstance(value, str) else None
+    except (OSError, ValueError) as error:
+        raise TemplateError(f"{path} cannot be read", got=str(error), wanted="UTF-8 text") from None
 
 
 def _stops_of_folder(folder: Path) -> list[int]:

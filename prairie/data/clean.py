@@ -170,11 +170,11 @@ def _parts(record: Record) -> list[str]:
     if isinstance(record, Text):
         parts = [record.text]
     elif isinstance(record, Chat):
-        parts = [part for m in record.messages for part in (m.role, m.content)]
+        parts = [part for m in record.messages for part in (m.role, m.written)]
     else:
         assert isinstance(record, Preference)
         sides = (record.prompt, record.chosen, record.rejected)
-        parts = [part for side in sides for part in (str(len(side)), *(p for m in side for p in (m.role, m.content)))]
+        parts = [part for side in sides for part in (str(len(side)), *(p for m in side for p in (m.role, m.written)))]
     return [" ".join(part.split()) for part in parts]
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from prairie.data.chat_template import ChatTemplate, Rendered
-from prairie.data.records import Chat, Message, Preference, Text
+from prairie.data.chat_template import ChatTemplate, Dialogue, Rendered
+from prairie.data.records import Chat, Preference, Text
 from prairie.data.tokenizer import Tokenizer
 from prairie.errors import DataError, TemplateError, TrainingError
 
@@ -94,7 +95,8 @@ class TokenDataset:
     def from_chats(
         cls, records: Iterable[Chat], template: ChatTemplate, max_tokens: int, *, on_long: OnLong = "refuse"
     ) -> TokenDataset:
-        """One row a conversation; assistants' turns and their stop tokens are learnt.
+        """One row a conversation (one an answer where the template writes earlier turns anew); assistants' turns and
+        their stop tokens are learnt.
 
         A row without an assistant's turn, or longer than `max_tokens`, is refused and listed; with
         `on_long="truncate"` it is cut and counted instead. Raises DataError if nothing is left.
@@ -102,9 +104,10 @@ class TokenDataset:
         rows = _Rows()
         count = 0
         for chunk in _chunks(records):
-            for rendered in _render(template, [record.messages for record in chunk]):
-                row = rendered if isinstance(rendered, str) else _fit(rendered, max_tokens, on_long)
-                rows.add(count, [row])
+            dialogues = [Dialogue(record.messages, record.tools) for record in chunk]
+            for rendered in _each_or_why(template, dialogues, template.encode_rows):
+                for row in [rendered] if isinstance(rendered, str) else rendered:
+                    rows.add(count, [row if isinstance(row, str) else _fit(row, max_tokens, on_long)])
                 count += 1
         return rows.dataset(1, "conversations")
 
@@ -119,9 +122,11 @@ class TokenDataset:
         rows = _Rows()
         count = 0
         for chunk in _chunks(records):
-            sides = [side for r in chunk for side in ((*r.prompt, *r.chosen), (*r.prompt, *r.rejected))]
-            prompts = _render(template, [record.prompt for record in chunk], prompt=True)
-            rendered = _render(template, sides)
+            sides = [Dialogue((*r.prompt, *side), r.tools) for r in chunk for side in (r.chosen, r.rejected)]
+            prompts = _each_or_why(
+                template, [Dialogue(r.prompt, r.tools) for r in chunk], partial(template.encode_many, prompt=True)
+            )
+            rendered = _each_or_why(template, sides, template.encode_rows)
             for i, prompt in enumerate(prompts):
                 pair = [_after(prompt, side, max_tokens, on_long) for side in rendered[2 * i : 2 * i + 2]]
                 chosen, rejected = pair
@@ -498,18 +503,18 @@ def _chunks(records: Iterable[_T]) -> Iterator[list[_T]]:
         yield chunk
 
 
-def _render(
-    template: ChatTemplate, conversations: Sequence[Sequence[Message]], *, prompt: bool = False
-) -> list[Rendered | str]:
-    """Tokens of each conversation, or why the template refuses it. Raises TemplateError if it refuses all training."""
+def _each_or_why(
+    template: ChatTemplate, dialogues: Sequence[Dialogue], encode: Callable[[Sequence[Dialogue]], list[_T]]
+) -> list[_T | str]:
+    """What `encode` makes of each, or why the template refuses it. Raises TemplateError if it refuses all training."""
     try:
-        return list(template.encode_many(conversations, prompt=prompt))
+        return list(encode(dialogues))
     except TemplateError:
         template.check_trainable()
-    results: list[Rendered | str] = []
-    for messages in conversations:
+    results: list[_T | str] = []
+    for dialogue in dialogues:
         try:
-            results += template.encode_many([messages], prompt=prompt)
+            results += encode([dialogue])
         except TemplateError as error:
             results.append(str(error))
     return results
@@ -540,13 +545,17 @@ def _scored(ids: list[int], end: list[int], max_tokens: int, on_long: OnLong) ->
     return _Row(ids, [False] * (len(ids) - 1) + [True], cut=max(over, 0))
 
 
-def _after(prompt: Rendered | str, side: Rendered | str, max_tokens: int, on_long: OnLong) -> _Row | str:
+def _after(prompt: Rendered | str, rows: list[Rendered] | str, max_tokens: int, on_long: OnLong) -> _Row | str:
     """One side of a preference with only the tokens after the prompt supervised."""
-    if isinstance(prompt, str) or isinstance(side, str):
-        return prompt if isinstance(prompt, str) else str(side)
+    if isinstance(prompt, str) or isinstance(rows, str):
+        return prompt if isinstance(prompt, str) else str(rows)
     length = len(prompt.ids)
-    if side.ids[:length] != prompt.ids:
+    after = [row for row in rows if row.ids[:length] == prompt.ids and any(row.mask[length:])]
+    if not after:
         return "an answer does not begin with an assistant turn"
+    if len(after) > 1:
+        return "a side has several answers, which this chat template does not write in one row"
+    side = after[0]
     return _fit(Rendered(side.ids, [False] * length + side.mask[length:]), max_tokens, on_long)
 
 

@@ -1,11 +1,13 @@
 """The one vocabulary of the data room: what a row of text, a conversation and a preference are.
 
-As JSON lines: `{"text"}`, `{"messages"}`, `{"prompt", "chosen", "rejected"}`; the last three are lists of messages.
+As JSON lines: `{"text"}`, `{"messages"}`, `{"prompt", "chosen", "rejected"}`; the last three are lists of messages in
+OpenAI's shape, and `tools` stands beside them.
 Not here: reading foreign formats (`sources`), tokens (`chat_template`, `loader`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,14 +19,50 @@ ROLES: tuple[str, ...] = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that an assistant asks for; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """OpenAI's shape."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return ({"id": self.id} if self.id else {}) | {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation. `reasoning` is what an assistant thought before its answer; `name` and
+    `tool_call_id` say which call a tool answers."""
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str = ""
+    name: str = ""
+    tool_call_id: str = ""
 
-    def to_json(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+    @property
+    def written(self) -> str:
+        """All that the turn says: thoughts, text and calls."""
+        calls = (f"{call.name} {call.arguments}" for call in self.tool_calls)
+        return "\n".join(part for part in (self.reasoning, self.content, *calls) if part)
+
+    def to_json(self) -> dict[str, Any]:
+        """OpenAI's shape; what is empty is left out."""
+        more = {
+            "reasoning_content": self.reasoning,
+            "tool_calls": [call.to_json() for call in self.tool_calls],
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+        }
+        return {"role": self.role, "content": self.content} | {key: value for key, value in more.items() if value}
+
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Functions that an assistant may call, in OpenAI's shape: `{"type": "function", "function": {"name", ...}}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +85,11 @@ class Chat:
     messages: tuple[Message, ...]
     source: str = ""
     tags: Mapping[str, Any] = field(default_factory=dict)
+    tools: Tools = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"messages": [m.to_json() for m in self.messages], "source": self.source, "tags": dict(self.tags)}
+        messages = [m.to_json() for m in self.messages]
+        return {"messages": messages, "source": self.source, "tags": dict(self.tags)} | _tools_to_json(self.tools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +101,7 @@ class Preference:
     rejected: tuple[Message, ...]
     source: str = ""
     tags: Mapping[str, Any] = field(default_factory=dict)
+    tools: Tools = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,22 +110,85 @@ class Preference:
             "rejected": [m.to_json() for m in self.rejected],
             "source": self.source,
             "tags": dict(self.tags),
-        }
+        } | _tools_to_json(self.tools)
 
 
 Record = Text | Chat | Preference
 
 
 def message_from_json(value: object) -> Message:
-    """Raises DataError if `value` is not `{"role", "content"}` with a known role and text content."""
+    """Raises DataError if `value` is no message of OpenAI's shape with a known role and text content."""
     if not isinstance(value, Mapping):
         raise DataError("a message is not an object", got=type(value).__name__, wanted='{"role": ..., "content": ...}')
-    role, content = value.get("role"), value.get("content")
+    role, content, calls = value.get("role"), value.get("content"), value.get("tool_calls") or ()
     if role not in ROLES:
         raise DataError("a message has an unknown role", got=repr(role), wanted=" | ".join(ROLES))
+    if content is None and calls:
+        content = ""
     if not isinstance(content, str):
         raise DataError("a message has no text", got=type(content).__name__, wanted="a string in `content`")
-    return Message(role, content)
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise DataError("`tool_calls` is no list", got=type(calls).__name__, wanted="a list of tool calls")
+    if calls and role != "assistant":
+        raise DataError("a message calls a tool, but only an assistant can", got=f"role {role}")
+    return Message(role, content, tuple(tool_call_from_json(call) for call in calls), *_texts_of(value))
+
+
+def _texts_of(value: Mapping[str, Any]) -> tuple[str, str, str]:
+    reasoning = value.get("reasoning_content") or value.get("reasoning")
+    texts = (reasoning or "", value.get("name") or "", value.get("tool_call_id") or "")
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            "a message is wrong", got="no text in reasoning_content, name or tool_call_id", wanted="strings"
+        )
+    return texts
+
+
+def tool_call_from_json(value: object) -> ToolCall:
+    """OpenAI's shape, or bare `{"name", "arguments"}`; arguments an object or its JSON text. Raises DataError."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError("a tool call has no name", got=type(value).__name__, wanted='{"name": ..., "arguments": {...}}')
+    arguments = function.get("arguments", function.get("parameters"))
+    if not isinstance(arguments, str):
+        arguments = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    try:
+        known = isinstance(json.loads(arguments or "{}"), dict)
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise DataError("the arguments of a tool call are no JSON object", got=repr(arguments)[:60], wanted="{...}")
+    return ToolCall(function["name"], arguments or "{}", str(value.get("id") or ""))
+
+
+def tools_from_json(value: object) -> Tools:
+    """A list of functions, each in OpenAI's shape or bare (`{"name", "parameters"}`), or its JSON text.
+
+    Raises DataError for anything else, a function without a name, or one that is there twice.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError("`tools` is no JSON", got=str(error), wanted="a list of functions") from None
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise DataError("`tools` is no list", got=type(value).__name__, wanted="a list of functions")
+    tools: list[dict[str, Any]] = []
+    for tool in value:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise DataError("a tool has no name", got=repr(tool)[:60], wanted='{"type": "function", "function": {...}}')
+        tools.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) != len(names):
+        raise DataError("a tool is named twice", got=", ".join(names), wanted="each name once")
+    return tuple(tools)
+
+
+def _tools_to_json(tools: Tools) -> dict[str, Any]:
+    return {"tools": [dict(tool) for tool in tools]} if tools else {}
 
 
 def messages_from_json(values: object) -> tuple[Message, ...]:

@@ -18,7 +18,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Generic, Literal, TypeVar, cast, overload
 
-from prairie.data.records import Chat, Message, Preference, Record, Role, Text
+from prairie.data.records import (
+    Chat,
+    Message,
+    Preference,
+    Record,
+    Role,
+    Text,
+    Tools,
+    tool_call_from_json,
+    tools_from_json,
+)
 from prairie.errors import DataError
 
 Want = Literal["text", "chat", "preference"]
@@ -248,7 +258,7 @@ def _wanted(records: list[Record], want: Want | None, format: str, file: Path) -
     kept: list[Record] = []
     for record in records:
         if want == "chat" and isinstance(record, Preference):
-            chat = Chat((*record.prompt, *record.chosen), record.source, record.tags)
+            chat = Chat((*record.prompt, *record.chosen), record.source, record.tags, record.tools)
             if chat.messages not in [c.messages for c in kept if isinstance(c, Chat)]:  # a ranking: its best, once
                 kept.append(chat)
         elif isinstance(record, {"text": Text, "chat": Chat, "preference": Preference}[want]):
@@ -274,7 +284,7 @@ def _text(row: Row, source: str) -> Iterator[Record]:
 
 
 def _messages(row: Row, source: str) -> Iterator[Record]:
-    yield _chat(_turns(row.get("messages")), source, _tags(row, "messages"))
+    yield _chat(_turns(row.get("messages")), source, _tags(row, "messages"), tools_from_json(row.get("tools")))
 
 
 def _sharegpt(row: Row, source: str) -> Iterator[Record]:
@@ -282,7 +292,7 @@ def _sharegpt(row: Row, source: str) -> Iterator[Record]:
     turns = _turns(row.get(key))
     if isinstance(system := row.get("system"), str) and system:
         turns = (Message("system", system), *turns)
-    yield _chat(turns, source, _tags(row, key, "system"))
+    yield _chat(turns, source, _tags(row, key, "system"), tools_from_json(row.get("tools")))
 
 
 def _alpaca(row: Row, source: str) -> Iterator[Record]:
@@ -318,7 +328,7 @@ def _prompt_completion(row: Row, source: str) -> Iterator[Record]:
     if pair is None:
         raise DataError("the row has no prompt and completion", got=f"the keys {', '.join(map(str, row))}")
     prompt, answer = _as_messages(row[pair[0]], "user"), _as_messages(row[pair[1]], "assistant")
-    yield _chat((*prompt, *answer), source, _tags(row, *pair))
+    yield _chat((*prompt, *answer), source, _tags(row, *pair), tools_from_json(row.get("tools")))
 
 
 def _preferences(row: Row, source: str) -> Iterator[Record]:
@@ -342,7 +352,7 @@ def _preferences(row: Row, source: str) -> Iterator[Record]:
         system_turns = prompt[:1] if prompt and prompt[0].role == "system" and shared[:1] != prompt[:1] else ()
         chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
         prompt = (*system_turns, *shared)
-    yield _preference(prompt, chosen, rejected, source, tags)
+    yield _preference(prompt, chosen, rejected, source, tags, tools_from_json(row.get("tools")))
 
 
 def _hh(row: Row, source: str) -> Iterator[Record]:
@@ -382,7 +392,9 @@ def _tags(row: Row, *used: str) -> dict[str, Any]:
     """What else the row says: our own `tags`, or every other key."""
     if isinstance(tags := row.get("tags"), Mapping):
         return dict(tags)
-    return {key: value for key, value in row.items() if key not in (*used, "source", "tags") and value is not None}
+    return {
+        key: value for key, value in row.items() if key not in (*used, "source", "tags", "tools") and value is not None
+    }
 
 
 def _turns(values: object) -> tuple[Message, ...]:
@@ -392,28 +404,47 @@ def _turns(values: object) -> tuple[Message, ...]:
 
 
 def _turn(value: object, i: int) -> Message:
+    """A turn in OpenAI's or ShareGPT's keys. Thoughts and calls may be fields, parts of the content, or (ShareGPT's
+    `function_call`) the whole of it."""
     if not isinstance(value, Mapping):
         raise DataError(f"message {i} is no object", got=type(value).__name__, wanted='{"role": ..., "content": ...}')
     name = value.get("role", value.get("from"))
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(f"message {i} has an unknown role", got=repr(name), wanted=" | ".join(_ROLES))
-    parts = [_content(value.get("content", value.get("value")), i)]
-    calls = value.get("tool_calls")
-    if isinstance(calls, Sequence) and not isinstance(calls, str):
-        parts += [_tool_call(call, i) for call in calls]
-    elif parts == [""] and value.get("content", value.get("value")) is None:
+    told = value.get("content", value.get("value"))
+    calls = value.get("tool_calls") or []
+    if name == "function_call" and isinstance(told, str):
+        calls, told = _json(told, i), None
+    if not isinstance(calls, list):
+        calls = [calls]
+    if told is None and not calls:
         raise DataError(f"message {i} has no text", got="null", wanted="a string in `content`")
-    return Message(role, "\n".join(part for part in parts if part))
+    thoughts = value.get("reasoning_content") or value.get("reasoning") or value.get("thinking") or ""
+    texts: list[str] = []
+    reasoning = [_string(thoughts, "reasoning_content")]
+    for kind, text in _parts(told, i):
+        if kind == "tool_call":
+            calls = [*calls, _json(text, i)]
+        else:
+            (reasoning if kind == "reasoning" else texts).append(text)
+    try:
+        made = tuple(tool_call_from_json(call) for call in calls)
+    except DataError as error:
+        raise DataError(f"message {i}: {error.what}", got=error.got, wanted=error.wanted) from None
+    if made and role != "assistant":
+        raise DataError(f"message {i} calls a tool, but only an assistant can", got=f"role {role}")
+    whose = [each if isinstance(each := value.get(key), str) else "" for key in ("name", "tool_call_id")]
+    return Message(role, "\n".join(filter(None, texts)), made, "\n".join(filter(None, reasoning)), *whose)
 
 
-def _content(value: object, i: int) -> str:
-    """A string, or the text of a list of parts. Reasoning goes between `<think>` marks, a tool call on its own line."""
+def _parts(value: object, i: int) -> Iterator[tuple[str, str]]:
+    """(kind, text) of a content: a string, or a list of text, reasoning and tool call parts."""
     if isinstance(value, str) or value is None:
-        return value or ""
+        yield "text", value or ""
+        return
     if not isinstance(value, Sequence):
         raise DataError(f"message {i} has no text", got=type(value).__name__, wanted="a string in `content`")
-    texts = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         text = part if isinstance(part, str) else None
@@ -421,22 +452,14 @@ def _content(value: object, i: int) -> str:
             text = next((part[key] for key in ("text", "value") if isinstance(part.get(key), str)), None)
         if text is None or kind not in ("text", "str", "reasoning", "tool_call"):
             raise DataError(f"message {i} has a part that is no text", got=repr(kind), wanted='{"type": "text", ...}')
-        texts.append(f"<think>\n{text}\n</think>\n" if kind == "reasoning" else text)
-    return "\n".join(texts)
+        yield kind, text
 
 
-def _tool_call(call: object, i: int) -> str:
-    """OpenAI's tool call as the one line of JSON that an assistant writes: name and arguments."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"message {i} has a tool call without a name", got=type(call).__name__)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise DataError(f"message {i} has a tool call that is no JSON", got=str(error)) from None
-    return json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+def _json(text: str, i: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"message {i} has a tool call that is no JSON", got=str(error)) from None
 
 
 def _as_messages(value: object, role: Role) -> tuple[Message, ...]:
@@ -479,12 +502,12 @@ def _shared(a: tuple[Message, ...], b: tuple[Message, ...]) -> tuple[Message, ..
     return a[:count]
 
 
-def _chat(messages: tuple[Message, ...], source: str, tags: Mapping[str, Any]) -> Chat:
+def _chat(messages: tuple[Message, ...], source: str, tags: Mapping[str, Any], tools: Tools = ()) -> Chat:
     if not any(message.role == "assistant" for message in messages):
         got = f"roles {', '.join(message.role for message in messages) or 'none'}"
         raise DataError("the conversation has no assistant turn", got=got, wanted="at least one answer")
     _check_answers(messages)
-    return Chat(messages, source, tags)
+    return Chat(messages, source, tags, tools)
 
 
 def _preference(
@@ -493,6 +516,7 @@ def _preference(
     rejected: tuple[Message, ...],
     source: str,
     tags: Mapping[str, Any],
+    tools: Tools = (),
 ) -> Preference:
     if not prompt or prompt[-1].role not in ("user", "tool"):
         last = prompt[-1].role if prompt else "no prompt"
@@ -504,9 +528,9 @@ def _preference(
         _check_answers(side)
     if chosen == rejected:
         raise DataError("chosen and rejected are the same")
-    return Preference(prompt, chosen, rejected, source, tags)
+    return Preference(prompt, chosen, rejected, source, tags, tools)
 
 
 def _check_answers(messages: tuple[Message, ...]) -> None:
-    if any(message.role == "assistant" and not message.content.strip() for message in messages):
+    if any(m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages):
         raise DataError("an answer is empty", wanted="text in every assistant turn")

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from prairie.data.builtin_templates import NEEDED
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.clean import clean
 from prairie.data.interpreter import interpreter_texts
 from prairie.data.records import Chat, Preference, Record, Text
 from prairie.data.sources import Loaded, Refused, read_records, write_records
-from prairie.data.tokenizer import Tokenizer
+from prairie.data.tokenizer import CHATML_SPECIALS, Tokenizer
 from prairie.errors import DataError
 from prairie.pipeline.context import Work, file_fingerprint
 from prairie.recipe import Prepare, TrainTokenizer
@@ -74,7 +75,8 @@ def outside_of_prepare(config: Prepare) -> list[str]:
 def tokenizer(work: Work) -> dict[str, Any]:
     """A byte-level BPE over the training rows, saved with its chat template."""
     config: TrainTokenizer = work.config
-    trained = Tokenizer.train_bpe(_texts(work, config.data), config.vocab_size)
+    special = dict.fromkeys((*CHATML_SPECIALS, *NEEDED.get(config.template, ())))
+    trained = Tokenizer.train_bpe(_texts(work, config.data), config.vocab_size, tuple(special))
     template = ChatTemplate.builtin(config.template, trained)
     trained.save(work.folder)
     template.save(work.folder)
@@ -146,7 +148,7 @@ def _key(record: Record) -> str:
     for message in messages:
         if message.role == "assistant":
             break
-        opening.append(message.content)
+        opening.append(message.written)
     return "\x00".join(opening)
 
 
@@ -156,13 +158,13 @@ def _texts(work: Work, names: Iterable[str], limit: int | None = None) -> Iterab
             if isinstance(record, Text):
                 yield record.text
             elif isinstance(record, Chat):
-                yield from (message.content for message in record.messages)
+                yield from (message.written for message in record.messages)
             else:
-                yield from (m.content for m in (*record.prompt, *record.chosen, *record.rejected))
+                yield from (m.written for m in (*record.prompt, *record.chosen, *record.rejected))
 
 
 def _size(record: Record) -> int:
     if isinstance(record, Text):
         return len(record.text.encode())
     messages = record.messages if isinstance(record, Chat) else (*record.prompt, *record.chosen)
-    return sum(len(message.content.encode()) for message in messages)
+    return sum(len(message.written.encode()) for message in messages)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prairie.data.chat_template import BUILTIN, ChatTemplate
+from prairie.data.builtin_templates import BUILTIN, PLAIN_CHATML
+from prairie.data.chat_template import ChatTemplate, Dialogue
 from prairie.data.records import Message
 from prairie.data.tokenizer import CHATML_SPECIALS, Tokenizer
 from prairie.errors import TemplateError, TokenizerError
@@ -17,9 +18,13 @@ from prairie.errors import TemplateError, TokenizerError
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "models" / "stories260K-hf"
 TOKENIZER = Tokenizer.train_bpe(
     ["You are kind. Hello world, how are you? 你好，世界！ 12 + 30 = 42 system user assistant tool"] * 20,
-    420,
-    (*CHATML_SPECIALS, "<|header|>", "<|/header|>", "<|eot|>", "[INST]", "[/INST]", "\u2603"),
-)
+    450,
+    (*CHATML_SPECIALS, "<|header|>", "<|/header|>", "<|eot|>", "[INST]", "[/INST]", "\u2603", "<|start_header_id|>",
+     "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"),
+)  # fmt: skip
+TOKENIZER = Tokenizer(TOKENIZER.spec, TOKENIZER.config | {"bos_token": "\u2603"})
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+TRIMS = ("llama3", "gemma")
 TEMPLATES = {name: ChatTemplate.builtin(name, TOKENIZER) for name in BUILTIN}
 
 FOREIGN = {
@@ -92,10 +97,11 @@ def test_mask_prefix_and_forgery(name: str, messages: list[Message]) -> None:
     template = TEMPLATES[name]
     rendered = template.encode(messages)
     assert len(rendered.ids) == len(rendered.mask)
-    end = "<|im_end|>" if name == "chatml" else "<|endoftext|>"
+    end = ENDS.get(name, "<|endoftext|>")
     stop = TOKENIZER.special_tokens[end]
-    answers = [m.content for m in messages if m.role == "assistant"]
-    assert supervised_text(template, messages) == "".join(answer + end for answer in answers)
+    answers = [m.content.strip() if name in TRIMS else m.content for m in messages if m.role == "assistant"]
+    space = " " if name == "mistral" else ""
+    assert supervised_text(template, messages) == "".join(space + answer + end for answer in answers)
     # Each supervised run ends with its stop token; a special token in content is never one.
     runs = sum(m and not (i and rendered.mask[i - 1]) for i, m in enumerate(rendered.mask))
     assert runs == len(answers)
@@ -122,7 +128,7 @@ def test_chatml_text_mask_and_stop() -> None:
     assert template.stop_ids == (TOKENIZER.special_tokens["<|im_end|>"], TOKENIZER.eos_id)
     assert TEMPLATES["plain"].stop_ids == TEMPLATES["zephyr"].stop_ids == (TOKENIZER.eos_id,)
     assert TEMPLATES["plain"].stop_strings == ("\nUser:",)
-    assert TEMPLATES["plain"].render(chat("hi"), add_generation_prompt=True) == "User: hi\nAssistant: "
+    assert TEMPLATES["plain"].render(chat("hi"), add_generation_prompt=True) == "\u2603User: hi\nAssistant: "
 
 
 @pytest.mark.parametrize("name", BUILTIN)
@@ -135,10 +141,11 @@ def test_saved_template_is_the_same_in_transformers(name: str, tmp_path: Path) -
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     again = ChatTemplate.load(tmp_path, Tokenizer.load(tmp_path))
     assert (again.hash, again.stop_ids, again.stop_strings) == (ours.hash, ours.stop_ids, ours.stop_strings)
+    said = [*chat("call it", '{"name": "f"}'), Message("tool", "42"), Message("assistant", "It is 42.")]
     for messages in (
         chat("Hello", "world"),
         [Message("system", "You are kind.\n"), *chat("你好", "你好，世界！🙂", "12 + 30?", "42")],
-        [*chat("call it", '{"name": "f"}'), Message("tool", "42"), Message("assistant", "It is 42.")],
+        *([said] if name not in ("mistral", "gemma") else []),
     ):
         values = [m.to_json() for m in messages]
         out = theirs.apply_chat_template(values, return_dict=True, return_assistant_tokens_mask=True)
@@ -146,8 +153,9 @@ def test_saved_template_is_the_same_in_transformers(name: str, tmp_path: Path) -
         if name != "plain":  # "Assistant: " and the answer are one text for transformers, two segments for us
             assert out["input_ids"] == ours.encode(messages).ids
             assert [bool(m) for m in out["assistant_masks"]] == ours.encode(messages).mask
-        prompt = theirs.apply_chat_template(values[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert prompt == ours.encode_prompt(messages[:1])
+        asked = 1 + (messages[0].role == "system")
+        prompt = theirs.apply_chat_template(values[:asked], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert prompt == ours.encode_prompt(messages[:asked])
     (tmp_path / "chat_template.jinja").unlink()
     assert ChatTemplate.load(tmp_path, TOKENIZER).hash == ours.hash, "tokenizer_config.json holds it too"
 
@@ -172,10 +180,17 @@ def test_foreign_template_without_marks(name: str, messages: list[Message]) -> N
     assert rendered.ids.count(stop) == answers * (1 if name in ("mistral", "trimming") else 2)
 
 
-def test_a_template_that_rewrites_the_past_can_be_served_but_not_trained_on() -> None:
+def test_a_template_that_rewrites_the_past_gives_a_row_for_each_answer() -> None:
     template = ChatTemplate(FORGETFUL, TOKENIZER)
     with pytest.raises(TemplateError, match="writes earlier turns anew"):
-        template.encode(chat("a", "b"))
+        template.encode(chat("a", "b", "c", "d"))
+    rows = template.encode_rows([Dialogue(tuple(chat("a", "b", "c", "d"))), Dialogue(tuple(chat("a", "b")))])
+    assert [len(each) for each in rows] == [2, 1] and rows[0][0] == rows[1][0]
+    for row, asked, said in zip(rows[0], (chat("a"), chat("a", "b", "c")), "bd", strict=True):
+        prompt = template.encode_prompt(asked)
+        assert row.ids[: len(prompt)] == prompt and not any(row.mask[: len(prompt)])
+        learnt = [i for i, m in zip(row.ids, row.mask, strict=True) if m]
+        assert TOKENIZER.decode(learnt, skip_special=False) == said + "<|im_end|>"
     text = TOKENIZER.decode(template.encode_prompt(chat("a", "b", "c")), skip_special=False)
     assert text == template.render(chat("a", "b", "c"), add_generation_prompt=True)
     assert template.stop_ids[0] == TOKENIZER.special_tokens["<|im_end|>"]
@@ -185,6 +200,18 @@ def test_a_generation_prompt_that_differs_from_training_is_refused() -> None:
     source = BUILTIN["chatml"].replace("'<|im_start|>assistant\\n' -", "'<|im_start|>assistant\\nSure! ' -")
     with pytest.raises(TemplateError, match="generation prompt"):
         ChatTemplate(source, TOKENIZER).encode(chat("a", "b"))
+
+
+def test_models_keep_the_template_they_were_made_with(tmp_path: Path) -> None:
+    """Hashes that lie in homes; and ChatML of before it knew tools gives the same tokens and mask as today's."""
+    hashes = {name: ChatTemplate.builtin(name, TOKENIZER).hash[:12] for name in ("zephyr", "plain")}
+    assert hashes == {"zephyr": "1352ccd2481d", "plain": "0b4a02553608"}
+    (tmp_path / "chat_template.jinja").write_text(PLAIN_CHATML)
+    old = ChatTemplate.load(tmp_path, TOKENIZER)
+    assert old.hash.startswith("aae1bf7620ce")
+    messages = [Message("system", "be"), *chat("a", "b", "c", "d")]
+    assert old.encode(messages) == TEMPLATES["chatml"].encode(messages)
+    assert old.encode_prompt(messages[:2]) == TEMPLATES["chatml"].encode_prompt(messages[:2])
 
 
 def test_defaults_and_refusals(tmp_path: Path) -> None:
@@ -208,14 +235,6 @@ def test_defaults_and_refusals(tmp_path: Path) -> None:
         strict.encode_prompt([Message("system", "x")])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert ChatTemplate.load(tmp_path, TOKENIZER).stop_ids[-2:] == (5, 7)
-
-
-def test_templates_run_in_a_sandbox() -> None:
-    for attack in ("{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ ''.__class__ }}"):
-        with pytest.raises(TemplateError):
-            template = ChatTemplate(attack, TOKENIZER)
-            assert "class" not in template.render(chat("a"))
-            raise TemplateError("the sandbox hid it")
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the shared models are not on this machine")

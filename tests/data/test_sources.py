@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prairie.data.records import Chat, Message, Preference, Text
+from prairie.data.records import Chat, Message, Preference, Text, ToolCall
 from prairie.data.sources import Loaded, read_records, write_records
 from prairie.errors import DataError
 
@@ -66,7 +66,12 @@ CHATS: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
                 },
             ]
         },
-        say("s:be", "u:q", 'a:{"name": "f", "arguments": {"x": "é"}}', "t:1", "a:<think>\nwhy\n</think>\n\nr"),
+        (
+            *say("s:be", "u:q"),
+            Message("assistant", "", (ToolCall("f", '{"x": "é"}'),)),
+            *say("t:1"),
+            Message("assistant", "r", reasoning="why"),
+        ),
     ),
     (
         "sharegpt",
@@ -74,12 +79,12 @@ CHATS: list[tuple[str, dict[str, Any], tuple[Message, ...]]] = [
             "system": "be",
             "conversations": [
                 SG,
-                {"from": "function_call", "value": "{}"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
                 {"from": "observation", "value": "1"},
                 {"from": "gpt", "value": "r"},
             ],
         },
-        say("s:be", "u:q", "a:{}", "t:1", "a:r"),
+        (*say("s:be", "u:q"), Message("assistant", "", (ToolCall("f", '{"x": 1}'),)), *say("t:1", "a:r")),
     ),
     ("alpaca", {"instruction": "do", "input": "", "output": "r"}, say("u:do", "a:r")),
     (
@@ -199,7 +204,7 @@ BAD: list[tuple[object, str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "no text: got 'image_url'",
     ),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tool call without a name"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "a tool call has no name"),
 ]
 
 
