@@ -130,6 +130,25 @@ class AdapterShape(_Strict):
     """If the start is an adapter: a new one on top of it, instead of going on with it."""
 
 
+class HeldOut(_Strict):
+    """Evaluations on held-out rows and tasks while a model learns."""
+
+    every: int = Field(50, gt=0)
+    """Steps between them; there is one more at the end."""
+    tasks: list[str] = []
+    """Tasks whose held-out items are answered greedily and checked, beside the loss on the sources' held-out rows."""
+    items: int = Field(40, gt=0)
+    """Held-out items of each task."""
+    max_tokens: int = Field(48, gt=0)
+    by: Literal["loss", "accuracy"] = "loss"
+    """Which one is the best: that of the lowest held-out loss, or of the highest accuracy of tasks (without tasks: of
+    pairs or classes)."""
+    keep_best: bool = False
+    """The weights of the best evaluation are kept, not the last ones."""
+    patience: int = Field(0, ge=0)
+    """Evaluations without a better one after which the training ends; 0 = it goes on to its last step."""
+
+
 class Learning(_Strict):
     """The keys that every training has, whoever starts it."""
 
@@ -151,8 +170,13 @@ class Learning(_Strict):
     max_tokens: int = Field(256, gt=1)
     """Longest row."""
     on_long: Literal["refuse", "truncate"] = "refuse"
+    max_refused: float = Field(0.5, ge=0, le=1)
+    """A larger share of rows that cannot be learnt from (too long, nothing supervised) stops the run."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """auto: bfloat16 where this machine multiplies it clearly faster than float32."""
+    """auto: bfloat16 where this machine multiplies it clearly faster than float32; the log says which."""
+    evaluation: HeldOut | None = None
+    track: Literal["tensorboard", "mlflow"] | None = Field(None, exclude=True)
+    """Who follows the run beside metrics.jsonl; not part of what the product is, so not of its name."""
     adapter: AdapterShape | None = None
     beta: float = Field(0.1, gt=0)
     """dpo: the pull towards the reference."""
@@ -173,11 +197,12 @@ class Learning(_Strict):
 
 
 class Train(_Stage, Learning):
-    """A model or an adapter from data: causal_lm on text or conversations, dpo on preferences (arXiv 2305.18290)."""
+    """A model or an adapter from data: causal_lm on text or conversations, dpo (arXiv 2305.18290) and reward (arXiv
+    2203.02155) on preferences, classification on labelled texts, masked_lm (arXiv 1810.04805) on text."""
 
     gives: ClassVar[str] = "model"
     kind: Literal["train"]
-    objective: Literal["causal_lm", "dpo"] = "causal_lm"
+    objective: Literal["causal_lm", "dpo", "reward", "classification", "masked_lm"] = "causal_lm"
     data: str | list[str]
     start: str | None = None
     """The stage whose model is trained on; none = a new model of `shape` with the tokenizer of stage `tokenizer`."""
@@ -192,6 +217,13 @@ class Train(_Stage, Learning):
             raise ValueError("`shape` is for a new model and does not go with `start`")
         if self.start is None and self.adapter is not None:
             raise ValueError("an adapter needs `start`, the model it stands on")
+        if self.adapter is not None and self.objective in ("reward", "classification"):
+            raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
+        watch = self.evaluation
+        if watch and watch.by == "accuracy" and not watch.tasks and self.objective in ("causal_lm", "masked_lm"):
+            raise ValueError("`evaluation.by: accuracy` needs `evaluation.tasks`")
+        if watch and watch.tasks and self.objective in ("reward", "classification", "masked_lm"):
+            raise ValueError(f"a model of `objective: {self.objective}` answers no `evaluation.tasks`")
         return self
 
     def sources(self) -> list[str]:

@@ -11,7 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@cache
 def gemm_flops(dtype: str = "float32", device: str = "cpu", seconds: float = 0.1, size: int = 1024) -> float:
-    """The best rate of square matrix products in that dtype, in operations a second; takes about `seconds`."""
+    """The best rate of square matrix products in that dtype, in operations a second; takes about `seconds`, once."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -173,6 +175,14 @@ class Runtime:
         """
         bfloat16, float32 = (gemm_flops(name, self.device, 0.05, 512) for name in ("bfloat16", "float32"))
         return "bfloat16" if bfloat16 > BFLOAT16_GAIN * float32 else "float32"
+
+    def computing_in(self, dtype: str) -> Runtime:
+        """This machine for a computation in `dtype`, its matrix product measured; `auto` takes `best_dtype`, said."""
+        if dtype == "auto":
+            dtype = self.best_dtype()
+            self.progress.say(f"dtype auto: {dtype}, by a probe of this machine's products")
+        size = 1024 if dtype == "float32" or self.device != "cpu" else 384  # 0.1 s where it has no instructions
+        return replace(self, dtype=dtype, peak_flops=gemm_flops(dtype, self.device, size=size))
 
     def torch_dtype(self) -> torch.dtype:
         import torch

@@ -23,14 +23,25 @@ from pydantic import BaseModel
 from prairie import errors
 from prairie.cli.main import _WRONG_USAGE, COMMANDS, app
 from prairie.cli.run import find_recipe
-from prairie.recipe import KINDS, AdapterShape, GateRules, Learning, Recipe, Shape, Users, load_recipe, resolve_recipe
+from prairie.recipe import (
+    KINDS,
+    AdapterShape,
+    GateRules,
+    HeldOut,
+    Learning,
+    Recipe,
+    Shape,
+    Users,
+    load_recipe,
+    resolve_recipe,
+)
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS: dict[str, type[BaseModel]] = {
-    "Recipe": Recipe, **KINDS, "Learning": Learning, "Shape": Shape, "Adapter": AdapterShape, "Users": Users,
+    "Recipe": Recipe, **KINDS, "Learning": Learning, "Held-out": HeldOut, "Shape": Shape, "Adapter": AdapterShape, "Users": Users,
     "Gate": GateRules,
 }  # fmt: skip
 EVERYWHERE = {"--home", "--json", "--help"}

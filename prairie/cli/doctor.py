@@ -32,13 +32,13 @@ def examine(home: Path | None, threads: int | None, port: int) -> dict[str, Any]
     import torch
 
     from prairie.errors import BusyError
-    from prairie.pipeline.plan import machine_memory_mb
     from prairie.pipeline.publishing import check_port
-    from prairie.runtime import Runtime, usable_cores
+    from prairie.runtime import BFLOAT16_GAIN, Runtime, gemm_flops, usable_cores
     from prairie.store.home import default_home
+    from prairie.train.memory import machine_memory_mb
 
     runtime = Runtime.detect(threads=threads)
-    float32, bfloat16 = (matmul_gflops(dtype) for dtype in (torch.float32, torch.bfloat16))
+    float32, bfloat16 = (gemm_flops(dtype, seconds=0.4) / 1e9 for dtype in ("float32", "bfloat16"))
     root = home or default_home()
     try:
         check_port("127.0.0.1", port)
@@ -57,25 +57,11 @@ def examine(home: Path | None, threads: int | None, port: int) -> dict[str, Any]
         "matmul_float32_gflops": round(float32, 1),
         "matmul_bfloat16_gflops": round(bfloat16, 1),
         "read_gb_per_s": round(read_bandwidth(), 1),
-        "fast_dtype": "bfloat16" if bfloat16 > 1.5 * float32 else "float32",
+        "fast_dtype": "bfloat16" if bfloat16 > BFLOAT16_GAIN * float32 else "float32",
         "home": str(root),
         "disk_free_gb": round(shutil.disk_usage(_existing(root)).free / 1e9, 1),
         f"port_{port}_free": free,
     }
-
-
-def matmul_gflops(dtype: Any, size: int = 1024, seconds: float = 0.4) -> float:
-    """The best rate of square matrix products in that dtype."""
-    import torch
-
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    best, until = float("inf"), time.perf_counter() + seconds
-    a @ b  # the first product builds its kernel
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best / 1e9
 
 
 def read_bandwidth(megabytes: int = 256, seconds: float = 0.4) -> float:

@@ -19,7 +19,7 @@ def evaluate(
 ) -> None:
     """Score models on held-out tasks, with intervals."""
     import prairie
-    from prairie.pipeline.judging import score_suite, suite
+    from prairie.pipeline.held_out import score_suite, suite
     from prairie.tasks.catalog import TASKS, task
 
     names = [name.strip() for name in tasks.split(",") if name.strip()] or list(TASKS)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +40,7 @@ def run(
 
         planned = plan_recipe(_context(recipe, overrides or [], home, threads, quiet=as_json))
         emit(planned.to_json(), as_json, planned.text())
+        planned.check_fits()
         return
     result = run_recipe(recipe, overrides or [], home=home, threads=threads, keep_open=not no_serve, quiet=as_json)
     emit(result, as_json, result["table"])
@@ -112,6 +116,12 @@ def _context(recipe: str | Path, overrides: list[str], home: Path | None, thread
 
     loaded = load_recipe(find_recipe(recipe), overrides)
     runtime = Runtime.detect(seed=loaded.seed, threads=threads, progress=Progress(quiet=quiet))
+    if runtime.world_size > 1:
+        raise UsageError(
+            "a recipe runs in one process", got=f"{runtime.world_size} of them",
+            mend="run it without torchrun; a Trainer called from Python shares its steps among processes",
+        )  # fmt: skip
+    runtime = replace(runtime, command=shlex.join(["prairie", *sys.argv[1:]]))
     return Context(loaded, Home(home), runtime)
 
 

@@ -22,7 +22,7 @@ from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare,
 from prairie.models.lora import AdapterRows
 from prairie.pipeline.context import Context, code_revision
 from prairie.pipeline.data_stages import train_records
-from prairie.pipeline.judging import score_suite, suite
+from prairie.pipeline.held_out import score_suite, suite
 from prairie.pipeline.model_stages import base_of, learn, load_language_model, open_start
 from prairie.pipeline.publishing import register
 from prairie.recipe import GateRules, Learning, Users
@@ -33,7 +33,9 @@ from prairie.tasks.catalog import items
 from prairie.tasks.task import Item, Style
 from prairie.train.objectives.dpo import reference_logprobs
 
-LEARNING_CODE = ("data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages")
+LEARNING_CODE = (
+    "data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages", "pipeline/held_out",
+)  # fmt: skip
 LEAST_PAIRS = 8
 CROWD = 12
 """Simulated people who talk at the same time: enough to fill the engine's batches."""
@@ -120,7 +122,7 @@ class ChatLearner:
                 figures.update(
                     learn(
                         self.config, "dpo", rows, start, base_of(parent), folder, home.work(identity),
-                        self.context.runtime, self.title,
+                        self.context.runtime, self.title, tracked=home.root / "tracking",
                     )
                 )  # fmt: skip
             home.clear_work(identity)

@@ -14,7 +14,7 @@ from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner, simulated_ta
 from prairie.flywheel.loop import Flywheel, Turned
 from prairie.flywheel.users import win_rate_true
 from prairie.pipeline.context import Context, Handler, Work
-from prairie.pipeline.judging import score_suite, suite
+from prairie.pipeline.held_out import score_suite, suite
 from prairie.pipeline.model_stages import load_language_model
 from prairie.recipe import Turn
 from prairie.store.registry import Registry, Version

@@ -12,7 +12,7 @@ from prairie.pipeline.publishing import publish, serve
 from prairie.pipeline.report import report
 
 DATA = ("data", "tasks", "pipeline/data_stages")
-LEARNING = ("data", "models", "ops", "train", "pipeline/model_stages")
+LEARNING = ("data", "models", "ops", "train", "pipeline/model_stages", "pipeline/held_out")
 
 HANDLERS: Mapping[str, Handler] = {
     "prepare": Handler(prepare, DATA, outside=outside_of_prepare),

@@ -11,35 +11,19 @@ from prairie.data.loader import TokenDataset
 from prairie.data.records import Chat, Message, Preference, Record, Text
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
-from prairie.evals.harness import Evaluation, evaluate
+from prairie.evals.harness import Evaluation
 from prairie.evals.statistics import wilson
 from prairie.models.lora import AdapterRows
 from prairie.models.weights import hash_of
 from prairie.pipeline.context import Work
 from prairie.pipeline.data_stages import held_out_records
+from prairie.pipeline.held_out import SUITE_SEED, score_suite, suite
 from prairie.pipeline.model_stages import load_language_model
 from prairie.recipe import Evaluate
-from prairie.tasks.catalog import check, items
+from prairie.tasks.catalog import check
 from prairie.tasks.task import Item
 from prairie.train.objectives.causal_lm import held_out_loss
 from prairie.train.objectives.dpo import DPOConfig, held_out_preferences, reference_logprobs
-
-SUITE_SEED = 20_000
-"""The frozen suite: the same held-out items for every model of every turn."""
-
-
-def suite(tasks: list[str], count: int) -> list[Item]:
-    """The frozen held-out items of some tasks."""
-    return items(tasks, "held_out", count, SUITE_SEED)
-
-
-def score_suite(model: LanguageModel, asked: list[Item], max_tokens: int) -> Evaluation:
-    """Greedy answers to the items, and what they scored."""
-
-    def generate(prompts: list[list[Message]]) -> list[str]:
-        return [c.text for c in model.generate(prompts, temperature=0.0, max_tokens=max_tokens)]
-
-    return evaluate(generate, asked)
 
 
 def score_sampled(model: LanguageModel, asked: list[Item], max_tokens: int, samples: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,27 @@ from prairie.data.tokenizer import Tokenizer
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError, ModelError
 from prairie.models.config import ModelConfig
+from prairie.models.families import read_config
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
-from prairie.models.weights import load_model, read_manifest, save_model
+from prairie.models.weights import load_model, read_json, read_manifest, save_model
 from prairie.pipeline.context import Work, file_fingerprint
-from prairie.pipeline.data_stages import train_records
+from prairie.pipeline.curves import curve_page
+from prairie.pipeline.data_stages import held_out_records, train_records
+from prairie.pipeline.held_out import watcher
 from prairie.recipe import Import, Learning, Sample, Shape, Train
 from prairie.runtime import Runtime
 from prairie.store.artifacts import Artifact
 from prairie.tasks.catalog import check, items
 from prairie.tasks.task import Item
-from prairie.train.objective import Objective
+from prairie.train.memory import Job
+from prairie.train.objective import Objective, length_baseline
 from prairie.train.objectives.causal_lm import CausalLM
+from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
+from prairie.train.objectives.masked_lm import MaskedLM
+from prairie.train.objectives.reward import LABELS, Reward
+from prairie.train.tracking import tracking
 from prairie.train.trainer import TrainConfig, Trainer
 
 
@@ -110,6 +118,23 @@ def outside_of_import(config: Import) -> list[str]:
     return [f"{path.name}:{file_fingerprint(path)}" for path in files]
 
 
+def config_of(artifact: Artifact) -> ModelConfig:
+    """The config of a model, or of the base that an adapter stands on, without reading weights."""
+    folder = artifact.path
+    manifest = read_manifest(folder)
+    if manifest.get("kind") == "adapter":
+        folder = folder.parent / str(manifest["base_artifact"])
+    return read_config(read_json(folder / "config.json"), str(folder))
+
+
+def job_of(config: Learning, model: ModelConfig) -> Job:
+    """What decides the memory of a training."""
+    rank = config.adapter.rank if config.adapter else 0
+    longest = min(config.max_tokens, config.tokens_per_batch)
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    return Job(model, config.tokens_per_batch, longest, rank, config.optimizer, dtype)
+
+
 def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Raises ModelError if the tokenizer has ids that the model has not."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -124,16 +149,25 @@ def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
 def train(work: Work) -> dict[str, Any]:
     """A training stage: rows of the named stages, from a new model or an earlier one."""
     config: Train = work.config
-    records = [r for name in config.sources() for r in train_records(work.inputs[name].product.path)]
+    folders = {name: work.inputs[name].product.path for name in config.sources()}
+    records = [r for folder in folders.values() for r in train_records(folder)]
+    held_out = {name: held_out_records(folder) for name, folder in folders.items()} if config.evaluation else {}
     if config.start is not None:
+        model_config = config_of(work.model(config.start))
+        job_of(config, model_config).require_fit(work.name)
         start = open_start(work.model(config.start))
         base_artifact = base_of(work.model(config.start))
     else:
         assert config.shape is not None and config.tokenizer is not None
-        start = _fresh(config.shape, work.inputs[config.tokenizer].product.path, work.context.recipe.seed)
+        tokenizer_folder = work.inputs[config.tokenizer].product.path
+        model_config = new_model(config.shape, Tokenizer.load(tokenizer_folder).vocab_size)
+        job_of(config, model_config).require_fit(work.name)
+        start = _fresh(config.shape, tokenizer_folder, work.context.recipe.seed)
         base_artifact = ""
-    runtime = work.context.runtime
-    return learn(config, config.objective, records, start, base_artifact, work.folder, work.scratch, runtime, work.name)
+    return learn(
+        config, config.objective, records, start, base_artifact, work.folder, work.scratch, work.context.runtime,
+        work.name, held_out=held_out, tracked=work.context.home.root / "tracking",
+    )  # fmt: skip
 
 
 def learn(
@@ -146,40 +180,68 @@ def learn(
     scratch: Path,
     runtime: Runtime,
     title: str,
+    *,
+    held_out: Mapping[str, Sequence[Record]] | None = None,
+    tracked: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`."""
-    runtime = replace(runtime, dtype=runtime.best_dtype() if config.dtype == "auto" else config.dtype)
+    """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`.
+
+    `held_out` are rows by the stage they come from, for `config.evaluation`; `tracked` is where a tracker writes.
+    """
+    runtime = runtime.computing_in(config.dtype)
     runtime.seed_all()
-    dataset = dataset_of(records, start.tokenizer, start.template, config, objective)
+    labels = labels_of(objective, records, start.model.config)
+    start.model = _with_head(start, labels, runtime.seed)
+    dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels)
+    dataset.check_refused(config.max_refused)
+    about = _tell_of(dataset, title, runtime)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
-    reference = None
-    if objective == "dpo":
-        reference = reference_logprobs(start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
+    learned = _objective(objective, config, start, dataset, runtime)
+    evaluate = None
     adapter = _adapter_to_train(config, start, runtime.seed)
-    trainer = Trainer(
-        start.model,
-        _objective(objective, config, reference),
-        loader,
-        train_config(config, steps, runtime.seed),
-        runtime=runtime,
-        folder=scratch,
-        adapter=adapter,
-        title=title,
-    )
-    figures = trainer.fit()
+    if config.evaluation is not None:
+        rows = {
+            name: (_objective(objective, config, start, found, runtime), found)
+            for name, records in (held_out or {}).items() if records
+            for found in [dataset_of(records, start.tokenizer, start.template, config, objective, labels)]
+        }  # fmt: skip
+        evaluate = watcher(config.evaluation, rows, start.model, start.tokenizer, start.template, adapter)
+    settings = train_config(config, steps, runtime.seed)
+    with tracking(config.track, tracked or scratch, f"{title}-{scratch.name[:12]}", settings.deciding()) as tracker:
+        trainer = Trainer(
+            start.model, learned, loader, settings, runtime=runtime, folder=scratch, adapter=adapter,
+            evaluate=evaluate, tracker=tracker, title=title,
+        )  # fmt: skip
+        figures = {**trainer.fit(), **about, "dtype": runtime.dtype, "parameters": start.model.config.parameters()}
     if adapter is None:
         write_model(start.model, start.tokenizer, start.template, folder, {})
     else:
         _write_adapter(adapter, start, folder, base_artifact)
-    metrics = scratch / "metrics.jsonl"
-    if metrics.is_file():
-        (folder / "metrics.jsonl").write_bytes(metrics.read_bytes())
-    return {**figures, "parameters": start.model.config.parameters(), "data": dataset.figures}
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes((scratch / "metrics.jsonl").read_bytes())
+    (folder / "curves.html").write_text(curve_page(metrics, title, {**figures, **dataset.figures}), encoding="utf-8")
+    return {**figures, "data": dataset.figures}
+
+
+def _tell_of(dataset: TokenDataset, title: str, runtime: Runtime) -> dict[str, Any]:
+    """Says what is about to be learnt from, and what length alone would tell; gives the figures of it."""
+    found = dataset.figures
+    line = (
+        f"{title}: {found['rows']:,} rows, {found['tokens']:,} tokens, {found['supervised_tokens']:,} supervised; "
+        f"{found['truncated_rows']:,} rows lose {found['truncated_tokens']:,} tokens, {found['refused_rows']:,} refused"
+    )
+    about: dict[str, Any] = {}
+    if dataset.group == 2:
+        about["length_baseline"] = length_baseline(dataset)
+        line += f"; length alone tells {about['length_baseline']:.0%} of the pairs"
+    runtime.progress.say(line)
+    return about
 
 
 def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
     """The trainer's view of the keys of a recipe."""
+    watch = config.evaluation
     return TrainConfig(
         steps=steps,
         tokens_per_batch=config.tokens_per_batch,
@@ -192,20 +254,32 @@ def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
         min_lr_ratio=config.min_lr_ratio,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
+        eval_every=watch.every if watch else 0,
+        keep_best=watch.keep_best if watch else False,
+        patience=watch.patience if watch else 0,
         seed=seed,
     )
 
 
 def dataset_of(
-    records: Sequence[Record], tokenizer: Tokenizer, template: ChatTemplate, config: Learning, objective: str
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: Learning,
+    objective: str,
+    labels: Sequence[str] = (),
 ) -> TokenDataset:
-    """Tokens of records for an objective. Raises DataError when nothing is left to train on."""
-    if objective == "dpo":
+    """Tokens of records for an objective; `labels` are its classes. Raises DataError when nothing is left."""
+    if objective in ("dpo", "reward"):
         pairs = [r for r in records if isinstance(r, Preference)]
         if len(pairs) != len(records):
-            raise DataError("dpo needs preferences", got=f"{len(records) - len(pairs)} other rows")
+            raise DataError(f"{objective} needs preferences", got=f"{len(records) - len(pairs)} other rows")
         return TokenDataset.from_preferences(pairs, template, config.max_tokens, on_long=config.on_long)
     texts = [r for r in records if isinstance(r, Text)]
+    if objective in ("classification", "masked_lm") and len(texts) != len(records):
+        raise DataError(f"{objective} needs texts", got=f"{len(records) - len(texts)} other rows")
+    if objective == "classification":
+        return TokenDataset.from_labelled(texts, tokenizer, labels, config.max_tokens, on_long=config.on_long)
     if texts and len(texts) != len(records):
         raise DataError("text and conversations are mixed", mend="train on them in two stages")
     if texts:
@@ -307,13 +381,66 @@ def _adapter_to_train(config: Learning, start: Start, seed: int) -> LoRA | None:
     return LoRA.create(start.model, wanted, seed, start.adapter)
 
 
-def _objective(name: str, config: Learning, reference: Any) -> Objective:
-    if name == "dpo":
-        family = DPOConfig(
-            loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
-        )
-        return DPO(family, reference)
-    return CausalLM()
+def labels_of(objective: str, records: Sequence[Record], config: ModelConfig) -> tuple[str, ...]:
+    """The scores that an objective wants of a model: those it has, one reward, or the labels of the rows, sorted."""
+    if objective == "reward":
+        return LABELS
+    if objective != "classification":
+        return ()
+    if config.labels:
+        return config.labels
+    labels = sorted({r.label for r in records if isinstance(r, Text) and r.label})
+    if len(labels) < 2:
+        raise DataError(
+            "classification needs rows of two classes or more", got=f"labels {', '.join(labels) or 'none'}",
+            wanted='`label` in each row: {"text": ..., "label": ...}',
+        )  # fmt: skip
+    return tuple(labels)
+
+
+def _with_head(start: Start, labels: tuple[str, ...], seed: int) -> Transformer:
+    """The starting model with a head of these scores: its own if it has them, else a fresh one."""
+    if start.model.config.labels == labels:
+        return start.model
+    if not labels or start.model.config.labels:
+        raise ModelError(
+            "the starting model gives other scores than the objective wants",
+            got=", ".join(start.model.config.labels), wanted=", ".join(labels) or "a language model",
+        )  # fmt: skip
+    if start.adapter is not None:
+        raise ModelError(
+            "a head of scores is trained with the whole model", got="a start that is an adapter",
+            mend="start from the model that the adapter stands on",
+        )  # fmt: skip
+    return start.model.with_scores(labels, seed)
+
+
+def _objective(name: str, config: Learning, start: Start, dataset: TokenDataset, runtime: Runtime) -> Objective:
+    """The objective for a dataset; DPO's reference is the starting model, so this comes before any step."""
+    match name:
+        case "dpo":
+            family = DPOConfig(
+                loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
+            )
+            reference = reference_logprobs(start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
+            return DPO(family, reference)
+        case "reward":
+            return Reward()
+        case "classification":
+            return Classification()
+        case "masked_lm":
+            return _masked(start, runtime.seed)
+        case _:
+            return CausalLM()
+
+
+def _masked(start: Start, seed: int) -> MaskedLM:
+    """Raises ModelError if the tokenizer has no mask token."""
+    tokenizer = start.tokenizer
+    if tokenizer.mask_id is None:
+        raise ModelError("masked_lm needs a tokenizer with a mask token", mend="start from an encoder, such as BERT")
+    special = tuple(sorted(tokenizer.special_tokens.values()))
+    return MaskedLM(tokenizer.mask_id, start.model.config.vocab_size, special, seed=seed)
 
 
 def _write_adapter(adapter: LoRA, start: Start, folder: Path, base_artifact: str) -> None:

@@ -6,9 +6,8 @@ rows, tokens, shares cut and refused, one example with its loss mask token by to
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.loader import Batch, Loader, TokenDataset
 from prairie.data.tokenizer import Tokenizer
+from prairie.errors import TrainingError
 from prairie.models.config import ModelConfig
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model
@@ -23,9 +23,10 @@ from prairie.ops.attention import PackedDocuments
 from prairie.pipeline.context import Context
 from prairie.pipeline.data_stages import train_records
 from prairie.pipeline.handlers import HANDLERS
-from prairie.pipeline.model_stages import dataset_of, new_model
+from prairie.pipeline.model_stages import dataset_of, job_of, labels_of, new_model
 from prairie.pipeline.run import carry_out
 from prairie.recipe import Import, Sample, Train
+from prairie.train.memory import machine_memory_mb, memory_of
 
 PLANNED_KINDS = ("prepare", "tokenizer", "import")
 """Stages that a plan carries out."""
@@ -46,6 +47,15 @@ class PlannedStage:
     figures: dict[str, Any] = field(default_factory=dict)
     example: list[tuple[str, bool]] = field(default_factory=list)
     """Tokens of one row, each with whether it is supervised."""
+    refusal: TrainingError | None = None
+    """Why the stage cannot be carried out on this machine."""
+
+    def to_json(self) -> dict[str, Any]:
+        refusal = {"refusal": str(self.refusal)} if self.refusal else {}
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self) if field.name != "refusal"},
+            **refusal,
+        }
 
 
 @dataclass
@@ -71,8 +81,14 @@ class Plan:
             "estimated_s": round(self.seconds, 3),
             "memory_mb": round(self.memory_mb),
             "machine_memory_mb": machine_memory_mb(),
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": [stage.to_json() for stage in self.stages],
         }
+
+    def check_fits(self) -> None:
+        """Raises TrainingError, with the ways out, for the first stage that needs more memory than there is."""
+        for stage in self.stages:
+            if stage.refusal is not None:
+                raise stage.refusal
 
     def text(self) -> str:
         """For people; supervised tokens of an example stand in ⟦ ⟧."""
@@ -91,11 +107,6 @@ class Plan:
             f"training takes about {self.seconds:.0f} s and {self.memory_mb:,.0f} MB"
             f" of this machine's {machine_memory_mb():,} MB; sampling, evaluation and turns come on top"
         )
-        if self.memory_mb > machine_memory_mb():
-            lines.append(
-                "THIS DOES NOT FIT: lower `tokens_per_batch`, train an `adapter` instead of the whole model,"
-                " or take a smaller `shape`"
-            )
         return "\n".join(lines)
 
 
@@ -130,35 +141,26 @@ def plan_recipe(context: Context) -> Plan:
     return plan
 
 
-def machine_memory_mb() -> int:
-    """Physical memory of this machine."""
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20)
-
-
-def memory_estimate_mb(config: ModelConfig, tokens: int, trained: int) -> float:
-    """Weights, gradients and Adam's two moments in float32, and what a step keeps for its backward pass.
-
-    A token keeps about 8 vectors of the width, q, k, v and 4 of the FFN in each layer; the loss is chunked.
-    """
-    kept = config.layers * (8 * config.dim + 3 * config.qkv_dim + 4 * config.ffn_dim) + 4 * config.dim
-    return (4 * config.parameters() + 12 * trained + 4 * tokens * kept) / 2**20 + 350
-
-
 def _training(context: Context, name: str, config: Train, origins: dict[str, _Origin]) -> PlannedStage:
     origin = origins[config.start] if config.start in origins else _new(context, config)
     origins[name] = origin
     parameters = origin.config.parameters()
-    rank = config.adapter.rank if config.adapter else 0
-    c = origin.config
-    trained = rank * c.layers * (5 * c.dim + c.qkv_dim + c.q_dim + 3 * c.ffn_dim) if rank else parameters
-    figures: dict[str, Any] = {"parameters": parameters, "trained_parameters": trained}
-    figures["memory_mb"] = round(memory_estimate_mb(c, config.tokens_per_batch, trained))
-    what = f"{config.objective}, {'adapter of rank ' + str(rank) if rank else 'all weights'}"
+    c, job = origin.config, job_of(config, origin.config)
+    memory = memory_of(job)
+    figures: dict[str, Any] = {"parameters": parameters, "trained_parameters": job.trained}
+    figures |= {"memory_mb": round(memory.total), "memory": memory.text()}
+    what = f"{config.objective}, {f'adapter of rank {job.rank}' if job.rank else 'all weights'}"
+    try:
+        job.require_fit(name)
+    except TrainingError as error:
+        return PlannedStage(name, config.kind, what, figures, refusal=error)
     unknown = [s for s in config.sources() if s not in context.made]
     if unknown:
         return PlannedStage(name, config.kind, f"{what}; its rows come from `{unknown[0]}`, not made yet", figures)
     records = [record for source in config.sources() for record in train_records(context.made[source].product.path)]
-    dataset = dataset_of(records, origin.tokenizer, origin.template, config, config.objective)
+    labels = labels_of(config.objective, records, origin.config)
+    dataset = dataset_of(records, origin.tokenizer, origin.template, config, config.objective, labels)
+    dataset.check_refused(config.max_refused)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=context.recipe.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     refused = dataset.figures["refused_rows"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 FIRE = "#c8501e"
 INK = "#39402f"
+LINES = (FIRE, INK, "#4a7c8c", "#b08a2e", "#7a5a8c", "#6b8c4a")
 
 
 def accuracies(models: Mapping[str, Any]) -> str:
@@ -45,6 +47,36 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         panel.tick_params(labelsize=7)
     for panel in panels[len(series) :]:
         panel.set_axis_off()
+    return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot of a run: lines by name, each (step, value); `level` is a horizontal line with its name."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[int, float]]]
+    level: tuple[str, float] | None = None
+
+
+def panels(shown: Sequence[Panel], columns: int = 2) -> str:
+    """The panels in rows of `columns`; evaluations, of which there are few, get marks."""
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(9, 2.5 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for place, panel in zip(places, shown, strict=False):
+        for number, (name, points) in enumerate(panel.lines.items()):
+            mark = "o" if len(points) <= 12 else None
+            place.plot([step for step, _ in points], [value for _, value in points], label=name, marker=mark,
+                       markersize=3, linewidth=1.2, color=LINES[number % len(LINES)])  # fmt: skip
+        if panel.level is not None:
+            place.axhline(panel.level[1], color="#999", linewidth=1, linestyle="--", label=panel.level[0])
+        if len(panel.lines) > 1 or panel.level is not None:
+            place.legend(fontsize=7, frameon=False)
+        place.set_title(panel.title, fontsize=9)
+        place.tick_params(labelsize=7)
+    for place in places[len(shown) :]:
+        place.set_axis_off()
     return _svg(figure)
 
 

@@ -129,7 +129,7 @@ def held_out_figures(
     *,
     tokens_per_batch: int = 8192,
 ) -> dict[str, float]:
-    """The objective's own loss and figures over a whole dataset, each divided by the one count of it."""
+    """The objective's own loss and figures over a whole dataset, each divided by the one `count` of it."""
     count, sums = 0.0, {"loss": 0.0}
     with judging(model, adapters):
         for batch in every_batch(dataset, tokens_per_batch):
@@ -137,7 +137,7 @@ def held_out_figures(
             count += objective.count(batch)
             for name, value in {"loss": loss, **figures}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-    return {name: value / count for name, value in sums.items()}
+    return {**{name: value / count for name, value in sums.items()}, "count": count}
 
 
 def length_baseline(dataset: TokenDataset) -> float:

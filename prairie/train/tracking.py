@@ -23,7 +23,7 @@ class Tracker(Protocol):
 def tracking(name: str | None, folder: Path, title: str, settings: Mapping[str, Any]) -> Iterator[Tracker | None]:
     """The tracker of this name, writing under `folder`; None for no name. Raises TrainingError if it is not installed.
 
-    `settings` are told once, as the run's parameters.
+    `settings` are told once, as the run's parameters. A run that is resumed goes on under the same title.
     """
     if name is None:
         yield None
@@ -67,6 +67,11 @@ class _MLflow:
         self.client: Any = mlflow.MlflowClient(tracking_uri=f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         found = self.client.get_experiment_by_name("prairie")
         experiment = found.experiment_id if found else self.client.create_experiment("prairie")
+        runs = self.client.search_runs([experiment], f"tags.mlflow.runName = '{title}'", max_results=1)
+        if runs:
+            self.run_id = runs[0].info.run_id
+            self.client.update_run(self.run_id, status="RUNNING")
+            return
         self.run_id = self.client.create_run(experiment, run_name=title).info.run_id
         for key, value in settings.items():
             self.client.log_param(self.run_id, key, str(value)[:500])

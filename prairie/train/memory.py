@@ -1,0 +1,179 @@
+"""How much memory a training takes, by what takes it, before anything is allocated; and the cheapest ways to less.
+
+Counted from what `Transformer.forward` and its losses keep for their backward pass; a test holds the sum against the
+measured peak of real runs. Not here: time (pipeline/plan).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from prairie.errors import TrainingError
+from prairie.models.config import ModelConfig
+from prairie.models.families import fused_parts
+from prairie.ops.attention import MATRIX_LENGTH
+from prairie.ops.loss import CHUNK_NUMBERS, LEAST_CHUNK
+
+MB = 2**20
+PROCESS_MB = 330.0
+"""Python, torch, numpy and their threads, before a model is there."""
+LEAST_BATCH = 256
+"""No smaller batch is proposed: the products would be too thin to be worth a step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory of a training."""
+
+    config: ModelConfig
+    tokens: int
+    """Of one micro-batch."""
+    longest: int
+    """Tokens of the longest row."""
+    rank: int = 0
+    """Of the adapter; 0 = all weights are trained."""
+    optimizer: str = "adamw"
+    dtype: str = "float32"
+
+    @property
+    def trained(self) -> int:
+        """Numbers that learn."""
+        c = self.config
+        if not self.rank:
+            return c.parameters()
+        pairs = [part.inputs + part.outputs for group in fused_parts(c).values() for part in group]
+        return self.rank * c.layers * sum(pairs)
+
+    def require_fit(self, stage: str) -> None:
+        """Raises TrainingError with the cheapest ways out if the training needs more memory than this machine has."""
+        found, limit_mb = memory_of(self), machine_memory_mb()
+        if found.total > limit_mb:
+            ways = ways_out(self, limit_mb)
+            raise TrainingError(
+                f"stage `{stage}` does not fit into this machine's memory",
+                got=f"about {found.total:,.0f} MB ({found.text()})",
+                wanted=f"at most {limit_mb:,} MB",
+                mend="what would fit, the cheapest first: " + "; or ".join(ways) if ways else "take a smaller model",
+            )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Megabytes (2**20 bytes) at the moment when most is held."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """What the forward pass keeps for the backward pass, and the gradients of it that are alive at once."""
+    logits: float
+    """One chunk of logits with its gradient."""
+    process: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def text(self) -> str:
+        """For people, the largest first."""
+        parts = sorted(asdict(self).items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {size:,.0f}" for name, size in parts if size >= 1)
+
+
+def memory_of(job: Job) -> Memory:
+    """The estimate for one training."""
+    c, wide = job.config, 4
+    narrow = wide if job.dtype == "float32" else 2
+    copies = 0 if job.dtype == "float32" else narrow * c.parameters()
+    adapters = wide * job.trained if job.rank else 0
+    moments = 2 if job.optimizer == "adamw" else 1.2  # muon keeps one for the matrices, and makes their step at once
+    return Memory(
+        weights=(wide * c.parameters() + copies + adapters) / MB,
+        gradients=wide * job.trained / MB,
+        optimizer=moments * wide * job.trained / MB,
+        activations=job.tokens * (c.layers * _kept_by_layer(job, narrow) + _alive_at_once(c, narrow)) / MB,
+        logits=2 * wide * max(LEAST_CHUNK, CHUNK_NUMBERS // c.vocab_size) * c.vocab_size / MB,
+        process=PROCESS_MB,
+    )
+
+
+def _kept_by_layer(job: Job, narrow: int) -> float:
+    """Bytes that a layer keeps for each token: two norms with their inputs, q, k and v before and after they are laid
+    out for attention, its output, gate, up and their product; in short rows also the attention weights."""
+    c = job.config
+    kept = narrow * (4 * c.dim + c.qkv_dim + 2 * c.q_dim + 3 * c.ffn_dim)
+    adapters = (
+        narrow * (6 * job.rank + c.qkv_dim + 2 * c.ffn_dim + 2 * c.dim) if job.rank else 0
+    )  # outputs before deltas
+    weights = 4 * c.heads * min(job.longest, job.tokens) * 0.6 if job.longest <= MATRIX_LENGTH else 0.0
+    return kept + adapters + weights
+
+
+def _alive_at_once(config: ModelConfig, narrow: int) -> float:
+    """Bytes for each token that are held outside the layers: the last hidden state, and gradients on their way."""
+    return narrow * (4 * config.dim + 4 * config.ffn_dim) + 4 * 2 * config.dim
+
+
+def ways_out(job: Job, limit_mb: float, most: int = 3) -> list[str]:
+    """Changes with which the training fits into `limit_mb`, the cheapest first, each with what it then takes.
+
+    Smaller micro-batches cost some speed and change no gradient; shorter rows lose text; an adapter learns less; a
+    smaller model is another one.
+    """
+    found: list[str] = []
+    for words, changed in _changes(job):
+        fitting = _smaller_batch(changed, limit_mb)
+        if fitting is None:
+            continue
+        if fitting.tokens < job.tokens:
+            times = -(-job.tokens // fitting.tokens)
+            words += f"{' and ' if words else ''}tokens_per_batch {fitting.tokens} with {times} times the micro_batches"
+        found.append(f"{words} ({memory_of(fitting).total:,.0f} MB)")
+        if len(found) == most:
+            break
+    return found
+
+
+def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+    """From what costs least to what costs most."""
+    c = job.config
+    yield "", job
+    if job.longest > 2 * LEAST_BATCH:
+        yield f"max_tokens {job.longest // 2}", replace(job, longest=job.longest // 2)
+    if not job.rank:
+        yield "an adapter of rank 16", replace(job, rank=16)
+    for share in (2, 4, 8, 16, 32, 64):
+        depth = c.layers // share
+        if depth:
+            yield f"a model of {depth} layers", replace(job, config=replace(c, layers=depth))
+    for share in (2, 4, 8, 16, 32, 64):
+        heads = c.heads // share
+        if heads and not c.heads % share:
+            kv_heads = max(1, c.kv_heads // share)
+            smaller = replace(c, dim=c.dim // share, heads=heads, kv_heads=kv_heads, ffn_dim=c.ffn_dim // share)
+            yield f"a model {c.dim // share} wide", replace(job, config=smaller)
+
+
+def _smaller_batch(job: Job, limit_mb: float) -> Job | None:
+    """The job, or the same in the largest batch (a half, a quarter, ...) that fits; None if none does."""
+    least = max(job.longest, LEAST_BATCH)
+    while memory_of(job).total > limit_mb:
+        if job.tokens // 2 < least:
+            return None
+        job = replace(job, tokens=job.tokens // 2)
+    return job
+
+
+def machine_memory_mb(read: Callable[[str], str] | None = None) -> int:
+    """Memory that this process may use: the machine's, or less where a container's limit says so."""
+    physical = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits = [physical]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int((read or (lambda name: Path(name).read_text()))(file)))
+        except (OSError, ValueError):  # no such file, or "max": no limit
+            continue
+    return min(limits) // MB
