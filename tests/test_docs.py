@@ -41,8 +41,8 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS: dict[str, type[BaseModel]] = {
-    "Recipe": Recipe, **KINDS, "Learning": Learning, "Held-out": HeldOut, "Shape": Shape, "Adapter": AdapterShape, "Users": Users,
-    "Gate": GateRules,
+    "Recipe": Recipe, **KINDS, "Learning": Learning, "Held-out": HeldOut, "Shape": Shape, "Adapter": AdapterShape,
+    "Users": Users, "Gate": GateRules,
 }  # fmt: skip
 EVERYWHERE = {"--home", "--json", "--help"}
 

@@ -44,8 +44,8 @@ class Job:
         c = self.config
         if not self.rank:
             return c.parameters()
-        pairs = [part.inputs + part.outputs for group in fused_parts(c).values() for part in group]
-        return self.rank * c.layers * sum(pairs)
+        blocks = fused_parts(c)
+        return self.rank * sum(p.inputs + p.outputs for block in blocks for parts in block.values() for p in parts)
 
     def require_fit(self, stage: str) -> None:
         """Raises TrainingError with the cheapest ways out if the training needs more memory than this machine has."""
@@ -104,10 +104,9 @@ def _kept_by_layer(job: Job, narrow: int) -> float:
     """Bytes that a layer keeps for each token: two norms with their inputs, q, k and v before and after they are laid
     out for attention, its output, gate, up and their product; in short rows also the attention weights."""
     c = job.config
-    kept = narrow * (4 * c.dim + c.qkv_dim + 2 * c.q_dim + 3 * c.ffn_dim)
-    adapters = (
-        narrow * (6 * job.rank + c.qkv_dim + 2 * c.ffn_dim + 2 * c.dim) if job.rank else 0
-    )  # outputs before deltas
+    ffn_dim = max(c.ffn_dim, c.experts_per_token * c.expert_ffn_dim)
+    kept = narrow * (4 * c.dim + c.qkv_dim + 2 * c.q_dim + 3 * ffn_dim)
+    adapters = narrow * (6 * job.rank + c.qkv_dim + 2 * ffn_dim + 2 * c.dim) if job.rank else 0  # outputs before deltas
     weights = 4 * c.heads * min(job.longest, job.tokens) * 0.6 if job.longest <= MATRIX_LENGTH else 0.0
     return kept + adapters + weights
 
