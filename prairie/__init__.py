@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prairie.engine.language_model import LanguageModel
+    from prairie.engine.loading import Face
     from prairie.runtime import Runtime
     from prairie.store.registry import Registry
 
@@ -24,13 +24,14 @@ __all__ = ["Registry", "__version__", "load", "run"]
 
 def load(
     name: str | Path, home: str | Path | None = None, *, runtime: Runtime | None = None, **engine_settings: Any
-) -> LanguageModel:
-    """A model that answers: a folder, or a name of the registry ("spark", "spark@3", "spark:poet").
+) -> Any:
+    """A model: a folder, or a name of the registry ("spark", "spark@3", "spark:poet").
 
-    An adapter's folder brings the base that lies beside it. Raises NotFoundError for an unknown name, ModelError and
-    its kin for files that are missing, damaged or do not belong together.
+    A decoder comes as a LanguageModel, an encoder or a classifier as a Reader, an encoder-decoder as a Seq2Seq. An
+    adapter's folder brings the base that lies beside it. Raises NotFoundError for an unknown name, ModelError and its
+    kin for files that are missing, damaged or do not belong together.
     """
-    from prairie.engine.language_model import LanguageModel
+    from prairie.engine.loading import load as load_face
 
     if runtime is None:
         import torch
@@ -39,7 +40,7 @@ def load(
 
         runtime = Runtime.detect(threads=torch.get_num_threads())
     folder, adapter = _folders(name, home)
-    model = LanguageModel.load(folder, adapter, runtime, **engine_settings)
+    model: Face = load_face(folder, adapter, runtime, **engine_settings)
     model.name = str(name) if adapter is not None or folder != Path(name) else folder.name
     return model
 

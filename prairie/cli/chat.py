@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say
-from prairie.errors import PrairieError, UsageError
+from prairie.errors import PrairieError, RequestError, UsageError
 
 if TYPE_CHECKING:
     from prairie.data.records import Message
     from prairie.engine.language_model import LanguageModel
     from prairie.engine.request import Completion, SamplingParams
+    from prairie.engine.seq2seq import Seq2Seq
     from prairie.runtime import Runtime
     from prairie.store.home import Home
     from prairie.store.registry import Version
@@ -87,9 +88,16 @@ def chat(
 
 
 def answer(
-    model: LanguageModel, messages: tuple[Message, ...], params: SamplingParams, shown: Callable[[str], object]
+    model: LanguageModel | Seq2Seq,
+    messages: tuple[Message, ...],
+    params: SamplingParams,
+    shown: Callable[[str], object],
 ) -> Completion:
     """One answer, its text given to `shown` as it comes. Ctrl-C ends it early with what was said."""
+    from prairie.engine.seq2seq import Seq2Seq
+
+    if isinstance(model, Seq2Seq):
+        return model.answer(messages, params, shown)
     id = f"chat-{secrets.token_hex(8)}"
     model.engine.add(model.engine.chat_request(id, messages, params, adapter=model.adapter_hash))
     try:
@@ -110,7 +118,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | Seq2Seq,
         params: SamplingParams,
         opening: tuple[Message, ...],
         asked: str,
@@ -177,6 +185,7 @@ class Conversation:
     def _record_start(self, messages: tuple[Message, ...], params: SamplingParams) -> str | None:
         if self.store is None or self.version is None:
             return None
+        from prairie.engine.seq2seq import Seq2Seq
         from prairie.store.feedback import Response
 
         sampling = {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens}
@@ -188,7 +197,7 @@ class Conversation:
             version_id=self.version.artifact_id,
             weights_hash=self.model.weights_hash,
             adapter_hash=self.model.adapter_hash,
-            template_hash=self.model.template.hash,
+            template_hash=None if isinstance(self.model, Seq2Seq) else self.model.template.hash,
             sampling=sampling | {"seed": params.seed},
             surface="terminal",
         )
@@ -205,20 +214,29 @@ class Conversation:
         say("saved")
 
 
-def _load_folder(folder: str, runtime: Runtime) -> LanguageModel:
-    from prairie.engine.language_model import LanguageModel
-
-    return LanguageModel.load(Path(folder).expanduser(), runtime=runtime)
+def _load_folder(folder: str, runtime: Runtime) -> LanguageModel | Seq2Seq:
+    return _writing(Path(folder).expanduser(), None, runtime)
 
 
-def _load_version(store: Home, version: Version, runtime: Runtime) -> LanguageModel:
-    from prairie.engine.language_model import LanguageModel
-
+def _load_version(store: Home, version: Version, runtime: Runtime) -> LanguageModel | Seq2Seq:
     folder = store.artifacts.get(version.artifact_id).path
     if version.base_artifact_id is None:
-        return LanguageModel.load(folder, runtime=runtime)
-    base = store.artifacts.get(version.base_artifact_id).path
-    return LanguageModel.load(base, adapter=folder, runtime=runtime)
+        return _writing(folder, None, runtime)
+    return _writing(store.artifacts.get(version.base_artifact_id).path, folder, runtime)
+
+
+def _writing(folder: Path, adapter: Path | None, runtime: Runtime) -> LanguageModel | Seq2Seq:
+    """Raises RequestError for a model that only reads."""
+    from prairie.engine.loading import load
+    from prairie.engine.reader import Reader
+
+    model = load(folder, adapter, runtime)
+    if isinstance(model, Reader):
+        raise RequestError(
+            f"{model.name} reads texts and writes none",
+            mend="prairie.load(DIR).embed(...), or `prairie serve DIR` and POST /v1/embeddings",
+        )
+    return model
 
 
 def _print_piece(text: str) -> None:

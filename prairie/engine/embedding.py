@@ -47,8 +47,24 @@ class Embedder:
         """
         if not text:
             raise RequestError("a text to embed is empty", wanted="at least one token", param="input")
-        text = self.pooling.prefix + text
-        return self.checked(self._encoded(text.lower() if self.pooling.lower_case else text))
+        return self.marked(self.pooling.prefix + text)[0]
+
+    def marked(self, text: str, pair: str | None = None, *, special: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of a text or a pair of texts with the marks around them, and the number of the text of each.
+
+        With `special`, literal special tokens are read as such. Raises what `ids` raises.
+        """
+        if self.pooling.lower_case:
+            text, pair = text.lower(), None if pair is None else pair.lower()
+        if self.given is None and self.model.config.causal:  # read as it was trained: as the beginning of a document
+            if pair is not None:
+                raise RequestError("a decoder reads one text, not a pair", param="input")
+            bos = self.tokenizer.bos_id
+            ids = self.tokenizer.encode(text, special=special)
+            ids = [bos, *ids] if self.tokenizer.adds_bos and bos is not None else ids
+            return self.checked(ids), [0] * len(ids)
+        encoded = self.tokenizer.encode_input(text, pair, special=special)
+        return self.checked(encoded.ids), encoded.type_ids
 
     def checked(self, ids: list[int]) -> list[int]:
         """The ids. Raises RequestError for none or unknown ones, ContextLengthError for too many."""
@@ -80,11 +96,6 @@ class Embedder:
         lengths = [len(row) for row in rows]
         adapters = [AdapterRows(lora)] if lora is not None else []
         return self.pooling(self.model(tokens_N, PackedDocuments(lengths, tokens_N.device), adapters), lengths)
-
-    def _encoded(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_id
-        ids = self.tokenizer.encode(text)
-        return [bos, *ids] if self.tokenizer.adds_bos and bos is not None else ids
 
 
 def parts_of(rows: Seq[list[int]], tokens: int = ROWS_TOKENS) -> Iterator[list[list[int]]]:

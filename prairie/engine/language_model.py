@@ -56,15 +56,16 @@ class LanguageModel:
         folder: Path | None = None,
         **engine_settings: Any,
     ) -> None:
-        """`engine_settings` go to `Engine`. Raises TokenizerError if the tokenizer has ids that the model has not,
-        AdapterError if `lora` stands on another base."""
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise TokenizerError(
-                "the tokenizer does not fit the model",
-                got=f"{tokenizer.vocab_size} tokens for {model.config.vocab_size} embeddings",
-                wanted="at most as many tokens as embeddings",
-                mend="take the tokenizer that the model was trained with",
+        """`engine_settings` go to `Engine`. Raises ModelError for a model that does not continue text, TokenizerError
+        if the tokenizer has ids that the model has not, AdapterError if `lora` stands on another base."""
+        if model.config.kind != "decoder" or not model.config.writes:
+            raise ModelError(
+                f"{name} does not continue text",
+                got=f"an {model.config.kind}" if model.config.head is None else f"the head {model.config.head.kind}",
+                wanted="a decoder with a vocabulary",
+                mend="prairie.load(DIR) gives the face that fits",
             )
+        check_vocabulary(tokenizer, model.config)
         self.name, self.folder = name, folder
         self.model, self.tokenizer, self.template, self.lora = model.eval(), tokenizer, template, lora
         self.config: ModelConfig = model.config
@@ -129,8 +130,8 @@ class LanguageModel:
         of a list is sampled with seed + i, so that one prompt many times gives different answers, each reproducible.
         Raises RequestError for unknown or impossible sampling, ContextLengthError for a prompt that is too long.
         """
-        items, single = _items(messages_or_prompt)
-        params = _params(sampling)
+        items, single = items_of(messages_or_prompt)
+        params = params_of(sampling)
         first = secrets.randbits(62) if params.seed is None else params.seed
         requests = [
             self._request(str(i), item, replace(params, seed=first + i), prompt) for i, item in enumerate(items)
@@ -162,7 +163,7 @@ class LanguageModel:
     @torch.no_grad()
     def logprobs(self, messages: Conversation) -> list[float]:
         """log p of each token that an assistant says in the conversation, stop tokens included."""
-        rendered = self.template.encode(_conversation(messages))
+        rendered = self.template.encode(conversation(messages))
         tokens_T = torch.tensor(rendered.ids, device=self.model.embed.device)
         learnt = [i for i, said in enumerate(rendered.mask) if said and i > 0]
         if not learnt:
@@ -174,12 +175,13 @@ class LanguageModel:
         return values
 
     def embed(self, texts: str | Seq[str]) -> Tensor:
-        """(B, D) float32: the mean of the final hidden states of each text. Raises RequestError, ContextLengthError."""
+        """(B, D) float32: a vector of each text, pooled as the folder's sentence-transformers files say; without them
+        the mean of the final hidden states. Raises RequestError, ContextLengthError; ModelError for unknown pooling."""
         return self.embedder([texts] if isinstance(texts, str) else texts, self.lora)
 
     @cached_property
     def embedder(self) -> Embedder:
-        return Embedder(self.model, self.tokenizer)
+        return Embedder.of_folder(self.folder, self.model, self.tokenizer)
 
     def _hidden(self, tokens_N: Tensor, lengths: list[int]) -> Tensor:
         hidden_ND: Tensor = self.model(tokens_N, PackedDocuments(lengths, tokens_N.device), self.adapters)
@@ -200,11 +202,22 @@ class LanguageModel:
             if not isinstance(item, str):
                 raise RequestError("a raw prompt must be text", got=type(item).__name__, wanted="a string")
             return self.engine.text_request(request_id, item, params, adapter=self.adapter_hash)
-        return self.engine.chat_request(request_id, _conversation(item), params, adapter=self.adapter_hash)
+        return self.engine.chat_request(request_id, conversation(item), params, adapter=self.adapter_hash)
 
     def __repr__(self) -> str:
         size = f"{self.config.parameters():,} parameters"
         return f"<LanguageModel {self.name}: {size}{', adapter' if self.lora is not None else ''}>"
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raises TokenizerError if the tokenizer has ids that the model has not."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise TokenizerError(
+            "the tokenizer does not fit the model",
+            got=f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings",
+            wanted="at most as many tokens as embeddings",
+            mend="take the tokenizer that the model was trained with",
+        )
 
 
 def check_adapter(folder: Path, template: ChatTemplate, tokenizer: Tokenizer) -> None:
@@ -221,7 +234,7 @@ def check_adapter(folder: Path, template: ChatTemplate, tokenizer: Tokenizer) ->
             )
 
 
-def _items(given: Any) -> tuple[list[Any], bool]:
+def items_of(given: Any) -> tuple[list[Any], bool]:
     """The conversations or prompts in what was given, and whether it was a single one."""
     if isinstance(given, str):
         return [given], True
@@ -232,13 +245,13 @@ def _items(given: Any) -> tuple[list[Any], bool]:
     return list(given), False
 
 
-def _conversation(item: Any) -> tuple[Message, ...]:
+def conversation(item: Any) -> tuple[Message, ...]:
     if isinstance(item, str):
         return (Message("user", item),)
     return tuple(m if isinstance(m, Message) else message_from_json(m) for m in item)
 
 
-def _params(sampling: dict[str, Any]) -> SamplingParams:
+def params_of(sampling: dict[str, Any]) -> SamplingParams:
     for key in sampling:
         if key not in SAMPLING_KEYS:
             near = difflib.get_close_matches(key, SAMPLING_KEYS, 1)

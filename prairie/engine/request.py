@@ -136,8 +136,9 @@ class TextStream:
 
     __slots__ = ("_detokenizer", "_held", "_pieces", "_stops", "stopped")
 
-    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], *, continuation: bool = True) -> None:
+        """`continuation`: the text goes on from another, so that a first space of it is kept."""
+        self._detokenizer = Detokenizer(tokenizer, continuation=continuation)
         self._stops = stops
         self._held = ""
         self._pieces: list[str] = []

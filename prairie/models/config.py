@@ -14,7 +14,7 @@ from prairie.ops.elementwise import ACTIVATIONS
 NormKind = Literal["rms", "layer"]
 NormAt = Literal["input", "output", "both", "sum"]
 QKNorm = Literal["", "head", "width"]
-Positions = Literal["rotary", "learned", "none"]
+Positions = Literal["rotary", "learned", "sinusoidal", "relative", "none"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,28 @@ class RopeScaling:
     """Turned queries and keys are this much longer (yarn, longrope)."""
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What stands behind the last layer in place of next-token logits: hidden -> dense -> activation -> norm -> out.
+
+    "mlm" gives logits of masked tokens, "classify" scores of a row, "tag" scores of each token, "pool" a row's vector.
+    """
+
+    kind: Literal["mlm", "classify", "tag", "pool"]
+    labels: tuple[str, ...] = ()
+    """Names of the scores, in order; of "classify" and "tag"."""
+    pool: Literal["", "cls", "mean", "last"] = ""
+    """Which token of a row is read, the first or the last, or the mean of all."""
+    dense: bool = False
+    """There is a (width, width) matrix before the output."""
+    dense_bias: bool = True
+    activation: str = ""
+    """Behind the dense matrix: a key of `ops.elementwise.ACTIVATIONS`."""
+    norm: bool = False
+    bias: bool = True
+    """Scores have biases."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +86,6 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | tuple[int, ...] | None = None
     pad_id: int | None = None
-    labels: tuple[str, ...] = ()
-    """Names of the scores that the model ends in instead of a vocabulary: classes, or one reward."""
 
     # ---- norms
     norm: NormKind = "rms"
@@ -76,10 +96,19 @@ class ModelConfig:
     """Of attention and MLP: their inputs (Llama), their outputs (OLMo-2), both (Gemma 2), or the residual sum after
     them (the first Transformer, BERT)."""
     embed_norm: bool = False
+    first_norm: bool = True
+    """The first layer has a norm before its attention."""
     final_norm: bool = True
 
     # ---- positions
     positions: Positions = "rotary"
+    position_offset: int = 0
+    """The learned vector of the first token is that of this number (RoBERTa, BART)."""
+    relative_buckets: int = 0
+    """Distances are told apart by so many learned numbers for each head (T5), those beyond `relative_distance` not."""
+    relative_distance: int = 0
+    segments: int = 0
+    """Learned vectors that say to which text of a pair a token belongs."""
     rotary_dim: int = 0
     """Columns of a head that turn, the first ones; 0 means all of `head_dim`."""
     nope_layers: tuple[int, ...] = ()
@@ -115,6 +144,19 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+
+    # ---- what it is for
+    head: HeadConfig | None = None
+    """None: logits of the next token, or for an encoder the hidden states alone."""
+    logit_bias: bool = False
+    encoder: ModelConfig | None = None
+    """The stack whose hidden states this one looks at, in every layer, besides its own row."""
+    start_id: int | None = None
+    """The token before the first that an encoder-decoder writes."""
+    first_id: int | None = None
+    """The first token that it writes, whatever its logits say."""
+    never_ids: tuple[int, ...] = ()
+    """Tokens that it never writes."""
 
     def __post_init__(self) -> None:
         if self.head_dim == 0:
@@ -167,6 +209,22 @@ class ModelConfig:
             )
 
     @property
+    def kind(self) -> Literal["decoder", "encoder", "encoder_decoder"]:
+        if self.encoder is not None:
+            return "encoder_decoder"
+        return "decoder" if self.causal else "encoder"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the scores that the model ends in instead of a vocabulary: classes, or one reward."""
+        return () if self.head is None else self.head.labels
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has logits of a next token: a decoder or encoder-decoder without another head."""
+        return self.kind != "encoder" and self.head is None
+
+    @property
     def q_dim(self) -> int:
         return self.heads * self.head_dim
 
@@ -190,7 +248,7 @@ class ModelConfig:
         vectors = 1 + self.norm_bias  # of one norm, in widths
         norms = {"input": 2, "output": 2, "both": 4, "sum": 2}[self.norm_at]
         total = self.layers * (self._attention_matrices() + norms * vectors * self.dim)
-        total += self.layers * (self.qkv_dim * self.qkv_bias + self.dim * self.o_bias)
+        total += self.layers * self._attention_biases()
         qk_norms = {"": 0, "head": 2 * self.head_dim, "width": self.q_dim + self.kv_dim}[self.qk_norm]
         total += self.layers * qk_norms * vectors
         for layer in range(self.layers):
@@ -199,10 +257,15 @@ class ModelConfig:
             else:
                 biases = (1 + self.gated) * self.ffn_dim + self.dim
                 total += self._mlp_matrices(self.ffn_dim) + biases * self.mlp_bias
-        total += (self.embed_norm + self.final_norm) * vectors * self.dim
-        total += self.max_context * self.dim * (self.positions == "learned")
-        total += len(self.labels) * self.dim
-        return total + self.vocab_size * self.dim * (1 if self.tie_embeddings or self.labels else 2)
+        total += (self.embed_norm + self.final_norm - (not self.first_norm)) * vectors * self.dim
+        total += (self.max_context + self.position_offset) * self.dim * (self.positions == "learned")
+        total += self.segments * self.dim + self.relative_buckets * self.heads + self.vocab_size * self.logit_bias
+        if self.encoder is not None:
+            total += self.layers * (self._attention_matrices() + vectors * self.dim + self._attention_biases())
+            total += self.encoder.parameters() - self.encoder.vocab_size * self.encoder.dim  # embeddings are shared
+        if self.head is not None:
+            total += self._head_parameters(self.head, vectors)
+        return total + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def flops_per_token(self, context: int) -> float:
         """Training operations (forward and backward) per token in rows of `context` tokens.
@@ -222,6 +285,13 @@ class ModelConfig:
 
     def _attention_matrices(self) -> int:
         return self.qkv_dim * self.dim + self.dim * self.q_dim
+
+    def _attention_biases(self) -> int:
+        return self.qkv_dim * self.qkv_bias + self.dim * self.o_bias
+
+    def _head_parameters(self, head: HeadConfig, norm_vectors: int) -> int:
+        dense = head.dense * self.dim * (self.dim + head.dense_bias)
+        return dense + head.norm * norm_vectors * self.dim + len(head.labels) * (self.dim + head.bias)
 
     def _mlp_matrices(self, ffn_dim: int) -> int:
         return (2 + self.gated) * self.dim * ffn_dim

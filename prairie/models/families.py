@@ -10,14 +10,14 @@ written because both versions read it. Not here: tensors (`weights`), arithmetic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from prairie.errors import ModelError
-from prairie.models.config import ModelConfig, RopeScaling
+from prairie.models.config import HeadConfig, ModelConfig, RopeScaling
 from prairie.ops.attention import pairs_together
 
 if TYPE_CHECKING:
@@ -32,12 +32,16 @@ class Names:
 
     embed: str = "model.embed_tokens"
     positions: str = "model.embed_positions"
+    segments: str = ""
+    relative: str = ""
+    """Of distances (T5), inside the first layer."""
     embed_norm: str = "model.embed_norm"
     layer: str = "model.layers.{}."
     """Goes before the names of a layer's parts."""
     norm: str = "model.norm"
     head: str = "lm_head"
-    scores: str = "score"
+    logit_bias: str = "lm_head.bias"
+    """The whole name."""
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """One name: the file holds all three in one tensor."""
     qkv_by_head: bool = False
@@ -45,9 +49,15 @@ class Names:
     o: str = "self_attn.o_proj"
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """One name: the file holds gate and up in one tensor, or there is no gate."""
+    plain_up: tuple[str, ...] = ()
+    """Where an MLP without a gate is called otherwise."""
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     attention_out_norm: str = "post_attention_layernorm"
+    cross_qkv: tuple[str, str, str] = ("encoder_attn.q_proj", "encoder_attn.k_proj", "encoder_attn.v_proj")
+    cross_o: str = "encoder_attn.out_proj"
+    cross_norm: str = "encoder_attn_layer_norm"
+    cross_out_norm: str = "encoder_attn_layer_norm"
     mlp_norm: str = "post_attention_layernorm"
     mlp_out_norm: str = "post_feedforward_layernorm"
     q_norm: str = "self_attn.q_norm"
@@ -62,7 +72,11 @@ class Names:
     prefix: str = ""
     """Begins every name except the head's; files of the bare model leave it out."""
     unused: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Ends of names that hold no weight."""
+    """Ends of names that hold no weight, or one of a head that this model does not have."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """Names under which a file may hold a second time what another name holds."""
+    older: tuple[tuple[str, str], ...] = ()
+    """Ends of names as older files have them, and as newer ones do."""
 
 
 class Order(NamedTuple):
@@ -135,14 +149,14 @@ class Weight(NamedTuple):
 
 def fused_parts(config: ModelConfig) -> list[dict[str, tuple[Part, ...]]]:
     """The linear layers of each block by the fused weight that holds them, in row order. Experts are not among them."""
-    c, names = config, FAMILIES[config.family].names
+    c, names = config, names_of(config)
     q, k, v = _head_orders(c)
     fused = len(names.qkv) == 1
     qkv = _joined_order(c, names.qkv_by_head) if fused else None
     up = "gate_up" if c.gated else "up"
     blocks = []
     for layer in range(c.layers):
-        path = names.layer.format(layer)
+        path = names.layer.format(layer).removeprefix(names.prefix if is_bare(c) else "")
 
         def part(name: str, outputs: int, inputs: int, order: Order | None = None, path: str = path) -> Part:
             return Part(path + name, outputs, inputs, order, names.transposed)
@@ -157,9 +171,15 @@ def fused_parts(config: ModelConfig) -> list[dict[str, tuple[Part, ...]]]:
             ),
             "o": (part(names.o, c.dim, c.q_dim),),
         }
+        if c.encoder is not None:
+            q_name, *kv_names = names.cross_qkv
+            groups["cross_q"] = (part(q_name, c.q_dim, c.dim),)
+            groups["cross_kv"] = tuple(part(name, c.kv_dim, c.encoder.dim) for name in kv_names)
+            groups["cross_o"] = (part(names.cross_o, c.dim, c.q_dim),)
         if not c.has_experts(layer):
-            outputs = c.ffn_dim * (1 + c.gated) // len(names.up)
-            groups[up] = tuple(part(name, outputs, c.dim) for name in names.up)
+            up_names = names.up if c.gated or not names.plain_up else names.plain_up
+            outputs = c.ffn_dim * (1 + c.gated) // len(up_names)
+            groups[up] = tuple(part(name, outputs, c.dim) for name in up_names)
             groups["down"] = (part(names.down, c.dim, c.ffn_dim),)
         blocks.append(groups)
     return blocks
@@ -167,7 +187,7 @@ def fused_parts(config: ModelConfig) -> list[dict[str, tuple[Part, ...]]]:
 
 def weight_table(config: ModelConfig) -> list[Weight]:
     """Every tensor that a folder of this config holds, and where it lives in a `Transformer`."""
-    c, names = config, FAMILIES[config.family].names
+    c, names, is_stack = config, names_of(config), is_encoder_stack(config)
     table: list[Weight] = []
 
     def add(name: str, parameter: str, *shape: int, start: int = 0, order: Order | None = None) -> None:
@@ -186,9 +206,15 @@ def weight_table(config: ModelConfig) -> list[Weight]:
             table.append(Weight(f"{part.name}.bias", f"{parameter}_bias", rows, (part.outputs,), part.order))
 
     biased = {"qkv": c.qkv_bias, "o": c.o_bias, "gate_up": c.mlp_bias, "up": c.mlp_bias, "down": c.mlp_bias}
-    add(f"{names.embed}.weight", "embed", c.vocab_size, c.dim)
+    biased |= {"cross_q": c.qkv_bias, "cross_kv": c.qkv_bias, "cross_o": c.o_bias}
+    if not is_stack:
+        add(f"{names.embed}.weight", "embed", c.vocab_size, c.dim)
     if c.positions == "learned":
-        add(f"{names.positions}.weight", "positions", c.max_context, c.dim)
+        add(f"{names.positions}.weight", "positions", c.max_context + c.position_offset, c.dim)
+    if c.segments:
+        add(f"{names.segments}.weight", "segments", c.segments, c.dim)
+    if c.positions == "relative":
+        add(f"{names.layer.format(0)}{names.relative}.weight", "relative_bias", c.relative_buckets, c.heads)
     if c.embed_norm:
         add_norm(names.embed_norm, "embed_norm", c.dim)
     q_order, k_order, _ = _norm_orders(c)
@@ -208,7 +234,7 @@ def weight_table(config: ModelConfig) -> list[Weight]:
                     start = (2 * expert + half) * size
                     add(f"{of}{name}.weight", f"{home}experts_gate_up", size, c.dim, start=start)
                 add(f"{of}{names.expert_down}.weight", f"{home}experts_down", c.dim, size, start=expert * c.dim)
-        for parameter in block_norms(c):
+        for parameter in block_norms(c, layer):
             add_norm(path + getattr(names, parameter), home + parameter, c.dim)
         if c.qk_norm:
             whole = c.qk_norm == "width"
@@ -216,17 +242,54 @@ def weight_table(config: ModelConfig) -> list[Weight]:
             add_norm(path + names.k_norm, f"{home}k_norm", c.kv_dim if whole else c.head_dim, k_order)
     if c.final_norm:
         add_norm(names.norm, "norm", c.dim)
-    if c.labels:
-        add(f"{names.scores}.weight", "score", len(c.labels), c.dim)
-    elif not c.tie_embeddings:
+    if not c.tie_embeddings:
         add(f"{names.head}.weight", "head", c.vocab_size, c.dim)
+    if c.logit_bias:
+        shape = (1, c.vocab_size) if c.encoder is not None else (c.vocab_size,)
+        table.append(Weight(names.logit_bias, "logit_bias", slice(0, shape[0]), shape))
+    if c.head is not None:
+        row = FAMILIES[c.family].head_row(c.head.kind)
+        if c.head.dense:
+            add(f"{row.dense}.weight", "task.dense", c.dim, c.dim)
+            if c.head.dense_bias:
+                add(f"{row.dense}.bias", "task.dense_bias", c.dim)
+        if c.head.norm:
+            add_norm(row.norm, "task.norm", c.dim)
+        if c.head.labels:
+            add(f"{row.out}.weight", "task.out", len(c.head.labels), c.dim)
+            if c.head.bias:
+                add(f"{row.out}.bias", "task.out_bias", len(c.head.labels))
+    if c.encoder is not None:
+        table += [weight._replace(parameter=f"encoder.{weight.parameter}") for weight in weight_table(c.encoder)]
+    if is_bare(c):
+        table = [weight._replace(name=weight.name.removeprefix(names.prefix)) for weight in table]
     return table
 
 
-def block_norms(config: ModelConfig) -> tuple[str, ...]:
+def block_norms(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """The norms of a block over the model's width, by the parameter that holds each."""
-    before, after = ("attention_norm", "mlp_norm"), ("attention_out_norm", "mlp_out_norm")
-    return {"input": before, "output": after, "sum": after, "both": before + after}[config.norm_at]
+    cross = config.encoder is not None
+    before = ("attention_norm", *["cross_norm"] * cross, "mlp_norm")
+    after = ("attention_out_norm", *["cross_out_norm"] * cross, "mlp_out_norm")
+    norms = {"input": before, "output": after, "sum": after, "both": before + after}[config.norm_at]
+    return norms if layer or config.first_norm else tuple(name for name in norms if name != "attention_norm")
+
+
+def is_encoder_stack(config: ModelConfig) -> bool:
+    """Whether it is the encoder of an encoder-decoder, which embeds for it."""
+    return config.kind == "encoder" and FAMILIES[config.family].encoder_names is not None
+
+
+def is_bare(config: ModelConfig) -> bool:
+    """Whether files of this config leave out the prefix of names."""
+    own_head = config.head is not None and config.head.kind != "pool"
+    return config.kind == "encoder" and not own_head and not is_encoder_stack(config)
+
+
+def names_of(config: ModelConfig) -> Names:
+    """Where files of this config keep their weights."""
+    family = FAMILIES[config.family]
+    return family.encoder_names if is_encoder_stack(config) and family.encoder_names is not None else family.names
 
 
 def _head_orders(c: ModelConfig) -> tuple[Order | None, Order | None, None]:
@@ -270,8 +333,23 @@ class Key(NamedTuple):
     write: Callable[[Any], Any]
 
 
+class HeadRow(NamedTuple):
+    """A head that a family may have instead of next-token logits, and where files keep its weights."""
+
+    architecture: str
+    head: HeadConfig
+    """Without labels, which `config.json` names. The activation "own" is that of the model's MLPs."""
+    dense: str = ""
+    norm: str = ""
+    out: str = ""
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    """Further fields of the head, from the values of `config.json`."""
+    write: Callable[[HeadConfig], dict[str, Any]] | None = None
+    """Further keys of `config.json`."""
+
+
 class Windows(NamedTuple):
-    """Which layers of a family see only a window of `sliding_window` tokens."""
+    """Which layers of a family see only a window of tokens."""
 
     layers: Callable[[Mapping[str, Any], int], bool]
     """By the values of `config.json`, where it has no `layer_types`."""
@@ -279,6 +357,10 @@ class Windows(NamedTuple):
     """The key that must be true for windows to be in force."""
     types: bool = True
     """`layer_types` is written, too."""
+    key: str = "sliding_window"
+    seen: Callable[[int], int] = lambda size: size
+    """The value of the key to how many tokens one sees, itself included, in each direction in which it looks."""
+    written: Callable[[int], int] = lambda window: window
 
 
 @dataclass(frozen=True)
@@ -293,9 +375,15 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values that transformers assumes for this family when its config leaves them out, besides `DEFAULTS`."""
     names: Names = Names()
+    encoder_names: Names | None = None
+    """Of the encoder, in a family of encoder-decoders."""
+    heads: tuple[HeadRow, ...] = ()
+    """Besides the score of a row that every decoder may have."""
     windows: Windows | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Keys that only this family writes so, by the usual name of each."""
+    tied_by_file: bool = False
+    """Embeddings are tied unless the file holds another matrix, whatever `config.json` says (T5)."""
     partial_rotary: bool = False
     """`partial_rotary_factor` is in force."""
     read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] | None = None
@@ -304,14 +392,29 @@ class Family:
     """Further keys of `config.json`."""
 
     @property
-    def scores_architecture(self) -> str:
-        """Hugging Face's name for the family's body under a head of scores."""
-        body = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        return f"{body}ForSequenceClassification"
+    def all_heads(self) -> tuple[HeadRow, ...]:
+        """Each with its architecture; a decoder's row of scores reads the last token (transformers' generic head)."""
+        if self.heads or self.encoder_names is not None:
+            return self.heads
+        name = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return (HeadRow(f"{name}ForSequenceClassification", LAST_TOKEN, out="score"),)
+
+    def head_row(self, kind: str) -> HeadRow:
+        """Raises ModelError if models of this family have no such head."""
+        for row in self.all_heads:
+            if row.head.kind == kind:
+                return row
+        raise ModelError(
+            f"models like {self.architecture} have no head of that kind",
+            got=kind,
+            wanted="one of " + ", ".join(row.head.kind for row in self.all_heads) if self.all_heads else None,
+        )
 
     def all_keys(self) -> dict[str, str | Key]:
         return {name: key for name, key in {**KEYS, **self.keys}.items() if key}
 
+
+LAST_TOKEN = HeadConfig("classify", pool="last", bias=False)
 
 ACTIVATION_NAMES = {
     "silu": "silu",
@@ -363,6 +466,11 @@ KEYS: dict[str, str | Key] = {
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0}
 ONLY: dict[str, Any] = {
     "use_bidirectional_attention": False,
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "share_encoder_decoder_embeddings": True,
     "clip_qkv": None,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -639,9 +747,430 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+READS_BOTH_WAYS = {
+    "causal": False,
+    "norm": "layer",
+    "norm_bias": True,
+    "norm_at": "sum",
+    "embed_norm": True,
+    "final_norm": False,
+    "positions": "learned",
+    "gated": False,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+}
+"""BERT's (arXiv 1810.04805)."""
+MASKED = HeadConfig("mlm", dense=True, activation="own", norm=True)
+TAGS = HeadConfig("tag")
+FIRST_TOKEN = HeadConfig("classify", pool="cls", dense=True, activation="tanh")
+POOLER = HeadConfig("pool", pool="cls", dense=True, activation="tanh")
+BERT_KEYS: dict[str, str | Key] = {
+    "num_key_value_heads": "",
+    "head_dim": "",
+    "rms_norm_eps": "",
+    "layer_norm_eps": "norm_eps",
+    "type_vocab_size": "segments",
+}
+BERT_DEFAULTS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "tie_word_embeddings": True}
+BERT_NAMES = Names(
+    prefix="bert.",
+    embed="bert.embeddings.word_embeddings",
+    positions="bert.embeddings.position_embeddings",
+    segments="bert.embeddings.token_type_embeddings",
+    embed_norm="bert.embeddings.LayerNorm",
+    layer="bert.encoder.layer.{}.",
+    head="cls.predictions.decoder",
+    logit_bias="cls.predictions.bias",
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    o="attention.output.dense",
+    attention_out_norm="attention.output.LayerNorm",
+    up=("intermediate.dense",),
+    down="output.dense",
+    mlp_out_norm="output.LayerNorm",
+    unused=("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias", "seq_relationship.weight",
+            "seq_relationship.bias"),
+    copies=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
+    older=((".gamma", ".weight"), (".beta", ".bias")),
+)  # fmt: skip
+
+
+def _after_padding(values: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """RoBERTa counts positions from the number behind that of the padding token."""
+    offset = int(values.get("pad_token_id", 1)) + 1
+    return {"position_offset": offset, "max_context": fields["max_context"] - offset}
+
+
+def _pooled_as_said(values: Mapping[str, Any]) -> dict[str, Any]:
+    return _modern_head(values) | {"pool": values.get("classifier_pooling", "cls")}
+
+
+def _masked_modern_head(values: Mapping[str, Any]) -> dict[str, Any]:
+    return _modern_head(values) | {"bias": bool(values.get("decoder_bias", True))}
+
+
+def _modern_head(values: Mapping[str, Any]) -> dict[str, Any]:
+    activation = _activation(values.get("classifier_activation", "gelu"))
+    return {"activation": activation, "dense_bias": bool(values.get("classifier_bias", False))}
+
+
+def _written_modern_head(head: HeadConfig) -> dict[str, Any]:
+    pooling: dict[str, Any] = {"classifier_pooling": head.pool} if head.pool else {}
+    pooling |= {"decoder_bias": head.bias} if head.kind == "mlm" else {}
+    return pooling | {"classifier_activation": ACTIVATION.write(head.activation), "classifier_bias": head.dense_bias}
+
+
+FAMILIES |= {
+    "bert": Family(
+        "BertModel",
+        keys=BERT_KEYS,
+        fixed=READS_BOTH_WAYS,
+        defaults=BERT_DEFAULTS,
+        names=BERT_NAMES,
+        heads=(
+            HeadRow("BertModel", POOLER, dense="bert.pooler.dense"),
+            HeadRow(
+                "BertForMaskedLM", MASKED, "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"
+            ),
+            HeadRow("BertForSequenceClassification", FIRST_TOKEN, dense="bert.pooler.dense", out="classifier"),
+            HeadRow("BertForTokenClassification", TAGS, out="classifier"),
+        ),
+    ),
+    "roberta": Family(
+        "RobertaModel",
+        keys=BERT_KEYS,
+        fixed=READS_BOTH_WAYS,
+        defaults={**BERT_DEFAULTS, "pad_token_id": 1},
+        names=replace(
+            BERT_NAMES,
+            prefix="roberta.",
+            **{
+                name: getattr(BERT_NAMES, name).replace("bert.", "roberta.", 1)
+                for name in ("embed", "positions", "segments", "embed_norm", "layer")
+            },
+            head="lm_head.decoder",
+            logit_bias="lm_head.bias",
+            copies=(("lm_head.decoder.bias", "lm_head.bias"),),
+        ),
+        heads=(
+            HeadRow("RobertaModel", POOLER, dense="roberta.pooler.dense"),
+            HeadRow("RobertaForMaskedLM", replace(MASKED, activation="gelu"), "lm_head.dense", "lm_head.layer_norm"),
+            HeadRow(
+                "RobertaForSequenceClassification", FIRST_TOKEN, dense="classifier.dense", out="classifier.out_proj"
+            ),
+            HeadRow("RobertaForTokenClassification", TAGS, out="classifier"),
+        ),
+        read=_after_padding,
+        write=lambda c: {
+            "max_position_embeddings": c.max_context + c.position_offset,
+            "pad_token_id": c.position_offset - 1,
+        },
+    ),
+    "distilbert": Family(
+        "DistilBertModel",
+        keys={
+            **dict.fromkeys(KEYS, ""),
+            "vocab_size": "vocab_size",
+            "dim": "dim",
+            "hidden_dim": "ffn_dim",
+            "n_layers": "layers",
+            "n_heads": "heads",
+            "max_position_embeddings": "max_context",
+            "activation": ACTIVATION,
+            "tie_word_embeddings": "tie_embeddings",
+        },
+        fixed={**READS_BOTH_WAYS, "norm_eps": 1e-12},
+        defaults={"activation": "gelu", "tie_word_embeddings": True},
+        names=Names(
+            prefix="distilbert.",
+            embed="distilbert.embeddings.word_embeddings",
+            positions="distilbert.embeddings.position_embeddings",
+            embed_norm="distilbert.embeddings.LayerNorm",
+            layer="distilbert.transformer.layer.{}.",
+            head="vocab_projector",
+            logit_bias="vocab_projector.bias",
+            qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            o="attention.out_lin",
+            attention_out_norm="sa_layer_norm",
+            up=("ffn.lin1",),
+            down="ffn.lin2",
+            mlp_out_norm="output_layer_norm",
+            unused=("embeddings.position_ids",),
+        ),
+        heads=(
+            HeadRow("DistilBertForMaskedLM", MASKED, "vocab_transform", "vocab_layer_norm"),
+            HeadRow(
+                "DistilBertForSequenceClassification",
+                replace(FIRST_TOKEN, activation="relu"),
+                dense="pre_classifier",
+                out="classifier",
+            ),
+            HeadRow("DistilBertForTokenClassification", TAGS, out="classifier"),
+        ),
+    ),
+    "modernbert": Family(
+        "ModernBertModel",
+        keys={
+            "num_key_value_heads": "",
+            "head_dim": "",
+            "rms_norm_eps": "",
+            "hidden_act": "",
+            "hidden_activation": ACTIVATION,
+            "norm_eps": "norm_eps",
+            "norm_bias": "norm_bias",
+            "attention_bias": BIASES,
+            "mlp_bias": "mlp_bias",
+        },
+        fixed={"causal": False, "norm": "layer", "embed_norm": True, "first_norm": False},
+        defaults={
+            "hidden_activation": "gelu",
+            "norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "local_attention": 128,
+            "rope_theta": 160000.0,
+            "rope_local_base_freq": 10000.0,
+        },
+        names=Names(
+            prefix="model.",
+            embed="model.embeddings.tok_embeddings",
+            embed_norm="model.embeddings.norm",
+            norm="model.final_norm",
+            head="decoder",
+            logit_bias="decoder.bias",
+            qkv=("attn.Wqkv",),
+            o="attn.Wo",
+            attention_norm="attn_norm",
+            up=("mlp.Wi",),
+            down="mlp.Wo",
+            mlp_norm="mlp_norm",
+        ),
+        heads=(
+            HeadRow(
+                "ModernBertForMaskedLM",
+                MASKED,
+                "head.dense",
+                "head.norm",
+                read=_masked_modern_head,
+                write=_written_modern_head,
+            ),
+            HeadRow(
+                "ModernBertForSequenceClassification",
+                HeadConfig("classify", dense=True, norm=True),
+                "head.dense",
+                "head.norm",
+                "classifier",
+                _pooled_as_said,
+                _written_modern_head,
+            ),
+            HeadRow(
+                "ModernBertForTokenClassification",
+                HeadConfig("tag", dense=True, norm=True),
+                "head.dense",
+                "head.norm",
+                "classifier",
+                _modern_head,
+                _written_modern_head,
+            ),
+        ),
+        windows=Windows(
+            lambda values, layer: layer % values.get("global_attn_every_n_layers", 3) != 0,
+            key="local_attention",
+            seen=lambda both_sides: both_sides // 2 + 1,
+            written=lambda window: 2 * (window - 1),
+        ),
+        aliases={"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
+        write=lambda c: {
+            "rope_local_base_freq": c.window_rope_theta,
+            "cls_token_id": c.bos_id,
+            "sep_token_id": c.eos_id,
+        },
+    ),
+}
+
+
+def _stack(layer: str, norm: str, first: int) -> dict[str, Any]:
+    """T5's names of one stack; `first` is the number of its MLP among the parts of a layer."""
+    return {
+        "embed": "shared",
+        "layer": layer,
+        "norm": norm,
+        "relative": "layer.0.SelfAttention.relative_attention_bias",
+        "qkv": tuple(f"layer.0.SelfAttention.{name}" for name in "qkv"),
+        "o": "layer.0.SelfAttention.o",
+        "attention_norm": "layer.0.layer_norm",
+        "up": (f"layer.{first}.DenseReluDense.wi_0", f"layer.{first}.DenseReluDense.wi_1"),
+        "plain_up": (f"layer.{first}.DenseReluDense.wi",),
+        "down": f"layer.{first}.DenseReluDense.wo",
+        "mlp_norm": f"layer.{first}.layer_norm",
+    }
+
+
+def _bart_stack(stack: str) -> Names:
+    return Names(
+        prefix="model.",
+        embed="model.shared",
+        positions=f"model.{stack}.embed_positions",
+        embed_norm=f"model.{stack}.layernorm_embedding",
+        layer=f"model.{stack}.layers.{{}}.",
+        logit_bias="final_logits_bias",
+        o="self_attn.out_proj",
+        attention_out_norm="self_attn_layer_norm",
+        up=("fc1",),
+        down="fc2",
+        mlp_out_norm="final_layer_norm",
+        unused=(".embed_positions.weight",),  # Marian's are waves, which are computed
+        copies=tuple((f"model.{each}.embed_tokens.weight", "model.shared.weight") for each in ("encoder", "decoder")),
+    )
+
+
+def _encoder_like(fields: Mapping[str, Any], **other: Any) -> ModelConfig:
+    """The encoder under a decoder of these fields: it differs in what it sees, and in its sizes."""
+    own = ("tie_embeddings", "logit_bias", "logit_scale", "start_id", "first_id", "never_ids")
+    return ModelConfig(
+        **{**{name: value for name, value in fields.items() if name not in own}, "causal": False, **other}
+    )
+
+
+def _t5(values: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    *gate, name = str(values["feed_forward_proj"]).split("-")
+    if gate not in ([], ["gated"]):
+        raise ModelError("feed_forward_proj is not known here", got=values["feed_forward_proj"], wanted="[gated-]NAME")
+    mlp = {"gated": bool(gate), "activation": "gelu_tanh" if gate and name == "gelu" else _activation(name)}
+    scaled = values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))
+    return {
+        **mlp,
+        "logit_scale": fields["dim"] ** -0.5 if scaled else 1.0,
+        "encoder": _encoder_like(fields | mlp, layers=_whole(values["num_layers"])),
+    }
+
+
+def _written_t5(c: ModelConfig) -> dict[str, Any]:
+    name = "gelu" if c.gated and c.activation == "gelu_tanh" else ACTIVATION.write(c.activation)
+    return {
+        "num_layers": c.encoder.layers if c.encoder is not None else c.layers,
+        "feed_forward_proj": f"gated-{name}" if c.gated else name,
+        "tie_word_embeddings": c.logit_scale != 1.0,  # by this transformers 4 knows whether to scale
+        "scale_decoder_outputs": c.logit_scale != 1.0,
+        "is_encoder_decoder": True,
+    }
+
+
+def _bart(values: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    scale = {"embed_scale": fields["dim"] ** 0.5 if values.get("scale_embedding") else 1.0}
+    sizes = {"layers": "encoder_layers", "heads": "encoder_attention_heads", "ffn_dim": "encoder_ffn_dim"}
+    own = {name: _whole(values[key]) for name, key in sizes.items()}
+    return {**scale, "encoder": _encoder_like(fields | scale, kv_heads=own["heads"], **own)}
+
+
+def _written_bart(c: ModelConfig) -> dict[str, Any]:
+    e = c.encoder or c
+    sizes = {"encoder_layers": e.layers, "encoder_attention_heads": e.heads, "encoder_ffn_dim": e.ffn_dim}
+    return {**sizes, "scale_embedding": c.embed_scale != 1.0, "is_encoder_decoder": True}
+
+
+BART_KEYS: dict[str, str | Key] = {
+    **dict.fromkeys(KEYS, ""),
+    "vocab_size": "vocab_size",
+    "d_model": "dim",
+    "decoder_ffn_dim": "ffn_dim",
+    "decoder_layers": "layers",
+    "decoder_attention_heads": "heads",
+    "max_position_embeddings": "max_context",
+    "activation_function": ACTIVATION,
+    "decoder_start_token_id": "start_id",
+    "forced_bos_token_id": "first_id",
+    "bad_words_ids": Key(
+        ("never_ids",),
+        lambda words: tuple(_whole(word) for [word] in words),
+        lambda ids: [[each] for each in ids] or None,
+    ),
+    "tie_word_embeddings": "tie_embeddings",
+}
+WRITING_RULES = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids")
+"""Keys that transformers 5 keeps in `generation_config.json` alone."""
+BART = {**READS_BOTH_WAYS, "causal": True, "norm_eps": 1e-5, "logit_bias": True}
+BART_SIZES = {
+    **{f"{stack}_layers": 12 for stack in ("encoder", "decoder")},
+    **{f"{stack}_attention_heads": 16 for stack in ("encoder", "decoder")},
+    **{f"{stack}_ffn_dim": 4096 for stack in ("encoder", "decoder")},
+}
+BART_DEFAULTS = {"activation_function": "gelu", "tie_word_embeddings": True, **BART_SIZES}
+
+FAMILIES |= {
+    "t5": Family(
+        "T5ForConditionalGeneration",
+        keys={
+            **dict.fromkeys(KEYS, ""),
+            "vocab_size": "vocab_size",
+            "d_model": "dim",
+            "d_kv": "head_dim",
+            "d_ff": "ffn_dim",
+            "num_layers": "layers",
+            "num_decoder_layers": "layers",
+            "num_heads": "heads",
+            "n_positions": "max_context",
+            "layer_norm_epsilon": "norm_eps",
+            "relative_attention_num_buckets": "relative_buckets",
+            "relative_attention_max_distance": "relative_distance",
+            "decoder_start_token_id": "start_id",
+        },
+        fixed={"positions": "relative", "attention_scale": 1.0},
+        defaults={
+            "n_positions": 512,
+            "d_kv": 64,
+            "layer_norm_epsilon": 1e-6,
+            "feed_forward_proj": "relu",
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "decoder_start_token_id": 0,
+        },
+        names=Names(
+            **_stack("decoder.block.{}.", "decoder.final_layer_norm", 2),
+            cross_qkv=("layer.1.EncDecAttention.q", "layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"),
+            cross_o="layer.1.EncDecAttention.o",
+            cross_norm="layer.1.layer_norm",
+            unused=("EncDecAttention.relative_attention_bias.weight",),
+            copies=tuple((f"{each}.embed_tokens.weight", "shared.weight") for each in ("encoder", "decoder")),
+        ),
+        encoder_names=Names(**_stack("encoder.block.{}.", "encoder.final_layer_norm", 1)),
+        tied_by_file=True,
+        read=_t5,
+        write=_written_t5,
+    ),
+    "bart": Family(
+        "BartForConditionalGeneration",
+        keys=BART_KEYS,
+        fixed={**BART, "position_offset": 2},
+        defaults={
+            **BART_DEFAULTS,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+        },
+        names=_bart_stack("decoder"),
+        encoder_names=_bart_stack("encoder"),
+        read=_bart,
+        write=_written_bart,
+    ),
+    "marian": Family(
+        "MarianMTModel",
+        keys=BART_KEYS,
+        fixed={**BART, "positions": "sinusoidal", "embed_norm": False},
+        defaults={**BART_DEFAULTS, "pad_token_id": 58100, "eos_token_id": 0, "decoder_start_token_id": 58100},
+        names=_bart_stack("decoder"),
+        encoder_names=_bart_stack("encoder"),
+        read=_bart,
+        write=_written_bart,
+    ),
+}
+
+
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The meaning of a `config.json`. ModelError for an unknown family or a setting that we would get wrong."""
-    name, family = _family_of(raw, where)
+    name, family, head_row = _family_of(raw, where)
     given = {usual: raw[own] for usual, own in family.aliases.items() if own in raw}
     values = {**DEFAULTS, **family.defaults, **raw, **given}
     values = {key: value for key, value in values.items() if value is not None}  # an explicit null undoes a default
@@ -666,6 +1195,10 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
             raise ModelError(f"{where} has no usable {own[needed]}", got="None", wanted="a whole number")
     if family.read is not None:
         fields |= family.read(values, fields)
+    if head_row is not None:
+        head = fields["head"] = _head_of(head_row, values, fields)
+        masked = head.kind == "mlm"
+        fields |= {"logit_bias": masked and head.bias, "tie_embeddings": not masked or fields["tie_embeddings"]}
     if "ffn_dim" not in fields:
         raise ModelError(f"{where} has no usable {own['ffn_dim']}", got="None", wanted="a whole number")
     fields["windows"] = _windows_of(family, values, fields["layers"], where)
@@ -677,14 +1210,14 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
         bos_id=values.get("bos_token_id"),
         eos_id=tuple(eos) if isinstance(eos, list) else eos,
         pad_id=values.get("pad_token_id"),
-        labels=_labels_of(values) if family.scores_architecture in (raw.get("architectures") or []) else (),
     )
 
 
 def write_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The `config.json` that `read_config` and transformers (4 and 5) read back to the same model."""
     c, family = config, FAMILIES[config.family]
-    architecture = family.scores_architecture if c.labels else family.architecture
+    row = None if c.head is None else family.head_row(c.head.kind)
+    architecture = family.architecture if row is None else row.architecture
     raw: dict[str, Any] = {"architectures": [architecture], "model_type": c.family}
     for key, meaning in family.all_keys().items():
         if isinstance(meaning, Key):
@@ -702,7 +1235,8 @@ def write_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if c.positions == "rotary":
         raw |= _written_rope(c, family)
     if family.windows is not None:
-        raw["sliding_window"] = max(c.windows, default=0) or None
+        window = max(c.windows, default=0)
+        raw[family.windows.key] = family.windows.written(window) if window else None
         if family.windows.types:
             raw["layer_types"] = ["sliding_attention" if c.window(i) else "full_attention" for i in range(c.layers)]
         if family.windows.switch:
@@ -710,6 +1244,8 @@ def write_config(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if c.labels:
         raw["id2label"] = {str(number): name for number, name in enumerate(c.labels)}
         raw["label2id"] = {name: number for number, name in enumerate(c.labels)}
+    if c.head is not None and row is not None and row.write is not None:
+        raw |= row.write(c.head)
     if family.write is not None:
         raw |= family.write(c)
     for usual, own in family.aliases.items():
@@ -724,7 +1260,7 @@ def _whole(value: Any) -> int:
     return value
 
 
-_KINDS: dict[str, Callable[[Any], Any]] = {"int": _whole, "float": float, "bool": bool}
+_KINDS: dict[str, Callable[[Any], Any]] = {"int": _whole, "int | None": _whole, "float": float, "bool": bool}
 """Readers by the annotation of a field of `ModelConfig`."""
 
 
@@ -732,12 +1268,15 @@ def _whole_if_it_is(value: float) -> float:
     return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
-def _family_of(raw: Mapping[str, Any], where: str) -> tuple[str, Family]:
+def _family_of(raw: Mapping[str, Any], where: str) -> tuple[str, Family, HeadRow | None]:
+    """A family's name, its row, and the head that stands in for next-token logits."""
     names = raw.get("architectures") or []
     for key, family in FAMILIES.items():
-        known = {family.architecture, family.scores_architecture}
-        if known & set(names) or (not names and raw.get("model_type") == key):
-            return key, family
+        for row in family.all_heads:
+            if row.architecture in names:
+                return key, family, row
+        if family.architecture in names or (not names and raw.get("model_type") == key):
+            return key, family, None
     raise ModelError(
         f"{where} is of a family that is not known here",
         got=", ".join(names) or repr(raw.get("model_type")),
@@ -745,10 +1284,28 @@ def _family_of(raw: Mapping[str, Any], where: str) -> tuple[str, Family]:
     )
 
 
+def _head_of(row: HeadRow, values: Mapping[str, Any], fields: Mapping[str, Any]) -> HeadConfig:
+    head = row.head if row.read is None else replace(row.head, **row.read(values))
+    if head.activation == "own":
+        head = replace(head, activation=fields["activation"])
+    if not row.out:
+        return head
+    return replace(head, labels=_labels_of(values))
+
+
 def _labels_of(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The names in `id2label`, in the order of their numbers; two when it says nothing, as transformers has it."""
     named = values.get("id2label") or {str(n): f"LABEL_{n}" for n in range(int(values.get("num_labels") or 2))}
     return tuple(str(named[number]) for number in sorted(named, key=int))
+
+
+def with_head(config: ModelConfig, kind: str, labels: Sequence[str]) -> ModelConfig:
+    """The same body under another head, as its family has it. Raises ModelError if it has none of that kind."""
+    row = FAMILIES[config.family].head_row(kind)
+    head = _head_of(row, {"id2label": dict(enumerate(labels))}, {"activation": config.activation})
+    masked = kind == "mlm"
+    tied = config.tie_embeddings or not masked
+    return replace(config, head=head, logit_bias=masked and head.bias, tie_embeddings=tied)
 
 
 def _windows_of(family: Family, values: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
@@ -764,14 +1321,15 @@ def _windows_of(family: Family, values: Mapping[str, Any], layers: int, where: s
         if "sliding_attention" in (types or ()) or (values.get("use_sliding_window") and values.get("sliding_window")):
             raise ModelError(f"{where} asks for sliding window attention, which this family does not have")
         return ()
-    window = values.get("sliding_window")
+    window = values.get(rule.key)
     if not window or (rule.switch is not None and not values.get(rule.switch)):
         return ()
     if not rule.types and "full_attention" in (types or ()):
         raise ModelError(f"{where} mixes kinds of attention, which this family does not", got=", ".join(types or ()))
     if types is None:
         types = ["sliding_attention" if rule.layers(values, i) else "full_attention" for i in range(layers)]
-    return tuple(_whole(window) if kind == "sliding_attention" else 0 for kind in types)
+    window = rule.seen(_whole(window))
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
 # ---- rotary positions

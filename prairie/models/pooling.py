@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prairie.errors import ModelError
+from prairie.models.heads import pool_rows
 from prairie.models.weights import read_json, read_json_list
 
 KINDS = ("mean", "cls", "max", "last")
@@ -47,15 +48,7 @@ class Pooling:
 
     def __call__(self, hidden_ND: Tensor, lengths: Sequence[int]) -> Tensor:
         """(B, D) float32."""
-        hidden_ND = hidden_ND.float()
-        ends_B = torch.tensor(lengths, device=hidden_ND.device).cumsum(0)
-        if self.kind == "last":
-            pooled_BD = hidden_ND[ends_B - 1]
-        elif self.kind == "cls":
-            pooled_BD = hidden_ND[ends_B - torch.tensor(lengths, device=hidden_ND.device)]
-        else:
-            rows = hidden_ND.split(list(lengths))
-            pooled_BD = torch.stack([row.mean(0) if self.kind == "mean" else row.amax(0) for row in rows])
+        pooled_BD = pool_rows(hidden_ND.float(), lengths, self.kind)
         return torch.nn.functional.normalize(pooled_BD, dim=1) if self.normalize else pooled_BD
 
 

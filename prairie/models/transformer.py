@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,21 +21,31 @@ from torch import Tensor, nn
 
 from prairie.errors import AdapterError, ModelError
 from prairie.models.config import ModelConfig
-from prairie.models.families import FAMILIES, Part, Weight, block_norms, fused_parts, weight_table
+from prairie.models.families import Part, Weight, block_norms, fused_parts, names_of, weight_table, with_head
+from prairie.models.heads import Head
 from prairie.models.rope import alike, depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and_rotate
+from prairie.ops.cross_attention import Memory
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
 from prairie.ops.experts import mix_experts, route
-from prairie.ops.loss import linear_cross_entropy, linear_logprobs
+from prairie.ops.loss import IGNORED, linear_cross_entropy, linear_logprobs
+from prairie.ops.relative import RelativeBias
 
 if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
 
-NORMS = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+NORMS = ("attention_norm", "attention_out_norm", "cross_norm", "cross_out_norm", "mlp_norm", "mlp_out_norm")
 HEAD = "lm_head"
 """The path of the head as adapters name it: transformers' module, whatever older files call its weight."""
-RESIDUAL = ("o", "down", "experts_down")
+RESIDUAL = ("o", "cross_o", "down", "experts_down")
 """Weights whose products are added to the residual stream."""
+
+
+def waves(positions_N: Tensor, dim: int) -> Tensor:
+    """(N, D) float32 positions that are not learned (arXiv 1706.03762): sines, then cosines (Marian's order)."""
+    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions_N.device) / dim)
+    angles = positions_N[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], 1).float()
 
 
 class Block(nn.Module):
@@ -45,6 +54,9 @@ class Block(nn.Module):
 
     qkv: nn.Parameter
     o: nn.Parameter
+    cross_q: nn.Parameter
+    cross_kv: nn.Parameter
+    cross_o: nn.Parameter
     up: nn.Parameter
     gate_up: nn.Parameter
     down: nn.Parameter
@@ -60,7 +72,7 @@ class Block(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(*shape)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape[0])) if bias else None)
 
-        norms = block_norms(c)
+        norms = block_norms(c, layer)
         for name in NORMS:
             if name in norms:
                 add(name, c.dim, bias=c.norm_bias)
@@ -72,6 +84,10 @@ class Block(nn.Module):
             add("q_norm", c.q_dim if whole else c.head_dim, bias=c.norm_bias)
             add("k_norm", c.kv_dim if whole else c.head_dim, bias=c.norm_bias)
         add("o", c.dim, c.q_dim, bias=c.o_bias)
+        if c.encoder is not None:
+            add("cross_q", c.q_dim, c.dim, bias=c.qkv_bias)
+            add("cross_kv", 2 * c.kv_dim, c.encoder.dim, bias=c.qkv_bias)
+            add("cross_o", c.dim, c.q_dim, bias=c.o_bias)
         self.has_experts = c.has_experts(layer)
         if self.has_experts:
             add("router", c.experts, c.dim)
@@ -101,26 +117,36 @@ class FusedLinear(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A model that ends in a vocabulary, or (`config.labels`) in scores of a whole row.
+    """A decoder, an encoder, or a decoder over an encoder. Parameters are not set until `init_weights` or
+    `weights.load_model`."""
 
-    Parameters are not set until `init_weights` or `weights.load_model`.
-    """
+    embed: nn.Parameter
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, owns_embeddings: bool = True) -> None:
+        """Without embeddings of its own it is the encoder of another Transformer, which embeds for it."""
         super().__init__()
         c = self.config = config
+
+        def table(wanted: bool, rows: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(rows, c.dim)) if wanted else None
 
         def norm(wanted: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(c.dim)) if wanted else None
 
-        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.dim))
-        self.positions = nn.Parameter(torch.empty(c.max_context, c.dim)) if c.positions == "learned" else None
+        self.register_parameter("embed", table(owns_embeddings, c.vocab_size))
+        self.positions = table(c.positions == "learned", c.max_context + c.position_offset)
+        self.segments = table(c.segments > 0, c.segments)
+        relative = c.positions == "relative"
+        self.relative_bias = nn.Parameter(torch.empty(c.relative_buckets, c.heads)) if relative else None
         self.embed_norm, self.embed_norm_bias = norm(c.embed_norm), norm(c.embed_norm and c.norm_bias)
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
         self.norm, self.norm_bias = norm(c.final_norm), norm(c.final_norm and c.norm_bias)
-        untied = not c.tie_embeddings and not c.labels
-        self.head = nn.Parameter(torch.empty(c.vocab_size, c.dim)) if untied else None
-        self.score = nn.Parameter(torch.empty(len(c.labels), c.dim)) if c.labels else None
+        self.encoder = Transformer(c.encoder, owns_embeddings=False) if c.encoder is not None else None
+        self.head = table(not c.tie_embeddings, c.vocab_size)
+        bias_shape = (1, c.vocab_size) if c.encoder is not None else (c.vocab_size,)
+        self.logit_bias = nn.Parameter(torch.empty(bias_shape)) if c.logit_bias else None
+        self.task = Head(c) if c.head is not None else None
+        """The head of an encoder, or of a decoder that scores instead of writing."""
         self.parts: list[dict[str, tuple[Part, ...]]] = fused_parts(c)
         self.table: list[Weight] = weight_table(c)
         self.sights = [Sight(c.causal, c.window(layer), c.attention_softcap) for layer in range(c.layers)]
@@ -144,8 +170,10 @@ class Transformer(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 kind = name.rsplit(".", 1)[-1]
-                if parameter.ndim == 1:
-                    parameter.fill_(0.0 if kind.endswith("bias") else neutral)
+                if kind.endswith("_bias") and kind != "relative_bias":
+                    parameter.fill_(0.0)
+                elif parameter.ndim == 1:
+                    parameter.fill_(neutral)
                 else:
                     std = (residual_share if kind in RESIDUAL else 1.0) / math.sqrt(parameter.shape[-1])
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
@@ -157,24 +185,70 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """(V, D) the matrix that turns hidden states into logits: the embedding when tied. Logits and losses are asked
         of the methods below, which know what else belongs to them. Raises ModelError for a model of scores."""
-        if self.score is not None:
+        self._refuse_logits_of_scores()
+        return self.embed if self.head is None else self.head
+
+    def _refuse_logits_of_scores(self) -> None:
+        if self.config.labels:
             raise ModelError(
                 "this model gives scores, not text", got=", ".join(self.config.labels), wanted="a language model"
             )
-        return self.embed if self.head is None else self.head
 
     def logits(self, hidden_ND: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
-        """(N, V). The rows of `adapters` are those of `hidden_ND`."""
+        """(N, V): of the next token, or with the head "mlm" of the token itself. The rows of `adapters` are those of
+        `hidden_ND`. ModelError for a model without such a head."""
+        hidden_ND = self._unembedded(hidden_ND)
         logits_NV = self._adapted(F.linear(hidden_ND, self.head_weight), hidden_ND, self.linear(None, "head"), adapters)
+        if self.logit_bias is not None:
+            logits_NV = logits_NV + self.logit_bias
         return softcap(logits_NV, self.config.logit_softcap) if self.config.logit_softcap else logits_NV
 
     def cross_entropy(self, hidden_ND: Tensor, labels_N: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """SUM over supervised tokens of -log p(label), a float32 scalar; see `ops.loss.linear_cross_entropy`."""
+        if self.logit_bias is not None:
+            return -self.logprobs(hidden_ND, labels_N, adapters).sum()
+        hidden_ND = self._unembedded(hidden_ND)
         return linear_cross_entropy(hidden_ND, self._head(adapters), labels_N, softcap=self.config.logit_softcap)
 
     def logprobs(self, hidden_ND: Tensor, labels_N: Tensor, adapters: Sequence[AdapterRows] = ()) -> Tensor:
         """(N,) float32 log p(label) of every token, 0 where it is not supervised."""
-        return linear_logprobs(hidden_ND, self._head(adapters), labels_N, softcap=self.config.logit_softcap)
+        if self.logit_bias is None:
+            hidden_ND = self._unembedded(hidden_ND)
+            return linear_logprobs(hidden_ND, self._head(adapters), labels_N, softcap=self.config.logit_softcap)
+        places_S = (labels_N != IGNORED).nonzero()[:, 0]
+        hidden_SD = self._unembedded(hidden_ND.index_select(0, places_S))
+        logprobs_SV = F.linear(hidden_SD, self._head(adapters), self.logit_bias.flatten()).float().log_softmax(-1)
+        picked_S = logprobs_SV.gather(1, labels_N[places_S, None])[:, 0]
+        return picked_S.new_zeros(len(labels_N)).index_copy(0, places_S, picked_S)
+
+    def scores(self, hidden_ND: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What the head makes of the rows: "classify" (B, labels), "tag" (N, labels), "pool" vectors (B, D).
+
+        ModelError for a model without such a head.
+        """
+        if self.task is None or self.config.head is None or self.config.head.kind == "mlm":
+            raise ModelError(
+                "this model gives no scores",
+                got="no head" if self.config.head is None else f"the head {self.config.head.kind}",
+                wanted="a head that classifies rows, tags tokens or pools",
+            )
+        scores: Tensor = self.task(hidden_ND, lengths)
+        return scores
+
+    def _unembedded(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states as the matrix of the vocabulary wants them."""
+        c = self.config
+        if c.writes:
+            return hidden_ND
+        self._refuse_logits_of_scores()
+        if self.task is None or c.head is None or c.head.kind != "mlm":
+            raise ModelError(
+                "this model gives no logits of tokens",
+                got=f"an {c.kind}" if c.head is None else f"the head {c.head.kind}",
+                wanted="a model that writes, or the head of a masked language model",
+            )
+        hidden_ND = self.task(hidden_ND, ())
+        return hidden_ND
 
     def _head(self, adapters: Sequence[AdapterRows]) -> Tensor:
         """The head as the adapters change it. Without a gradient where none is asked for: it would be as large as the
@@ -186,35 +260,44 @@ class Transformer(nn.Module):
             return adapters[0].lora.weight_under(at)
         return at.weight if torch.is_grad_enabled() else at.weight.detach()
 
-    def scores(self, hidden_RD: Tensor) -> Tensor:
-        """(R, L) float32 scores of rows, from the hidden state of each row's last token (where Hugging Face's
-        sequence classifiers of decoders look). Raises ModelError for a model without such a head."""
-        if self.score is None:
-            raise ModelError(
-                "this model has no head of scores", mend="train it with objective reward or classification"
-            )
-        return F.linear(hidden_RD, self.score).float()
-
     def with_scores(self, labels: Sequence[str], seed: int = 0) -> Transformer:
-        """The same body, its parameters shared, under a fresh head of scores (normal, std 1/sqrt(width))."""
+        """`with_head` of the kind that classifies rows; one label makes it a reward model."""
+        return self.with_head("classify", labels, seed)
+
+    def with_head(self, kind: str, labels: Sequence[str] = (), seed: int = 0) -> Transformer:
+        """The same body, its parameters shared, under a head of a kind that its family has ("classify", "tag", "mlm").
+
+        A part that both heads have (BERT's pooler) is kept, others and the scores are fresh: normal, std 1/sqrt(width).
+        """
         with torch.device("meta"):
-            scored = Transformer(replace(self.config, labels=tuple(labels)))
-        mine = dict(self.named_parameters())
-        fresh = torch.empty(len(labels), self.config.dim).normal_(generator=torch.Generator().manual_seed(seed))
-        mine["score"] = nn.Parameter((fresh / math.sqrt(self.config.dim)).to(self.embed))
-        for name, _ in list(scored.named_parameters()):
+            other = Transformer(with_head(self.config, kind, labels))
+        mine, prefix = dict(self.named_parameters()), names_of(self.config).prefix
+        files = {weight.parameter: weight.name.removeprefix(prefix) for weight in self.table}
+        same = {weight.parameter: weight.name.removeprefix(prefix) for weight in other.table}
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in list(other.named_parameters()):
             owner, _, last = name.rpartition(".")
-            setattr(scored.get_submodule(owner), last, mine[name])
-        return scored
+            kept = mine.get(name) if files.get(name) == same[name] and not name.startswith("task.out") else None
+            setattr(other.get_submodule(owner), last, self._fresh(parameter, last, generator) if kept is None else kept)
+        return other
+
+    def _fresh(self, like: Tensor, name: str, generator: torch.Generator) -> nn.Parameter:
+        """A parameter of a new head."""
+        if like.ndim == 1:
+            value = torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            value = torch.empty(like.shape).normal_(generator=generator) / math.sqrt(like.shape[-1])
+        return nn.Parameter(value.to(self.embed))
 
     # ---- what can carry an adapter
 
     def linear(self, layer: int | None, group: str) -> FusedLinear:
         """A fused linear layer, the embedding ("embed", a product with one-hot tokens) or the head ("head")."""
         if layer is None:
-            names, (vocabulary, width) = FAMILIES[self.config.family].names, self.embed.shape
+            vocabulary, width = self.embed.shape
             if group == "embed":
-                return FusedLinear(None, group, (Part(names.embed, width, vocabulary),), self.embed.T)
+                path = self.table[0].name.removesuffix(".weight")
+                return FusedLinear(None, group, (Part(path, width, vocabulary),), self.embed.T)
             return FusedLinear(None, group, (Part(HEAD, vocabulary, width),), self.head_weight)
         block = self.layers[layer]
         weight, bias = getattr(block, group), getattr(block, f"{group}_bias")
@@ -222,11 +305,12 @@ class Transformer(nn.Module):
 
     def linears(self) -> Iterator[FusedLinear]:
         """Everything that can carry an adapter. Experts cannot."""
-        yield self.linear(None, "embed")
+        if self.encoder is None:  # an encoder-decoder's embedding is its encoder's too, which no adapter reaches
+            yield self.linear(None, "embed")
         for layer, groups in enumerate(self.parts):
             for group in groups:
                 yield self.linear(layer, group)
-        if self.score is None:
+        if self.config.writes:
             yield self.linear(None, "head")
 
     # ---- from tokens to hidden states
@@ -234,38 +318,96 @@ class Transformer(nn.Module):
     @property
     def prefixes_stand_alone(self) -> bool:
         """Whether a token's hidden state depends on nothing behind it, not even on how much there is."""
-        return self.config.causal and not depends_on_length(self.config)
+        return self.config.kind == "decoder" and not depends_on_length(self.config)
 
-    def forward(self, tokens_N: Tensor, attend: Attend, adapters: Sequence[AdapterRows] = ()) -> Tensor:
-        """hidden_ND after the final norm, of flat tokens whose context `attend` knows."""
+    def forward(
+        self,
+        tokens_N: Tensor,
+        attend: Attend,
+        adapters: Sequence[AdapterRows] = (),
+        *,
+        segments_N: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """hidden_ND after the last layer and norm, of flat tokens whose context `attend` knows.
+
+        `segments_N`: to which text of a pair each token belongs (None: all to the first). An encoder-decoder needs
+        `memory`, what its `encode` made of the rows that are to be answered.
+        """
+        if (memory is None) != (self.encoder is None):
+            raise ModelError("a decoder over an encoder needs what the encoder read, and no other model can use it")
+        x_ND = F.embedding(tokens_N, self.embed)
+        for adapter in adapters:
+            x_ND = adapter.lora.add_to_embedding(x_ND, tokens_N, self.linear(None, "embed"), adapter.rows)
+        return self._through_layers(x_ND, attend, adapters, segments_N, memory)
+
+    def encode(self, tokens_M: Tensor, attend: Attend) -> Tensor:
+        """hidden_MD of the encoder of an encoder-decoder, for a `Memory`. ModelError for a model of another kind."""
+        if self.encoder is None:
+            raise ModelError("only an encoder-decoder encodes apart from what it writes", got=self.config.kind)
+        hidden_MD: Tensor = self.encoder._through_layers(F.embedding(tokens_M, self.embed), attend)
+        return hidden_MD
+
+    def _through_layers(
+        self,
+        x_ND: Tensor,
+        attend: Attend,
+        adapters: Sequence[AdapterRows] = (),
+        segments_N: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         c = self.config
         turns = {rope: self._turns(rope, attend) for rope in self.frequencies}
-        x_ND = self._embedded(tokens_N, attend.positions_N, adapters)
+        bias = () if self.relative_bias is None else (RelativeBias(self.relative_bias, c.relative_distance, c.causal),)
+        x_ND = self._placed(x_ND, attend.positions_N, segments_N)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
             y_ND = self._normed(x_ND, block, "attention_norm")
             qkv = self._linear(y_ND, index, "qkv", adapters)
-            o_NHD = attend(index, *self._heads(qkv, block, turns.get(self.ropes[index])), self.sights[index])
+            q_NHD, k_NKD, v_NKD = self._heads(qkv, block, turns.get(self.ropes[index]))
+            o_NHD = attend(index, q_NHD, k_NKD, v_NKD, self.sights[index], *bias)
             a_ND = self._linear(o_NHD.flatten(1), index, "o", adapters)
             if c.parallel_residual:
                 a_ND = a_ND + self._mlp(self._normed(x_ND, block, "mlp_norm"), block, index, adapters)
                 x_ND = x_ND + a_ND
                 continue
             x_ND = self._added(x_ND, a_ND, block, "attention_out_norm")
+            if memory is not None:
+                y_ND = self._normed(x_ND, block, "cross_norm")
+                a_ND = self._looked(y_ND, index, memory, adapters)
+                x_ND = self._added(x_ND, a_ND, block, "cross_out_norm")
             y_ND = self._normed(x_ND, block, "mlp_norm")
             x_ND = self._added(x_ND, self._mlp(y_ND, block, index, adapters), block, "mlp_out_norm")
         x_ND = self._normed(x_ND, self, "norm")
         return x_ND if c.logit_scale == 1.0 else x_ND * c.logit_scale
 
-    def _embedded(self, tokens_N: Tensor, positions_N: Tensor, adapters: Sequence[AdapterRows]) -> Tensor:
-        x_ND = F.embedding(tokens_N, self.embed)
-        for adapter in adapters:
-            x_ND = adapter.lora.add_to_embedding(x_ND, tokens_N, self.linear(None, "embed"), adapter.rows)
-        if self.config.embed_scale != 1.0:  # rounded to the dtype of x, as the families that scale were trained
-            x_ND = x_ND * torch.tensor(self.config.embed_scale, dtype=x_ND.dtype)
+    def _placed(self, x_ND: Tensor, positions_N: Tensor, segments_N: Tensor | None) -> Tensor:
+        """Embeddings of tokens with what says where they stand, as the first layer reads them."""
+        c = self.config
+        if c.embed_scale != 1.0:  # rounded to the dtype of x, as the families that scale were trained
+            x_ND = x_ND * torch.tensor(c.embed_scale, dtype=x_ND.dtype)
+        if self.segments is not None:
+            x_ND = x_ND + (self.segments[0] if segments_N is None else F.embedding(segments_N, self.segments))
         if self.positions is not None:
-            x_ND = x_ND + F.embedding(positions_N, self.positions)
+            x_ND = x_ND + F.embedding(positions_N + c.position_offset, self.positions)
+        if c.positions == "sinusoidal":
+            x_ND = x_ND + waves(positions_N, c.dim).to(x_ND.dtype)
         return self._normed(x_ND, self, "embed_norm")
+
+    def _looked(self, y_ND: Tensor, index: int, memory: Memory, adapters: Sequence[AdapterRows]) -> Tensor:
+        """What each token takes from the encoder's hidden states."""
+        c = self.config
+        if any(adapter.rows is not None for adapter in adapters):
+            raise AdapterError("an adapter of an encoder-decoder serves all rows of a batch", got="some of them")
+
+        def keys_and_values(hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
+            kv = self._linear(hidden_MD, index, "cross_kv", adapters)
+            k_MKD, v_MKD = kv.view(len(kv), 2, c.kv_heads, c.head_dim).unbind(1)
+            return k_MKD, v_MKD
+
+        q_NHD = self._linear(y_ND, index, "cross_q", adapters).view(len(y_ND), c.heads, c.head_dim)
+        o_NHD = memory(index, q_NHD * self.query_scale, keys_and_values)
+        return self._linear(o_NHD.flatten(1), index, "cross_o", adapters)
 
     def _heads(self, qkv: Tensor, block: Block, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q_NHD and k_NKD at their positions, normed before if the family does so, and v_NKD."""

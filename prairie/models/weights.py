@@ -9,7 +9,8 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prairie.errors import ModelError, PrairieError, StorageFullError
-from prairie.models.families import FAMILIES, Weight, read_config, write_config
+from prairie.models.config import ModelConfig
+from prairie.models.families import FAMILIES, WRITING_RULES, Names, Weight, names_of, read_config, write_config
 from prairie.models.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -75,21 +77,23 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     name or shape differs from what the config promises, or when `prairie.json` names other weights.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
-    model_config = read_config(raw, str(folder / "config.json"))
     manifest = read_manifest(folder)
+    model_config = read_config(_raw_config(folder), str(folder / "config.json"))
+    files = _files_of(folder)
+    model_config = _as_in_the_files(model_config, folder, files)
+    names = names_of(model_config)
     with torch.device("meta"):
         model = Transformer(model_config)
     expected = {w.name: w for w in model.table}
-    names = FAMILIES[model_config.family].names
-    files = _without_bare_names(_files_of(folder), expected, names.prefix)
-    head, embed = f"{names.head}.weight", f"{names.embed}.weight"
-    tied_copy = head if model_config.tie_embeddings and head in files else None
-    _check_names(folder, expected, (n for n in files if n != tied_copy and not n.endswith(names.unused)))
+    places = _by_expected_name(files, expected, names)
+    copies = _copies_in(places, expected, names)
+    _check_names(
+        folder, expected, (n for n in places if n not in copies and (n in expected or not n.endswith(names.unused)))
+    )
     parameters: dict[str, Tensor] = {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     digest = hashlib.sha256()
-    with _Shards(folder, files) as shards:
+    with _Shards(folder, places) as shards:
         for name in sorted(expected):
             weight = expected[name]
             kind = _checked_dtype(shards, weight, folder)
@@ -99,11 +103,12 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             for first, piece in shards.pieces(name):
                 digest.update(_bytes(piece))
                 weight.put(piece, parameters[weight.parameter], first)
-        if tied_copy and not shards.equal(tied_copy, embed):
-            raise ModelError(
-                f"{folder} says its embeddings are tied but its lm_head differs from them",
-                mend="set tie_word_embeddings to false in config.json",
-            )
+        for copy, original in copies.items():
+            if not shards.equal(copy, original):
+                raise ModelError(
+                    f"{folder} says that {copy} is tied to {original} but it differs",
+                    mend="set tie_word_embeddings to false in config.json" if copy.startswith(names.head) else None,
+                )
     model.load_state_dict(parameters, assign=True)
     found = digest.hexdigest()
     claimed = manifest.get("weights_hash")
@@ -130,10 +135,12 @@ def save_model(model: Transformer, folder: Path | str, dtype: torch.dtype | None
     c = model.config
     stops = list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id
     marks = {"bos_token_id": c.bos_id, "eos_token_id": stops, "pad_token_id": c.pad_id}
+    raw = write_config(c, kind)
+    marks |= {key: raw[key] for key in WRITING_RULES if key in raw}
     found = weights_hash(state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", write_config(c, kind))
+        write_json(folder / "config.json", raw)
         write_json(
             folder / "generation_config.json",
             {k: v for k, v in marks.items() if v is not None},
@@ -198,11 +205,52 @@ def _bytes(tensor: Tensor) -> memoryview:
     return data
 
 
-def _without_bare_names(files: Mapping[str, Path], expected: Iterable[str], prefix: str) -> dict[str, _Place]:
-    """Where each tensor lies, by its full name: files of a model without its head leave out the prefix."""
-    bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
-    full = {name.removeprefix(prefix): name for name in expected} if bare else {}
-    return {full.get(name, name): _Place(path, name) for name, path in files.items()}
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with rules of writing that stand in `generation_config.json` alone."""
+    raw, path = read_json(folder / "config.json"), folder / "generation_config.json"
+    rules = read_json(path) if path.exists() else {}
+    return raw | {key: rules[key] for key in WRITING_RULES if rules.get(key) is not None and raw.get(key) is None}
+
+
+def _as_in_the_files(config: ModelConfig, folder: Path, files: Mapping[str, Path]) -> ModelConfig:
+    """The config with what config.json does not say: if there are a pooler, biases of logits, an untied head."""
+    names, family = names_of(config), FAMILIES[config.family]
+    if config.head is not None and config.head.kind == "pool":
+        pooler = family.head_row("pool").dense.removeprefix(names.prefix)
+        config = config if any(pooler in name for name in files) else replace(config, head=None)
+    if config.encoder is not None and names.logit_bias not in files:
+        config = replace(config, logit_bias=False)
+    if family.tied_by_file:
+        head, embed = f"{names.head}.weight", f"{names.embed}.weight"
+        with _Shards(folder, {name: _Place(path, name) for name, path in files.items()}) as shards:
+            own = head in files and embed in files and not shards.equal(head, embed)
+        config = replace(config, tie_embeddings=not own)
+    return config
+
+
+def _by_expected_name(files: Mapping[str, Path], expected: Container[str], names: Names) -> dict[str, _Place]:
+    """Where each tensor lies, by the name that we expect: files of a bare model leave out the prefix, old files have
+    old names."""
+    places = {}
+    for name, path in files.items():
+        new = name
+        for old_end, new_end in names.older:
+            new = new.removesuffix(old_end) + new_end if new.endswith(old_end) else new
+        forms = (new, names.prefix + new, new.removeprefix(names.prefix))
+        places[next((form for form in forms if form in expected), new)] = _Place(path, name)
+    return places
+
+
+def _copies_in(places: dict[str, _Place], expected: Container[str], names: Names) -> dict[str, str]:
+    """Second names of weights in the files. A weight that is there under its second name alone is found by it."""
+    found = {}
+    for copy, original in ((f"{names.head}.weight", f"{names.embed}.weight"), *names.copies):
+        for prefix in ("", names.prefix):
+            first = original.removeprefix(prefix)
+            if copy in places and copy not in expected and first in expected:
+                places.setdefault(first, places[copy])
+                found[copy] = first
+    return found
 
 
 def _checked_dtype(shards: _Shards, weight: Weight, folder: Path) -> torch.dtype:

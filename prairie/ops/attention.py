@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prairie.ops.elementwise import softcap
+from prairie.ops.relative import RelativeBias
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
@@ -150,11 +151,19 @@ class PackedDocuments:
     def row_lengths_N(self) -> Tensor:
         return torch.tensor(self.lengths).repeat_interleave(self._own_R).to(self.device)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight = CAUSAL) -> Tensor:
-        """o_NHD for every token; `layer` is not needed, there is no cache."""
+    def __call__(
+        self,
+        layer: int,
+        q_NHD: Tensor,
+        k_NKD: Tensor,
+        v_NKD: Tensor,
+        sight: Sight = CAUSAL,
+        bias: RelativeBias | None = None,
+    ) -> Tensor:
+        """o_NHD for every token; `layer` is not needed, there is no cache. `bias` is added to the scaled scores."""
         sight = sight.within(self.longest)
-        if sight != CAUSAL:
-            return self._masked_attention(q_NHD, k_NKD, v_NKD, sight)
+        if sight != CAUSAL or bias is not None:
+            return self._masked_attention(q_NHD, k_NKD, v_NKD, sight, bias)
         if q_NHD.device.type == "cpu" and q_NHD.dtype == torch.float32 and self.longest <= MATRIX_LENGTH:
             out: Tensor = _MatrixAttention.apply(q_NHD, k_NKD, v_NKD, self)
             return out
@@ -180,7 +189,9 @@ class PackedDocuments:
         out: Tensor = _Unpad.apply(torch.cat(outs), self, q_NHD.shape[1])
         return out
 
-    def _masked_attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight) -> Tensor:
+    def _masked_attention(
+        self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight, bias: RelativeBias | None
+    ) -> Tensor:
         """Every other kind of sight, by an explicit mask; a cap on the scores is written out."""
         (H, D), K = q_NHD.shape[1:], k_NKD.shape[1]
         padded = [_Pad.apply(x, self) for x in (q_NHD, k_NKD, v_NKD)]
@@ -195,6 +206,8 @@ class PackedDocuments:
                 scores = softcap(q @ k[:, :, None].mT * D**-0.5, sight.softcap)
                 o = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(v.dtype) @ v[:, :, None]
             else:
+                if bias is not None:
+                    mask = bias(0, length, length).masked_fill(~mask, float("-inf"))
                 o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
             outs.append(o.reshape(-1, D))
             start += rows * length

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prairie.errors import NotFoundError
+from prairie.errors import AdapterError, ModelError, NotFoundError, RequestError
 from prairie.serve.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prairie.data.tokenizer import Tokenizer
     from prairie.engine.engine import Engine
     from prairie.engine.language_model import LanguageModel
+    from prairie.engine.reader import Reader
     from prairie.runtime import Runtime
     from prairie.serve.worker import Worker
     from prairie.store.home import Home
@@ -69,11 +70,11 @@ class Source:
 
 @dataclass(eq=False)
 class Base:
-    """An engine and the names of the residents that stand on it."""
+    """A model, with its engine if it writes, and the names of the residents that stand on it."""
 
     key: tuple[str, str, str]
-    """Hashes of weights, template and tokenizer."""
-    model: LanguageModel
+    """Hashes of weights, template (of a model that only reads: its folder) and tokenizer."""
+    model: LanguageModel | Reader
     residents: set[str] = field(default_factory=set)
 
 
@@ -91,6 +92,9 @@ class Resident:
 
     @property
     def engine(self) -> Engine:
+        """Raises RequestError for a model that writes nothing."""
+        if self.base.model.engine is None:
+            raise self._writes_nothing()
         return self.base.model.engine
 
     @property
@@ -99,7 +103,15 @@ class Resident:
 
     @property
     def template(self) -> ChatTemplate:
+        """Raises RequestError for a model that writes nothing."""
+        if self.base.model.template is None:
+            raise self._writes_nothing()
         return self.base.model.template
+
+    def _writes_nothing(self) -> RequestError:
+        return RequestError(
+            f"{self.source.name} reads texts and writes none", mend="POST /v1/embeddings takes it", param="model"
+        )
 
     @property
     def weights_hash(self) -> str:
@@ -108,7 +120,7 @@ class Resident:
     @property
     def fingerprint(self) -> str:
         """Weights, adapter and template in one short word: equal fingerprints answer alike."""
-        parts = (self.weights_hash, self.adapter_hash or "", self.template.hash)
+        parts = (self.weights_hash, self.adapter_hash or "", self.base.key[1])
         return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
@@ -123,10 +135,12 @@ class Resident:
 
     def model_object(self, name: str) -> dict[str, Any]:
         """OpenAI's model object under `name`, with the version that answers to it."""
+        model = self.base.model
         more = {
             "kind": self.source.kind,
             "resident": True,
-            "max_context": self.engine.max_context,
+            "writes": model.engine is not None,
+            "max_context": model.embedder.max_tokens if model.engine is None else model.engine.max_context,
             "figures": self.source.figures,
         }
         return {
@@ -352,7 +366,8 @@ class Models:
         return resident
 
     def _load_base(self, folder: Path) -> Base:
-        from prairie.engine.language_model import LanguageModel
+        from prairie.engine.loading import load
+        from prairie.engine.seq2seq import Seq2Seq
         from prairie.models.weights import read_manifest
 
         # Two artifacts with the same weights, template and tokenizer are one engine.
@@ -368,8 +383,15 @@ class Models:
             return base
         if self._runtime is None and self._detect is not None:
             self._runtime = self._detect()
-        model = LanguageModel.load(folder, runtime=self._runtime, **self._engine_settings)
-        key = (model.weights_hash, model.template.hash, model.tokenizer.hash)
+        model = load(folder, runtime=self._runtime, **self._engine_settings)
+        if isinstance(model, Seq2Seq):
+            raise ModelError(
+                f"{folder} is an encoder-decoder, which the server does not answer with",
+                mend="`prairie chat DIR` and prairie.load do",
+            )
+        # The pooling of a model that only reads stands in its folder; of one that writes the engine is what counts.
+        text = str(folder) if model.template is None else model.template.hash
+        key = (model.weights_hash, text, model.tokenizer.hash)
         with self._lock:
             return self._bases.get(key) or Base(key, model)
 
@@ -381,10 +403,13 @@ class Models:
         from prairie.engine.language_model import check_adapter
         from prairie.models.lora import LoRA
 
-        check_adapter(source.folder, base.model.template, base.model.tokenizer)
+        engine, template = base.model.engine, base.model.template
+        if engine is None or template is None:
+            raise AdapterError(f"{source.name} stands on a model that writes nothing", wanted="a decoder that writes")
+        check_adapter(source.folder, template, base.model.tokenizer)
         lora = LoRA.load(source.folder)
         hash = lora.hash
-        self.worker.call(lambda: base.model.engine.add_adapter(hash, lora)).result()
+        self.worker.call(lambda: engine.add_adapter(hash, lora)).result()
         return hash
 
     # -- freeing ---------------------------------------------------------------------------------------------------
@@ -409,7 +434,7 @@ class Models:
     def drop_engine(self, engine: Engine) -> None:
         """The engine broke: its versions are read anew from disk when they are next asked for."""
         with self._lock:
-            for resident in [r for r in self._residents.values() if r.engine is engine]:
+            for resident in [r for r in self._residents.values() if r.base.model.engine is engine]:
                 self._forget(resident)
         self._count()
 
@@ -421,8 +446,9 @@ class Models:
         if not base.residents:
             self._bases.pop(base.key, None)
             return True
-        if hash is not None and not any(self._residents[name].adapter_hash == hash for name in base.residents):
-            self.worker.call(lambda: base.model.engine.remove_adapter(hash))
+        engine, others = base.model.engine, (self._residents[name] for name in base.residents)
+        if hash is not None and engine is not None and not any(other.adapter_hash == hash for other in others):
+            self.worker.call(lambda: engine.remove_adapter(hash))
         return False
 
     def _count(self) -> None:
@@ -434,7 +460,8 @@ class Models:
     def count_engines(self) -> None:
         """Brings the gauges of the engines up to date; reads counts that the engine's thread may be changing."""
         with self._lock:
-            figures = [base.model.engine.figures() for base in self._bases.values()]
+            engines = [base.model.engine for base in self._bases.values()]
+        figures = [engine.figures() for engine in engines if engine is not None]
         for name in ("running", "waiting", "kv_blocks", "kv_blocks_held", "preemptions"):
             self.metrics.engines.labels(name).set(sum(each[name] for each in figures))
 

@@ -82,10 +82,9 @@ def require_pairs(batch: Batch) -> None:
 
 
 def row_scores(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> Tensor:
-    """(R, L) float32: the scores of each row, read at its last token."""
+    """(R, L) float32: the scores of each row, read where the model's head reads them (a decoder's: its last token)."""
     hidden_ND, _ = hidden_states(model, batch, adapters)
-    last_R = torch.tensor(batch.lengths).cumsum(0) - 1
-    return model.scores(hidden_ND.index_select(0, last_R.to(hidden_ND.device)))
+    return model.scores(hidden_ND, batch.lengths).float()
 
 
 def row_sums(values_N: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -471,7 +471,7 @@ function exportChat() {
 let away = null;
 async function refreshModels() {
   try {
-    state.models = await listModels();
+    state.models = (await listModels()).filter((model) => model.prairie?.writes !== false); // an encoder does not chat
     if (away) banner(null, t("server.back"));
     away = null;
     outbox.flush();

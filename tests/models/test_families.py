@@ -160,9 +160,11 @@ def their_logits(case: str, row_T: torch.Tensor) -> torch.Tensor:
         return peer(row_T[None], use_cache=False).logits[0]
 
 
-def test_every_family_has_a_case() -> None:
+def test_every_family_of_decoders_has_a_case() -> None:
+    """Those that read in both directions are tested in test_encoders.py and test_encoder_decoders.py."""
+    decoders = {name for name, family in FAMILIES.items() if not family.heads and family.encoder_names is None}
     assert {read_config(peer_of(case).config.to_dict() | {"architectures": peer_of(case).config.architectures}).family
-            for case in CASES} == set(FAMILIES)  # fmt: skip
+            for case in CASES} == decoders  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

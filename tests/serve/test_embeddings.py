@@ -2,6 +2,7 @@
 
 import base64
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -10,6 +11,7 @@ from tiny_server import CONTEXT, tokenizer
 
 import prairie
 from prairie.engine.language_model import LanguageModel
+from prairie.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,58 @@ def test_what_cannot_be_embedded_is_refused(http, server, change, words):
     assert words in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
     server.idle()
+
+
+# --- an encoder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm, tmp_path_factory):
+    """A server of the real MiniLM beside a language model."""
+    from tiny_server import Home, make_model, running
+
+    root = tmp_path_factory.mktemp("encoder")
+    with Home(root / "home") as home, running(home, [str(minilm), str(make_model(root / "tiny", 1))]) as server:
+        yield server
+
+
+def test_the_real_encoder_is_served(encoder, minilm):
+    library = prairie.load(minilm)
+    texts = [*TEXTS, "word " * 200, "The house is wonderful."] * 3
+    with openai.OpenAI(base_url=f"{encoder.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.embeddings.create(model="model", input=texts)
+        got = torch.tensor([item.embedding for item in answer.data])
+        assert torch.cosine_similarity(got, library.embed(texts)).min() > 0.9999
+        assert answer.usage.total_tokens == sum(len(library.embedder.ids(text)) for text in texts)
+        models = {each.id: each.prairie for each in client.models.list().data}
+        assert (models["model"]["writes"], models["tiny"]["writes"]) == (False, True)
+        assert models["model"]["max_context"] == 256
+        assert len(client.embeddings.create(model="tiny", input="fox").data[0].embedding) == 32
+        with pytest.raises(openai.BadRequestError, match="at most 256"):
+            client.embeddings.create(model="model", input="word " * 300)
+
+
+def test_an_encoder_does_not_chat(encoder):
+    with openai.OpenAI(base_url=f"{encoder.url}/v1", api_key="none", max_retries=0) as client:
+        asked = [
+            lambda: client.chat.completions.create(model="model", messages=[{"role": "user", "content": "hi"}]),
+            lambda: client.completions.create(model="model", prompt="hi"),
+            lambda: client.completions.create(model="model", prompt=[5, 6]),
+        ]
+        for ask in asked:
+            with pytest.raises(openai.BadRequestError, match="model reads texts and writes none; POST /v1/embeddings"):
+                ask()
+    assert httpx.get(f"{encoder.url}/metrics").status_code == 200
+    encoder.idle()
+
+
+def test_an_encoder_decoder_is_not_served(tmp_path):
+    from tiny_server import Home, Running
+
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 320, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer().save(tmp_path / "t5")
+    with Home(tmp_path / "home") as home, pytest.raises(ModelError, match="an encoder-decoder, which the server"):
+        Running(home, [str(tmp_path / "t5")])

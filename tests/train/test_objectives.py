@@ -284,10 +284,10 @@ def test_classification_is_transformers(tied, tmp_path):
     _, figures = Classification().loss(model, batch)
     assert float(figures["accuracy"]) == float((found.logits.argmax(1) == torch.from_numpy(dataset.targets)).sum())
     again = load_model(tmp_path)
-    assert again.config.labels == ("red", "green", "blue") and torch.equal(again.score, model.score)
+    assert again.config.labels == ("red", "green", "blue") and torch.equal(again.task.out, model.task.out)
     with pytest.raises(ModelError, match="gives scores, not text"):
         again.logits(torch.zeros(1, 32))
-    with pytest.raises(ModelError, match="no head of scores"):
+    with pytest.raises(ModelError, match="gives no scores"):
         Classification().loss(tiny_model(), batch)
     with pytest.raises(TrainingError, match="rows with a label"):
         Classification().loss(model, batch_of(tiny_dataset(8), [0]))
@@ -311,7 +311,7 @@ def test_reward_is_trls(tmp_path):
     loss.backward()
     got, mine = gradients_of(model, Reward(), dataset, [[4, 5, 0, 1], [8, 9, 2, 3, 6, 7]])
     assert mine == pytest.approx(float(loss.detach()), rel=1e-5)
-    score = got[list(dict(model.named_parameters())).index("score")]
+    score = got[list(dict(model.named_parameters())).index("task.out")]
     assert float((score - other.score.weight.grad).norm() / score.norm()) < 1e-4
     _, figures = Reward().loss(model, batch_of(dataset, range(10)))
     assert float(figures["accuracy"]) / 5 == pytest.approx(fake._metrics["train"]["accuracy"][0])

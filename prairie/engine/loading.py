@@ -1,0 +1,33 @@
+"""A model folder -> the face that fits what it is. Not here: the faces, names of a registry (`prairie.load`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prairie.engine.language_model import LanguageModel
+from prairie.engine.reader import Reader
+from prairie.engine.seq2seq import Seq2Seq
+from prairie.errors import ModelError
+from prairie.models.families import read_config
+from prairie.models.weights import read_json, read_manifest
+from prairie.runtime import Runtime
+
+Face = LanguageModel | Reader | Seq2Seq
+
+
+def load(
+    folder: Path | str, adapter: Path | str | None = None, runtime: Runtime | None = None, **engine_settings: Any
+) -> Face:
+    """A decoder answers (LanguageModel), an encoder-decoder rewrites (Seq2Seq), all others read (Reader).
+
+    Raises what their `load` raises; ModelError for an adapter on a model that takes none.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and read_manifest(folder).get("kind") != "adapter":
+        config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+        if config.kind != "decoder" or not config.writes:
+            if adapter is not None:
+                raise ModelError(f"{folder} takes no adapter here", got=adapter, wanted="a decoder that writes")
+            return Seq2Seq.load(folder, runtime) if config.writes else Reader.load(folder, runtime)
+    return LanguageModel.load(folder, adapter, runtime, **engine_settings)
