@@ -247,6 +247,15 @@ class LoRA(nn.Module):
             x_NI = F.dropout(x_NI, self.config.dropout)
         return adapt(y_NO, x_NI, change, rows)
 
+    def plain_changes(self, at: FusedLinear) -> list[LowRank] | None:
+        """What this adapter (on its parent) adds to one fused linear layer, if it only adds: None with DoRA's gain or
+        where dropout draws."""
+        below = [] if self.parent is None else self.parent.plain_changes(at)
+        if below is None or self.config.dora or (self.training and self.config.dropout > 0):
+            return None
+        change = self._change(at)
+        return below if change is None else [*below, change]
+
     def add_to_embedding(self, x_NO: Tensor, tokens_N: Tensor, at: FusedLinear, rows: slice | None) -> Tensor:
         """The same for the embeddings x of tokens. PEFT knows no dropout here."""
         if self.parent is not None:

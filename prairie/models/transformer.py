@@ -28,6 +28,7 @@ from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and
 from prairie.ops.cross_attention import Memory
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
 from prairie.ops.experts import mix_experts, route
+from prairie.ops.linear import adapt_rows
 from prairie.ops.loss import IGNORED, linear_cross_entropy, linear_logprobs
 from prairie.ops.relative import RelativeBias
 
@@ -459,6 +460,12 @@ class Transformer(nn.Module):
         return self._adapted(F.linear(x_NI, at.weight, at.bias), x_NI, at, adapters)
 
     def _adapted(self, y_NO: Tensor, x_NI: Tensor, at: FusedLinear, adapters: Sequence[AdapterRows]) -> Tensor:
+        if torch.is_grad_enabled():  # in training all at once, where all only add something
+            rows = [adapter.rows or slice(None) for adapter in adapters]
+            plain = [adapter.lora.plain_changes(at) for adapter in adapters]
+            if adapters and all(changes is not None for changes in plain):
+                changes = [(change, part) for part, its in zip(rows, plain, strict=True) for change in its or ()]
+                return adapt_rows(y_NO, x_NI, changes) if changes else y_NO
         for adapter in adapters:
             y_NO = adapter.lora.add_to(y_NO, x_NI, at, adapter.rows)
         return y_NO

@@ -8,7 +8,8 @@ Legend: N tokens, I input columns, O output columns, R rank.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,45 @@ def adapt(y_NO: Tensor, x_NI: Tensor, change: LowRank, rows: slice | None) -> Te
         y_NO[rows] = _turned(y_NO[rows].clone(), change)  # a copy: the backward pass wants what stood there
     y_NO[rows].addmm_(x_NI[rows].to(y_NO.dtype) @ a_RI.T, b_OR.T)
     return y_NO
+
+
+def adapt_rows(y_NO: Tensor, x_NI: Tensor, changes: Sequence[tuple[LowRank, slice]]) -> Tensor:
+    """What `adapt` makes of y with each change on its own tokens, as one operator: nothing of the size of y or x is
+    copied for each change, forward or backward. For changes without a gain; writes into `y_NO`."""
+    tensors = [tensor for change, _ in changes for tensor in (change.a_RI, change.b_OR)]
+    out: Tensor = _AdaptRows.apply(y_NO, x_NI, [rows for _, rows in changes], *tensors)
+    return out
+
+
+class _AdaptRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_NO: Tensor, x_NI: Tensor, rows: list[slice], *tensors: Tensor) -> Tensor:
+        pairs = [(a.to(y_NO.dtype), b.to(y_NO.dtype)) for a, b in zip(tensors[0::2], tensors[1::2], strict=True)]
+        inner = [x_NI[part].to(y_NO.dtype) @ a_RI.T for part, (a_RI, _) in zip(rows, pairs, strict=True)]
+        for part, u_NR, (_, b_OR) in zip(rows, inner, pairs, strict=True):
+            y_NO[part].addmm_(u_NR, b_OR.T)
+        ctx.mark_dirty(y_NO)
+        ctx.save_for_backward(x_NI, *tensors, *inner)
+        ctx.rows = rows
+        return y_NO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """With u = x A^T: dB = dy^T u, du = dy B, dA = du^T x, and x gains du A. The gradient of y is dy itself."""
+        (dy_NO,), rows = grads, ctx.rows
+        x_NI, *rest = ctx.saved_tensors
+        tensors, inner = rest[: 2 * len(rows)], rest[2 * len(rows) :]
+        dx_NI = torch.zeros_like(x_NI) if ctx.needs_input_grad[1] else None
+        found: list[Tensor | None] = []
+        for i, part in enumerate(rows):
+            a_RI, b_OR, dy, x = tensors[2 * i], tensors[2 * i + 1], dy_NO[part], x_NI[part]
+            wants_a, wants_b = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
+            du_NR = dy @ b_OR.to(dy.dtype)
+            found.append((du_NR.T @ x.to(dy.dtype)).to(a_RI.dtype) if wants_a else None)
+            found.append((dy.T @ inner[i]).to(b_OR.dtype) if wants_b else None)
+            if dx_NI is not None:
+                dx_NI[part] += (du_NR @ a_RI.to(dy.dtype)).to(dx_NI.dtype)
+        return dy_NO, dx_NI, None, *found
 
 
 def adapt_embedding(x_NO: Tensor, tokens_N: Tensor, change: LowRank, rows: slice | None) -> Tensor:

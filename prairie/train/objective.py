@@ -60,13 +60,18 @@ class Objective(Protocol):
         ...
 
 
+def layout_for(model: Transformer, batch: Batch) -> Layout:
+    """What the model is given for a batch; what rows share only if it sees nothing of what follows."""
+    return layout_of(batch) if model.prefixes_stand_alone else Layout(batch.tokens_N, batch.lengths)
+
+
 def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
     """The forward pass of a batch: (hidden_ND after the final norm, labels_N on the same device).
 
     What rows share at their beginning is computed once (`prefixes`), and its gradient is the sum over them.
     """
     device = next(model.parameters()).device
-    layout = layout_of(batch) if model.prefixes_stand_alone else Layout(batch.tokens_N, batch.lengths)
+    layout = layout_for(model, batch)
     attend = PackedDocuments(layout.lengths, device, layout.prefixes)
     hidden = model(layout.tokens.to(device), attend, adapters)
     if layout.places_N is not None:

@@ -25,8 +25,8 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import Attend, PackedDocuments
-from prairie.train.objective import Objective, computing_in
-from prairie.train.prefixes import Layout, joined, layout_of
+from prairie.train.objective import Objective, computing_in, layout_for
+from prairie.train.prefixes import Layout, joined
 from prairie.train.trainer import StepSums, Trainer, count_of, seed_draw
 
 
@@ -108,7 +108,7 @@ def _losses(
     model: Transformer, work: Sequence[tuple[Objective, LoRA, Batch]]
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """The loss of each (objective, adapter, batch) after one forward pass of the base for all."""
-    layouts = [layout_of(batch) for _, _, batch in work]
+    layouts = [layout_for(model, batch) for _, _, batch in work]
     whole = joined(layouts)
     device = next(model.parameters()).device
     ends = list(accumulate(len(layout.tokens) for layout in layouts))
@@ -117,8 +117,8 @@ def _losses(
     hidden_ND = model(whole.tokens.to(device), PackedDocuments(whole.lengths, device, whole.prefixes), adapters)
     states = hidden_ND.split([len(layout.tokens) for layout in layouts])
     return [
-        objective.loss(cast(Transformer, _Computed(model, layout, hidden)), batch, ())
-        for (objective, _, batch), layout, hidden in zip(work, layouts, states, strict=True)
+        objective.loss(cast(Transformer, _Computed(model, layout, hidden)), batch, [AdapterRows(lora)])
+        for (objective, lora, batch), layout, hidden in zip(work, layouts, states, strict=True)
     ]
 
 

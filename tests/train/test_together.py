@@ -12,6 +12,7 @@ from prairie.data.loader import Loader, batch_of
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
+from prairie.ops.attention import PackedDocuments
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
 from prairie.train.together import Part, fit_together, gradients_together
@@ -98,6 +99,25 @@ def test_gradients_together_are_those_of_each_alone():
         )
         assert worst < 1e-5
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_frozen_base_keeps_nothing_below_the_first_adapter():
+    """No gradient of a base weight is made, and the layers under the lowest adapted one leave no graph."""
+    model, dataset = tiny_model().requires_grad_(False), tiny_dataset(6)
+    adapter = LoRA.create(model, LoRAConfig(rank=2, targets=("down_proj",)))
+    kept: list[bool] = []
+    attend = PackedDocuments.__call__
+
+    def watched(self, *args, **more):
+        out = attend(self, *args, **more)
+        kept.append(out.requires_grad)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedDocuments, "__call__", watched)
+        accumulate_gradients(model, CausalLM(), [batch_of(dataset, range(6))], [AdapterRows(adapter)])
+    assert kept == [False, True]  # the first layer's attention stands below the first adapter
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in adapter.parameters())
 
 
 def test_runs_together_end_where_they_end_alone(tmp_path):
