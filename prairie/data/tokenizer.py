@@ -317,7 +317,7 @@ class Tokenizer:
             if self._kind == "words":
                 table[token_id] = self._word(text).encode()
             elif token_id in self._added:
-                table[token_id] = text.encode()
+                table[token_id] = (text.replace("▁", " ") if self._kind == "pieces" else text).encode()
             elif self._kind == "bytes":
                 known = all(char in byte_of for char in text)
                 table[token_id] = bytes(byte_of[char] for char in text) if known else text.encode()
@@ -408,6 +408,12 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [step for child in inner for step in _steps(child)] if inner else [part]
 
 
+def _prepends(step: dict[str, Any]) -> bool:
+    """Also `sentencepiece_model`'s, which spares user-defined symbols."""
+    pattern = step.get("pattern") or {}
+    return step["type"] == "Prepend" or (step["type"] == "Replace" and pattern.get("Regex", "").startswith(r"\A(?!"))
+
+
 def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any] | None:
     """The same tokenizer for text in the middle of a text, where no space is put before the first word.
 
@@ -415,8 +421,8 @@ def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any] | None:
     """
     normalizer, pre_tokenizer = (copy.deepcopy(spec.get(key)) for key in ("normalizer", "pre_tokenizer"))
     steps = _steps(normalizer)
-    if any(step["type"] == "Prepend" for step in steps):
-        rest = [step for step in steps if step["type"] != "Prepend"]
+    if any(_prepends(step) for step in steps):
+        rest = [step for step in steps if not _prepends(step)]
         normalizer = {"type": "Sequence", "normalizers": rest} if rest else None
     for step in _steps(pre_tokenizer):
         if step["type"] == "Metaspace":
@@ -431,7 +437,7 @@ def _without_prefix_space(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 def _prefix_only_first(spec: dict[str, Any]) -> bool:
     """Whether only the start of a text gets the space, and not the text after a special token."""
-    if any(step["type"] == "Prepend" for step in _steps(spec.get("normalizer"))):
+    if any(_prepends(step) for step in _steps(spec.get("normalizer"))):
         return False
     return any(step.get("prepend_scheme") == "first" for step in _steps(spec.get("pre_tokenizer")))
 

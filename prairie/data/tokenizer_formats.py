@@ -1,6 +1,6 @@
-"""Tokenizers in older files than `tokenizer.json`, converted to it: GPT-2's two files, BERT's word list.
+"""Tokenizers in older files than `tokenizer.json`, converted to it: GPT-2's two files, BERT's word list, SentencePiece.
 
-Not here: what a tokenizer does (`tokenizer`).
+Not here: what a tokenizer does (`tokenizer`), the inside of a SentencePiece model (`sentencepiece_model`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from prairie.data.sentencepiece_model import read_model, spec_of
 from prairie.errors import TokenizerError
 
 Spec = tuple[dict[str, Any], dict[str, Any]]
@@ -24,10 +25,13 @@ def convert(folder: Path, config: dict[str, Any]) -> Spec:
         return _gpt2(folder, config)
     if (folder / "vocab.txt").is_file():
         return _bert(folder, config)
+    for name in ("tokenizer.model", "spiece.model"):
+        if (folder / name).is_file():
+            return _sentencepiece(folder / name, config)
     raise TokenizerError(
         f"{folder} has no tokenizer",
         got="no tokenizer.json",
-        wanted="tokenizer.json (a fast tokenizer), vocab.json and merges.txt, or vocab.txt",
+        wanted="tokenizer.json, vocab.json and merges.txt, vocab.txt, tokenizer.model or spiece.model",
         mend="convert it with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
     )
 
@@ -79,3 +83,38 @@ def _bert(folder: Path, config: dict[str, Any]) -> Spec:
         tokenizers.AddedToken(config[key], special=True, normalized=False) for key in names if config[key] in vocab
     ])  # fmt: skip
     return json.loads(backend.to_str()), config
+
+
+def _sentencepiece(path: Path, config: dict[str, Any]) -> Spec:
+    """The model's own pieces, then what `tokenizer_config.json` and `added_tokens.json` add.
+
+    A text begins with bos and ends without eos, unless the config tells otherwise; without a bos it ends with eos.
+    """
+    model = read_model(path)
+    names = {f"{name}_token": model.pieces[id].text for name, id in model.ids.items() if id >= 0}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names | config
+    listed = config.get("added_tokens_decoder") or {}
+    added = {int(id): token | {"id": int(id)} for id, token in listed.items() if int(id) >= len(model.pieces)}
+    more = _object(path.parent / "added_tokens.json")
+    for content, id in more.items():
+        added.setdefault(id, {"id": id, "content": content, "special": True, "normalized": False})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    if sorted(added) != list(range(len(model.pieces), len(model.pieces) + len(added))):
+        raise TokenizerError(
+            f"the tokens added to {path} leave a gap", got=sorted(added)[:3], wanted=f"ids from {len(model.pieces)} on"
+        )
+    bos, eos = (bool(model.ids[name] >= 0 and config.get(f"add_{name}_token", default)) for name, default in (
+        ("bos", True), ("eos", model.ids["bos"] < 0)
+    ))  # fmt: skip
+    return spec_of(model, [flags | token for token in added.values()], bos=bos, eos=eos), config
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read", got=str(error), wanted="a JSON object") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} cannot be read", got=type(value).__name__, wanted="a JSON object")
+    return value
