@@ -5,12 +5,17 @@ Every difference between two families that changes the arithmetic is a field; th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from prairie.errors import ModelError
 from prairie.ops.elementwise import ACTIVATIONS
 
+MOST = 1 << 24
+"""No size of a model is above this; a config that says so is damaged."""
+MOST_LAYERS = 1 << 12
+"""Nor has one so many layers."""
 NormKind = Literal["rms", "layer"]
 NormAt = Literal["input", "output", "both", "sum"]
 QKNorm = Literal["", "head", "width"]
@@ -176,6 +181,14 @@ class ModelConfig:
             value: Any = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ModelError(f"{name} of a model must be a whole number above 0", got=repr(value))
+            most = MOST_LAYERS if name == "layers" else MOST
+            if value > most:
+                raise ModelError(f"{name} of a model is beyond belief", got=value, wanted=f"at most {most}")
+        if self.q_dim > MOST:
+            raise ModelError("the heads of a model are beyond belief", got=self.q_dim, wanted=f"at most {MOST} columns")
+        for name, number in self._positive_numbers():
+            if not 0 < number < math.inf:
+                raise ModelError(f"{name} of a model must be a number above 0", got=number)
         for name, kinds in (("norm", NormKind), ("norm_at", NormAt), ("qk_norm", QKNorm), ("positions", Positions)):
             if getattr(self, name) not in get_args(kinds):
                 raise ModelError(
@@ -193,9 +206,16 @@ class ModelConfig:
                 got=f"head_dim {self.head_dim}, of which {self.rotary_dim} turn",
                 wanted="an even one",
             )
-        if self.rotary_dim > self.head_dim:
+        factors = self.rope_scaling.short_factors + self.rope_scaling.long_factors if self.rope_scaling else ()
+        if factors and len(factors) != self.rotary_dim:
+            raise ModelError(
+                "rotary positions are not stretched pair by pair",
+                got=f"{len(factors)} factors, short and long",
+                wanted=f"{self.rotary_dim}, as columns turn",
+            )
+        if not 0 < self.rotary_dim <= self.head_dim:
             raise ModelError("more columns turn than a head has", got=self.rotary_dim, wanted=self.head_dim)
-        if self.windows and len(self.windows) != self.layers:
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise ModelError("not every layer has its window", got=len(self.windows), wanted=f"{self.layers} layers")
         if self.activation not in ACTIVATIONS:
             raise ModelError(
@@ -207,6 +227,15 @@ class ModelConfig:
                 got=self.experts_per_token,
                 wanted=f"at most {self.experts}",
             )
+
+    def _positive_numbers(self) -> list[tuple[str, float]]:
+        names = ("norm_eps", "rope_theta", "embed_scale", "residual_scale", "logit_scale")
+        named = [(name, getattr(self, name)) for name in names]
+        if s := self.rope_scaling:
+            named += [("the scale of rope", s.factor), ("the original context", s.original_max_context)]
+            named += [("a factor of rope", factor) for factor in (*s.short_factors, *s.long_factors, s.magnitude)]
+            named += [("a span of rope", s.high_freq_factor - s.low_freq_factor), ("beta_slow", s.beta_slow)]
+        return named
 
     @property
     def kind(self) -> Literal["decoder", "encoder", "encoder_decoder"]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from prairie.errors import ModelError
-from prairie.models.config import HeadConfig, ModelConfig, RopeScaling
+from prairie.models.config import MOST_LAYERS, HeadConfig, ModelConfig, RopeScaling
 from prairie.ops.attention import pairs_together
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Weight(NamedTuple):
         ours, last = self._rows(parameter), first + len(tensor)
         if self.transposed:
             places = slice(None) if self.order is None else self.order.places_O
-            ours.T[first:last, places] = tensor.to(ours.dtype)
+            ours.T[first:last, places] = tensor if self.order is None else tensor.to(ours.dtype)
         elif self.order is None:
             ours[first:last] = tensor
         else:
@@ -1169,7 +1169,15 @@ FAMILIES |= {
 
 
 def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The meaning of a `config.json`. ModelError for an unknown family or a setting that we would get wrong."""
+    """The meaning of a `config.json`. ModelError for an unknown family, a setting that we would get wrong, or a value
+    that is none."""
+    try:
+        return _read_config(raw, where)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ModelError(f"{where} cannot be understood", got=f"{type(error).__name__}: {error}") from error
+
+
+def _read_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
     name, family, head_row = _family_of(raw, where)
     given = {usual: raw[own] for usual, own in family.aliases.items() if own in raw}
     values = {**DEFAULTS, **family.defaults, **raw, **given}
@@ -1193,6 +1201,10 @@ def read_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConf
     for needed in ("vocab_size", "dim", "layers", "heads", "max_context"):
         if needed not in fields:
             raise ModelError(f"{where} has no usable {own[needed]}", got="None", wanted="a whole number")
+    if not 0 < fields["layers"] <= MOST_LAYERS:
+        raise ModelError(
+            f"{where} has no usable {own['layers']}", got=fields["layers"], wanted=f"1 to {MOST_LAYERS} layers"
+        )
     if family.read is not None:
         fields |= family.read(values, fields)
     if head_row is not None:

@@ -28,9 +28,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MANIFEST = "prairie.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 2 << 20
 """How much of a tensor is read at once."""
-MAPPED_BYTES = 64 << 20
+MAPPED_BYTES = 8 << 20
 """How much of a file may lie in memory before it is closed and opened anew: what was read counts as ours till then."""
 
 
@@ -73,14 +73,15 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     """Reads `config.json` and the weights of a Hugging Face folder into a Transformer.
 
     `dtype` None keeps the file's. Tensors are read in pieces, so that loading needs little more memory than the model
-    (tests/models/test_memory.py). ModelError when a file is missing or damaged, when a
-    name or shape differs from what the config promises, or when `prairie.json` names other weights.
+    (tests/models/test_memory.py). ModelError when a file is missing or damaged, when a name or shape differs from what
+    the config promises, or when `prairie.json` names other weights.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     model_config = read_config(_raw_config(folder), str(folder / "config.json"))
     files = _files_of(folder)
     model_config = _as_in_the_files(model_config, folder, files)
+    _check_counts(model_config, folder, len(files))
     names = names_of(model_config)
     with torch.device("meta"):
         model = Transformer(model_config)
@@ -90,16 +91,13 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     _check_names(
         folder, expected, (n for n in places if n not in copies and (n in expected or not n.endswith(names.unused)))
     )
-    parameters: dict[str, Tensor] = {}
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     digest = hashlib.sha256()
-    with _Shards(folder, places) as shards:
-        for name in sorted(expected):
+    with _Shards(places) as shards:
+        kinds = {name: _checked_dtype(shards, expected[name], folder) for name in sorted(expected)}
+        parameters = _room_for(model, kinds, dtype)
+        for name, kind in kinds.items():
             weight = expected[name]
-            kind = _checked_dtype(shards, weight, folder)
             digest.update(_title(name, kind, weight.shape))
-            if weight.parameter not in parameters:
-                parameters[weight.parameter] = torch.empty(shapes[weight.parameter], dtype=dtype or kind)
             for first, piece in shards.pieces(name):
                 digest.update(_bytes(piece))
                 weight.put(piece, parameters[weight.parameter], first)
@@ -222,7 +220,7 @@ def _as_in_the_files(config: ModelConfig, folder: Path, files: Mapping[str, Path
         config = replace(config, logit_bias=False)
     if family.tied_by_file:
         head, embed = f"{names.head}.weight", f"{names.embed}.weight"
-        with _Shards(folder, {name: _Place(path, name) for name, path in files.items()}) as shards:
+        with _Shards({name: _Place(path, name) for name, path in files.items()}) as shards:
             own = head in files and embed in files and not shards.equal(head, embed)
         config = replace(config, tie_embeddings=not own)
     return config
@@ -253,6 +251,26 @@ def _copies_in(places: dict[str, _Place], expected: Container[str], names: Names
     return found
 
 
+def _check_counts(config: ModelConfig, folder: Path, tensors: int) -> None:
+    """Refuses a config of far more layers than the files can hold, before they are made."""
+    if max(config.layers, config.experts) > tensors:
+        experts = f" of {config.experts} experts" if config.experts else ""
+        raise ModelError(
+            f"the weights in {folder} do not fit config.json",
+            got=f"{tensors} tensors",
+            wanted=f"{config.layers} layers{experts}",
+        )
+
+
+def _room_for(model: Transformer, kinds: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Every parameter, not yet set, before the first piece is read: between pieces the heap would fall apart."""
+    of_parameter = {weight.parameter: kinds[weight.name] for weight in sorted(model.table, reverse=True)}
+    return {
+        name: torch.empty(parameter.shape, dtype=dtype or of_parameter[name])
+        for name, parameter in model.named_parameters()
+    }
+
+
 def _checked_dtype(shards: _Shards, weight: Weight, folder: Path) -> torch.dtype:
     """The dtype of a tensor, when it and the shape are as promised; ModelError otherwise."""
     shape, dtype = shards.shape_and_dtype(weight.name)
@@ -271,8 +289,8 @@ def _files_of(folder: Path) -> dict[str, Path]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{folder / INDEX} has no weight_map")
-        for file in set(weight_map.values()):
-            if Path(file).name != file:
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
                 raise ModelError(f"{folder / INDEX} names a file outside its folder", got=file)
         return {name: folder / file for name, file in weight_map.items()}
     path = folder / WEIGHTS
@@ -317,8 +335,8 @@ class _Place(NamedTuple):
 class _Shards:
     """Open files of a folder; tensors are read when asked for, in pieces."""
 
-    def __init__(self, folder: Path, places: Mapping[str, _Place]) -> None:
-        self.folder, self.places = folder, places
+    def __init__(self, places: Mapping[str, _Place]) -> None:
+        self.places = places
         self.open: dict[Path, Any] = {}
         self.read_bytes = 0
 

@@ -9,7 +9,7 @@ from prairie.engine.hot_rows import HotView
 from prairie.engine.kv_cache import BlockPool, KVCache, root_hash
 from prairie.engine.paged_attend import Bucket, PagedAttend
 from prairie.engine.request import Sequence
-from prairie.ops.attention import attention_reference
+from prairie.ops.attention import CAUSAL, Sight, attention_reference
 
 
 def sequence(ids, row=-1, **key) -> Sequence:
@@ -98,11 +98,14 @@ def test_only_full_blocks_become_known():
 @pytest.mark.parametrize("hot", [True, False], ids=["hot", "gathered"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
 def test_attention_equals_the_reference_while_rows_grow(heads, hot):
-    """Rows of very different length, fed in random pieces, in random order, on scattered blocks."""
+    """Rows of very different length, fed in random pieces, in random order, on scattered blocks; one layer sees all,
+    one a window, one through a cap."""
+    sights = [CAUSAL, Sight(window=11), Sight(softcap=0.7), Sight(window=40, softcap=2.0)]
+    layers = range(len(sights))
     H, K = heads
     D, rng = 8, np.random.default_rng(0)
     generator = torch.Generator().manual_seed(0)
-    subject = cache(tokens=1024, kv_heads=K, head_dim=D)
+    subject = cache(tokens=1024, kv_heads=K, head_dim=D, layers=len(sights))
     subject.hot.most = subject.hot.most if hot else 0
     rng.shuffle(subject.pool._blank)
     lengths = [1, 2, 9, 30, 31, 77, 150]
@@ -110,9 +113,11 @@ def test_attention_equals_the_reference_while_rows_grow(heads, hot):
     for row, s in zip(rng.permutation(8)[: len(rows)], rows, strict=True):
         subject.seat(s, int(row))
     q, k, v = (
-        [[torch.randn(n, heads, D, generator=generator) for n in lengths] for _ in range(2)] for heads in (H, K, K)
+        [[torch.randn(n, heads, D, generator=generator) for n in lengths] for _ in layers] for heads in (H, K, K)
     )
-    wanted = [[attention_reference(q[x][i], k[x][i], v[x][i], [n]) for i, n in enumerate(lengths)] for x in range(2)]
+    wanted = [
+        [attention_reference(q[x][i], k[x][i], v[x][i], [n], sights[x]) for i, n in enumerate(lengths)] for x in layers
+    ]
     used_hot = 0
     while True:
         going = [i for i in rng.permutation(len(rows)) if rows[i].computed < lengths[i]]
@@ -128,12 +133,12 @@ def test_attention_equals_the_reference_while_rows_grow(heads, hot):
         assert attend.positions_N.tolist() == [
             p for start, piece in zip(starts, pieces, strict=True) for p in range(start, start + piece)
         ]
-        for layer in range(2):
+        for layer in layers:
             new = [
                 torch.cat([x[layer][i][s : s + n] for i, s, n in zip(going, starts, pieces, strict=True)])
                 for x in (q, k, v, wanted)
             ]
-            torch.testing.assert_close(attend(layer, *new[:3]), new[3], atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(attend(layer, *new[:3], sights[layer]), new[3], atol=2e-6, rtol=1e-5)
         for i, piece in zip(going, pieces, strict=True):
             rows[i].computed += piece
     assert (used_hot > 5) == hot

@@ -1,4 +1,4 @@
-"""What `prairie.load` gives for models that read: the real MiniLM against transformers and sentence-transformers; heads."""
+"""What `prairie.load` gives for models that read: the real MiniLM against its libraries; heads."""
 
 from __future__ import annotations
 

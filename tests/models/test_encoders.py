@@ -1,4 +1,4 @@
-"""Encoders against transformers' own models: packed rows of unlike length against padded ones, every head, the way back."""
+"""Encoders against transformers: packed rows of unlike length against padded ones, every head, the way back."""
 
 from __future__ import annotations
 

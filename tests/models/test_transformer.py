@@ -18,6 +18,12 @@ from prairie.ops.loss import linear_cross_entropy
 
 transformers = pytest.importorskip("transformers")
 STORIES = Path(__file__).parents[3] / "shared/data/models"
+HELD_TEXT = (
+    "Once upon a time, there was a little girl named Anna. She had a red ball and a small dog. Every day they went to "
+    "the park to play. One day the ball rolled under a big tree, and Anna could not reach it.",
+    "Tom saw a bird in the garden. The bird was sad because it could not find its nest. Tom wanted to help, so he "
+    'looked up at the tall tree and said, "I will find your home." The bird was very happy.',
+)
 LENGTHS = [7, 19, 1, 12, 19, 33]
 
 SIZES: dict[str, Any] = {
@@ -179,3 +185,29 @@ def test_real_weights_write_the_oracles_stories() -> None:
         model.logits(hidden)[-1, :8], torch.tensor(scored["last_logits_first8"]), rtol=1e-4, atol=1e-3
     )
     assert abs(float(loss) - scored["loss_per_token"]) < 1e-4
+
+
+@pytest.mark.skipif(
+    not (STORIES / "stories260K-hf").exists(), reason="../shared/data/models is not beside the repository"
+)
+def test_real_weights_have_transformers_perplexity_on_held_text() -> None:
+    """To four digits, on stories the model has not written, as many tokens as its context holds at a time."""
+    from prairie.data.tokenizer import Tokenizer
+
+    folder = STORIES / "stories260K-hf"
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    rows = [tokenizer.encode(text)[: model.config.max_context] for text in HELD_TEXT]
+    tokens = torch.tensor([token for row in rows for token in row])
+    labels = torch.cat([torch.tensor([*row[1:], -100]) for row in rows])
+    with torch.no_grad():
+        ours = model.cross_entropy(model(tokens, PackedDocuments([len(row) for row in rows])), labels)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        theirs = sum(
+            F.cross_entropy(peer(torch.tensor([row])).logits[0, :-1], torch.tensor(row[1:]), reduction="sum")
+            for row in rows
+        )
+    count = int((labels != -100).sum())
+    assert count > 100
+    perplexity = (ours / count).exp().item()
+    assert perplexity == pytest.approx((theirs / count).exp().item(), rel=5e-5)
+    assert 2 < perplexity < 30, "a story is what this model knows"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prairie.ops import attention
-from prairie.ops.attention import PackedDocuments, Prefix, attention_reference, buckets_of, rotary_turns, rotate
+from prairie.ops.attention import PackedDocuments, Prefix, Sight, attention_reference, buckets_of, rotary_turns, rotate
 
 
 def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.Tensor]:
@@ -37,6 +37,39 @@ def test_packed_equals_reference(
     (wanted * seed).sum().backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+SIGHTS = {
+    "window": Sight(window=9),
+    "cap": Sight(softcap=0.8),
+    "window and cap": Sight(window=20, softcap=2.0),
+    "both ways": Sight(causal=False),
+    "both ways, window": Sight(causal=False, window=7),
+}
+
+
+@pytest.mark.parametrize("sight", SIGHTS.values(), ids=SIGHTS.keys())
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize("lengths", [[12, 12], [1, 30, 2, 29, 28, 11, 1]])
+def test_every_sight_equals_reference(lengths: list[int], heads: int, kv_heads: int, sight: Sight) -> None:
+    ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
+    got = PackedDocuments(lengths)(0, *ours, sight)
+    wanted = attention_reference(*plain, lengths, sight)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
+    (got * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    causal = attention_reference(*plain, lengths)
+    assert not torch.allclose(wanted, causal, atol=1e-3), "a sight that changes nothing proves nothing"
+
+
+def test_a_window_that_holds_every_row_takes_the_fast_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in inputs(12, 2, 1))
+    packed = PackedDocuments([5, 7])
+    monkeypatch.setattr(packed, "_masked_attention", None)
+    assert torch.equal(packed(0, q, k, v, Sight(window=7)), packed(0, q, k, v))
 
 
 @settings(max_examples=30, deadline=None)

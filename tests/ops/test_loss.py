@@ -42,6 +42,20 @@ def test_equals_plain_form(op: str, supervised: str, requires: str, chunk: int |
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cap", [3.0, 0.5])
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_logprobs"])
+def test_capped_logits_equal_plain_form(op: str, cap: float) -> None:
+    ours, plain = inputs("some"), inputs("some")
+    got = getattr(ops, op)(*ours, chunk=8, softcap=cap)
+    wanted = getattr(ops, f"{op}_reference")(*plain, softcap=cap)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+    each = torch.linspace(-1, 2, got.numel()).view(got.shape) if got.ndim else torch.tensor(0.25)
+    (got * each).sum().backward()
+    (wanted * each).sum().backward()
+    for a, b in zip(ours[:2], plain[:2], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
 def test_certain_and_impossible_labels_stay_exact(scale: float) -> None:
     """Softmax of such logits is 0 or 1 in float32, the loss is not."""
