@@ -115,7 +115,9 @@ def contents(home: Path) -> dict[str, dict[str, str]]:
             opened.artifacts.verify(artifact.id)
     return {
         artifact.name: {
-            name: facts["sha256"] for name, facts in artifact.manifest["files"].items() if name not in ("metrics.jsonl", "curves.html")
+            name: facts["sha256"]
+            for name, facts in artifact.manifest["files"].items()
+            if name not in ("metrics.jsonl", "curves.html")
         }
         for artifact in found
     }
