@@ -9,7 +9,7 @@ from prairie.engine.language_model import LanguageModel
 from prairie.engine.reader import Reader
 from prairie.engine.seq2seq import Seq2Seq
 from prairie.errors import ModelError
-from prairie.models.families import read_config
+from prairie.models.config_file import read_config
 from prairie.models.weights import read_json, read_manifest
 from prairie.runtime import Runtime
 

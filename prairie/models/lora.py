@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prairie.errors import AdapterError, ModelError
-from prairie.models.families import Part
+from prairie.models.names import Part
 from prairie.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,

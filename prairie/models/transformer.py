@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from prairie.errors import AdapterError, ModelError
 from prairie.models.config import ModelConfig
-from prairie.models.families import Part, Weight, block_norms, fused_parts, names_of, weight_table, with_head
+from prairie.models.config_file import with_head
 from prairie.models.heads import Head
+from prairie.models.names import Part, Weight
 from prairie.models.rope import alike, depends_on_length, rope_frequencies, rope_magnitudes
+from prairie.models.weight_table import block_norms, fused_parts, names_of, weight_table
 from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and_rotate
 from prairie.ops.cross_attention import Memory
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap

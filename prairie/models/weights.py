@@ -21,8 +21,11 @@ from torch import Tensor
 
 from prairie.errors import ModelError, PrairieError, StorageFullError
 from prairie.models.config import ModelConfig
-from prairie.models.families import FAMILIES, WRITING_RULES, Names, Weight, names_of, read_config, write_config
+from prairie.models.config_file import read_config, write_config
+from prairie.models.families import FAMILIES, WRITING_RULES
+from prairie.models.names import Names, Weight
 from prairie.models.transformer import Transformer
+from prairie.models.weight_table import names_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

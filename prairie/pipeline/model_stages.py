@@ -21,7 +21,7 @@ from prairie.data.tokenizer import Tokenizer
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError, ModelError
 from prairie.models.config import ModelConfig
-from prairie.models.families import read_config
+from prairie.models.config_file import read_config
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, read_json, read_manifest, save_model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prairie.errors import TrainingError
 from prairie.models.config import ModelConfig
-from prairie.models.families import fused_parts
+from prairie.models.weight_table import fused_parts
 from prairie.ops.attention import MATRIX_LENGTH
 from prairie.ops.loss import CHUNK_NUMBERS, LEAST_CHUNK
 

@@ -14,7 +14,8 @@ from prairie.data.chat_template import ChatTemplate
 from prairie.data.tokenizer import Tokenizer
 from prairie.engine.engine import Engine
 from prairie.engine.request import SamplingParams
-from prairie.models.families import FAMILIES, read_config, write_config
+from prairie.models.config_file import read_config, write_config
+from prairie.models.families import FAMILIES
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, save_model
 from prairie.ops.attention import PackedDocuments

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from prairie.errors import ModelError
-from prairie.models.families import FAMILIES, read_config, write_config
+from prairie.models.config_file import read_config, write_config
+from prairie.models.families import FAMILIES
 
 LONG_FACTORS = [1.0 + 0.5 * i for i in range(48)]
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
