@@ -73,19 +73,27 @@ class TokenDataset:
         self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group, targets)
 
     @classmethod
-    def from_texts(cls, records: Iterable[Text], tokenizer: Tokenizer, row_tokens: int) -> TokenDataset:
+    def from_texts(
+        cls, records: Iterable[Text], tokenizer: Tokenizer, row_tokens: int, *, marked: bool = False
+    ) -> TokenDataset:
         """Documents, each ended by eos (and begun by bos where the tokenizer does so), cut in rows of at most
-        `row_tokens`; all tokens but a row's first are learnt. Raises DataError if nothing is left."""
+        `row_tokens`; all tokens but a row's first are learnt. Raises DataError if nothing is left.
+
+        `marked`: as an encoder reads texts, every row between the marks of its tokenizer ([CLS] and [SEP]).
+        """
         if row_tokens < 3:
             raise DataError("rows are too short to learn from", got=row_tokens, wanted="row_tokens of 3 or more")
         rows = _Rows()
-        begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-        end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        begin, end = _ends(tokenizer, marked)
+        room = row_tokens - len(begin) - len(end)
         count = 0
         for chunk in _chunks(records):
             for text_ids in tokenizer.encode_batch([record.text for record in chunk]):
                 if text_ids:
-                    rows.add_document(np.array(begin + text_ids + end, np.uint32), row_tokens, count)
+                    step = max(1, room) if marked else len(text_ids)
+                    for first in range(0, len(text_ids), step):
+                        row = begin + text_ids[first : first + step] + end
+                        rows.add_document(np.array(row, np.uint32), row_tokens, count)
                 else:
                     rows.refuse(count, "the document has no text")
                 count += 1
@@ -145,16 +153,16 @@ class TokenDataset:
         max_tokens: int,
         *,
         on_long: OnLong = "refuse",
+        marked: bool = False,
     ) -> TokenDataset:
         """One row a text, ended by eos; its class is the place of its label in `labels`. The mask marks the token that
-        the score is read from, the last one.
+        a decoder's score is read from, the last one. `marked`: between the marks of the tokenizer, as encoders read.
 
         A row of another label, or longer than `max_tokens`, is refused and listed; `on_long="truncate"` cuts it before
         eos. Raises DataError if nothing is left.
         """
         rows = _Rows()
-        begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-        end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        begin, end = _ends(tokenizer, marked)
         number_of = {label: number for number, label in enumerate(labels)}
         targets: list[int] = []
         count = 0
@@ -532,6 +540,16 @@ def _fit(rendered: Rendered, max_tokens: int, on_long: OnLong) -> _Row | str:
     if not any(mask[1:max_tokens]):
         return f"no supervised token is left after cutting {len(ids)} tokens to {max_tokens}"
     return _Row(ids[:max_tokens], mask[:max_tokens], cut=len(ids) - max_tokens)
+
+
+def _ends(tokenizer: Tokenizer, marked: bool) -> tuple[list[int], list[int]]:
+    """What stands before and behind every text: bos and eos, or (`marked`) the marks of the tokenizer's own making."""
+    if marked:
+        whole, text = tokenizer.encode_input("a").ids, tokenizer.encode("a")
+        first = next(place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+        return whole[:first], whole[first + len(text) :]
+    begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return begin, [tokenizer.eos_id] if tokenizer.eos_id is not None else []
 
 
 def _scored(ids: list[int], end: list[int], max_tokens: int, on_long: OnLong) -> _Row | str:

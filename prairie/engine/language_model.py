@@ -60,7 +60,7 @@ class LanguageModel:
         if the tokenizer has ids that the model has not, AdapterError if `lora` stands on another base."""
         if model.config.kind != "decoder" or not model.config.writes:
             raise ModelError(
-                f"{name} does not continue text",
+                f"{name} gives scores, not text" if model.config.labels else f"{name} does not continue text",
                 got=f"an {model.config.kind}" if model.config.head is None else f"the head {model.config.head.kind}",
                 wanted="a decoder with a vocabulary",
                 mend="prairie.load(DIR) gives the face that fits",

@@ -86,6 +86,23 @@ def read_pooling(folder: Path | str) -> Pooling | None:
     )
 
 
+def carry_pooling(folder: Path, target: Path) -> None:
+    """Copies the files by which a folder says how it pools, if it says so, beside the same model elsewhere."""
+    if not (folder / "modules.json").is_file():
+        return
+    files = [
+        folder / name for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    ]
+    files += [
+        _inside(folder, step) / "config.json" for step in read_json_list(folder / "modules.json") if step.get("path")
+    ]
+    for file in files:
+        if file.is_file():
+            copy = target / file.resolve().relative_to(folder.resolve())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+
+
 def _kind_of(config: dict[str, Any], folder: Path) -> str:
     modes = config.get("pooling_mode", [mode for switch, mode in OLDER.items() if config.get(switch)])
     modes = [modes] if isinstance(modes, str) else modes

@@ -10,7 +10,7 @@ from prairie.data.loader import TokenDataset
 from prairie.data.records import Message
 from prairie.data.tokenizer import Tokenizer
 from prairie.engine.language_model import LanguageModel
-from prairie.errors import DataError
+from prairie.errors import DataError, ModelError
 from prairie.evals.harness import Evaluation, evaluate
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
@@ -44,7 +44,7 @@ def watcher(
     rows: Mapping[str, tuple[Objective, TokenDataset]],
     model: Transformer,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: ChatTemplate | None,
     adapter: LoRA | None,
 ) -> Callable[[], dict[str, Any]]:
     """What a trainer calls to evaluate the model as it is now.
@@ -55,13 +55,17 @@ def watcher(
     """
     if not rows and (config.by == "loss" or not config.tasks):
         raise DataError("an evaluation needs held-out rows", got="none", mend="raise `held_out` of the prepare stage")
+    if config.tasks and template is None:
+        raise ModelError(
+            "tasks are answered by a model that writes", got="one that only reads", mend="leave `tasks` out"
+        )
     asked = suite(config.tasks, config.items, WATCH_SEED) if config.tasks else []
     adapters = [AdapterRows(adapter)] if adapter is not None else []
 
     def look() -> dict[str, Any]:
         held_out = {name: held_out_figures(one, model, dataset, adapters) for name, (one, dataset) in rows.items()}
         tasks: dict[str, float] = {}
-        if asked:
+        if asked and template is not None:
             answering = LanguageModel(model, tokenizer, template, lora=adapter)
             scores = score_suite(answering, asked, config.max_tokens).tasks
             tasks = {task: score.accuracy for task, score in scores.items()}

@@ -23,6 +23,7 @@ from prairie.errors import DataError, ModelError
 from prairie.models.config import ModelConfig
 from prairie.models.config_file import read_config
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
+from prairie.models.pooling import carry_pooling
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, read_json, read_manifest, save_model
 from prairie.pipeline.context import Work, file_fingerprint
@@ -51,8 +52,11 @@ class Start:
 
     model: Transformer
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | None
+    """None: it is no decoder."""
     adapter: LoRA | None = None
+    folder: Path | None = None
+    """Where it was read from, if it stands alone."""
 
     @property
     def adapters(self) -> list[AdapterRows]:
@@ -84,7 +88,7 @@ def open_start(artifact: Artifact) -> Start:
     if manifest.get("kind") != "adapter":
         tokenizer = Tokenizer.load(folder)
         model = load_model(folder)
-        return Start(model, tokenizer, ChatTemplate.load(folder, tokenizer))
+        return Start(model, tokenizer, template_of(folder, tokenizer, model.config), folder=folder)
     base = folder.parent / str(manifest["base_artifact"])
     if not base.is_dir():
         raise ModelError(f"the base of `{artifact.name}` is gone", got=str(base), mend="run the recipe again")
@@ -102,10 +106,9 @@ def import_model(work: Work) -> dict[str, Any]:
     model = load_model(folder)
     tokenizer = Tokenizer.load(folder)
     fits(tokenizer, model.config)
-    template = (
-        ChatTemplate.builtin(config.template, tokenizer) if config.template else ChatTemplate.load(folder, tokenizer)
-    )
+    template = template_of(folder, tokenizer, model.config, config.template)
     write_model(model, tokenizer, template, work.folder, {"origin": folder.name})
+    carry_pooling(folder, work.folder)
     return {"parameters": model.config.parameters(), "vocab_size": model.config.vocab_size, "origin": folder.name}
 
 
@@ -115,6 +118,7 @@ def outside_of_import(config: Import) -> list[str]:
     if not folder.is_dir():
         raise ModelError("no such model folder", got=config.path, wanted="a folder with config.json and safetensors")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+    files += sorted(folder.glob("*_Pooling/config.json"))
     return [f"{path.name}:{file_fingerprint(path)}" for path in files]
 
 
@@ -191,8 +195,10 @@ def learn(
     runtime = runtime.computing_in(config.dtype)
     runtime.seed_all()
     labels = labels_of(objective, records, start.model.config)
-    start.model = _with_head(start, labels, runtime.seed)
-    dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels)
+    require_teachable(objective, start.model.config, config.adapter is not None)
+    start.model = _with_head(start, objective, labels, runtime.seed)
+    marked = not start.model.config.causal
+    dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
     dataset.check_refused(config.max_refused)
     about = _tell_of(dataset, title, runtime)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
@@ -204,7 +210,9 @@ def learn(
         rows = {
             name: (_objective(objective, config, start, found, runtime), found)
             for name, records in (held_out or {}).items() if records
-            for found in [dataset_of(records, start.tokenizer, start.template, config, objective, labels)]
+            for found in [
+                dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
+            ]
         }  # fmt: skip
         evaluate = watcher(config.evaluation, rows, start.model, start.tokenizer, start.template, adapter)
     settings = train_config(config, steps, runtime.seed)
@@ -216,6 +224,8 @@ def learn(
         figures = {**trainer.fit(), **about, "dtype": runtime.dtype, "parameters": start.model.config.parameters()}
     if adapter is None:
         write_model(start.model, start.tokenizer, start.template, folder, {})
+        if start.folder is not None:
+            carry_pooling(start.folder, folder)
     else:
         _write_adapter(adapter, start, folder, base_artifact)
     metrics = folder / "metrics.jsonl"
@@ -261,31 +271,65 @@ def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
     )
 
 
+def template_of(
+    folder: Path, tokenizer: Tokenizer, config: ModelConfig, name: str | None = None
+) -> ChatTemplate | None:
+    """The template of a decoder: the built-in one of this name, else the folder's own."""
+    if config.kind != "decoder":
+        return None
+    return ChatTemplate.builtin(name, tokenizer) if name else ChatTemplate.load(folder, tokenizer)
+
+
+def require_teachable(objective: str, config: ModelConfig, adapted: bool) -> None:
+    """Raises ModelError if a model of this kind cannot learn by this objective, or not by an adapter."""
+    if config.kind == "encoder_decoder":
+        raise ModelError("recipes do not train encoder-decoders", got=config.family, wanted="a decoder or an encoder")
+    if config.kind == "decoder":
+        return
+    if objective not in ("masked_lm", "classification"):
+        raise ModelError(
+            f"an encoder cannot learn by {objective}", got=config.family, wanted="masked_lm or classification"
+        )
+    if adapted:
+        raise ModelError("an encoder is trained as a whole", got="an adapter", mend="leave `adapter` out")
+
+
 def dataset_of(
     records: Sequence[Record],
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: ChatTemplate | None,
     config: Learning,
     objective: str,
     labels: Sequence[str] = (),
+    *,
+    marked: bool = False,
 ) -> TokenDataset:
-    """Tokens of records for an objective; `labels` are its classes. Raises DataError when nothing is left."""
+    """Tokens of records for an objective; `labels` are its classes, `marked` is for models that read both ways. Raises
+    DataError when nothing is left."""
     if objective in ("dpo", "reward"):
         pairs = [r for r in records if isinstance(r, Preference)]
         if len(pairs) != len(records):
             raise DataError(f"{objective} needs preferences", got=f"{len(records) - len(pairs)} other rows")
-        return TokenDataset.from_preferences(pairs, template, config.max_tokens, on_long=config.on_long)
+        return TokenDataset.from_preferences(pairs, _needed(template), config.max_tokens, on_long=config.on_long)
     texts = [r for r in records if isinstance(r, Text)]
     if objective in ("classification", "masked_lm") and len(texts) != len(records):
         raise DataError(f"{objective} needs texts", got=f"{len(records) - len(texts)} other rows")
     if objective == "classification":
-        return TokenDataset.from_labelled(texts, tokenizer, labels, config.max_tokens, on_long=config.on_long)
+        return TokenDataset.from_labelled(
+            texts, tokenizer, labels, config.max_tokens, on_long=config.on_long, marked=marked
+        )
     if texts and len(texts) != len(records):
         raise DataError("text and conversations are mixed", mend="train on them in two stages")
     if texts:
-        return TokenDataset.from_texts(texts, tokenizer, config.max_tokens)
+        return TokenDataset.from_texts(texts, tokenizer, config.max_tokens, marked=marked)
     talks = [_as_chat(r) for r in records]
-    return TokenDataset.from_chats(talks, template, config.max_tokens, on_long=config.on_long)
+    return TokenDataset.from_chats(talks, _needed(template), config.max_tokens, on_long=config.on_long)
+
+
+def _needed(template: ChatTemplate | None) -> ChatTemplate:
+    if template is None:
+        raise ModelError("conversations need a model that writes", got="one that only reads", wanted="a decoder")
+    return template
 
 
 def _as_chat(record: Record) -> Chat:
@@ -346,12 +390,14 @@ def load_language_model(artifact: Artifact, runtime: Runtime) -> LanguageModel:
 
 
 def write_model(
-    model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, folder: Path, facts: dict[str, Any]
+    model: Transformer, tokenizer: Tokenizer, template: ChatTemplate | None, folder: Path, facts: dict[str, Any]
 ) -> None:
     """A folder that transformers, the engine and we can load."""
-    save_model(model, folder, tokenizer_hash=tokenizer.hash, template_hash=template.hash, **facts)
+    facts = {**facts, "tokenizer_hash": tokenizer.hash, **({"template_hash": template.hash} if template else {})}
+    save_model(model, folder, **facts)
     tokenizer.save(folder)
-    template.save(folder)
+    if template is not None:
+        template.save(folder)
 
 
 def _fresh(shape: Shape, tokenizer_folder: Path, seed: int) -> Start:
@@ -398,8 +444,11 @@ def labels_of(objective: str, records: Sequence[Record], config: ModelConfig) ->
     return tuple(labels)
 
 
-def _with_head(start: Start, labels: tuple[str, ...], seed: int) -> Transformer:
-    """The starting model with a head of these scores: its own if it has them, else a fresh one."""
+def _with_head(start: Start, objective: str, labels: tuple[str, ...], seed: int) -> Transformer:
+    """The starting model with the head that the objective wants: its own if it has that, else a fresh one."""
+    head = start.model.config.head
+    if objective == "masked_lm" and start.model.config.kind == "encoder":
+        return start.model if head is not None and head.kind == "mlm" else start.model.with_head("mlm", seed=seed)
     if start.model.config.labels == labels:
         return start.model
     if not labels or start.model.config.labels:
@@ -446,7 +495,7 @@ def _masked(start: Start, seed: int) -> MaskedLM:
 def _write_adapter(adapter: LoRA, start: Start, folder: Path, base_artifact: str) -> None:
     adapter.save(
         folder,
-        template_hash=start.template.hash,
+        template_hash=_needed(start.template).hash,
         tokenizer_hash=start.tokenizer.hash,
         base_artifact=base_artifact,
     )

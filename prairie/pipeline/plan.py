@@ -23,7 +23,7 @@ from prairie.ops.attention import PackedDocuments
 from prairie.pipeline.context import Context
 from prairie.pipeline.data_stages import train_records
 from prairie.pipeline.handlers import HANDLERS
-from prairie.pipeline.model_stages import dataset_of, job_of, labels_of, new_model
+from prairie.pipeline.model_stages import dataset_of, job_of, labels_of, new_model, require_teachable, template_of
 from prairie.pipeline.run import carry_out
 from prairie.recipe import Import, Sample, Train
 from prairie.train.memory import machine_memory_mb, memory_of
@@ -116,7 +116,7 @@ class _Origin:
 
     config: ModelConfig
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | None
 
 
 def plan_recipe(context: Context) -> Plan:
@@ -159,7 +159,9 @@ def _training(context: Context, name: str, config: Train, origins: dict[str, _Or
         return PlannedStage(name, config.kind, f"{what}; its rows come from `{unknown[0]}`, not made yet", figures)
     records = [record for source in config.sources() for record in train_records(context.made[source].product.path)]
     labels = labels_of(config.objective, records, origin.config)
-    dataset = dataset_of(records, origin.tokenizer, origin.template, config, config.objective, labels)
+    require_teachable(config.objective, origin.config, config.adapter is not None)
+    marked = not origin.config.causal
+    dataset = dataset_of(records, origin.tokenizer, origin.template, config, config.objective, labels, marked=marked)
     dataset.check_refused(config.max_refused)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=context.recipe.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
@@ -185,7 +187,8 @@ def _new(context: Context, config: Train) -> _Origin:
 def _imported(context: Context, name: str) -> _Origin:
     folder = context.made[name].product.path
     tokenizer = Tokenizer.load(folder)
-    return _Origin(load_model(folder).config, tokenizer, ChatTemplate.load(folder, tokenizer))
+    config = load_model(folder).config
+    return _Origin(config, tokenizer, template_of(folder, tokenizer, config))
 
 
 def _example(dataset: TokenDataset, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
