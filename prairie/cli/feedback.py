@@ -6,11 +6,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say, short, table, when
+from prairie.cli.options import GoldOption, HomeOption, JsonOption, emit, open_home, read_gold, say, short, table, when
 from prairie.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PurposeOption = Annotated[str | None, typer.Option("--purpose", help="Only chat,
 
 @app.command("list")
 def list_feedback(
-    kind: Annotated[str | None, typer.Option("--kind", help="thumb, rating, choice, edit, comment or retract")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="thumb, rating, choice, edit, comment, ...")] = None,
     user: Annotated[str | None, typer.Option("--user", help="Only of this user.")] = None,
     line: LineOption = None,
     purpose: PurposeOption = None,
@@ -108,6 +108,39 @@ def export(
         else:
             count = _write_lines(file, rows)
             emit({"file": str(file), "events": count}, as_json, f"{count} events are in {file}.")
+
+
+@app.command()
+def curate(
+    line: Annotated[str, typer.Argument(metavar="LINE", help="The line that was spoken of.")],
+    split: Annotated[str, typer.Option("--split", help="Hold out by user or by time.")] = "user",
+    share: Annotated[float, typer.Option("--share", min=0.0, max=0.9, help="How much is held out.")] = 0.25,
+    gold: GoldOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a dataset of all that was said of a line: pairs, labelled answers, edits, comments."""
+    from prairie.flywheel.datasets import feedback_dataset
+
+    if split not in ("user", "time"):
+        raise UsageError("no such way to hold out", got=split, wanted="user or time")
+    with open_home(home) as store:
+        way: Literal["user", "time"] = "time" if split == "time" else "user"
+        artifact = feedback_dataset(store, line, split=way, share=share, gold=read_gold(gold))
+    facts = {"id": artifact.id, "path": str(artifact.path), "events": len(artifact.events), **artifact.figures}
+
+    def text() -> str:
+        lines = [f"dataset {artifact.id} holds {len(artifact.events)} events: {artifact.path}"]
+        for part in ("train", "held_out"):
+            figures = artifact.figures[part]
+            counts = ", ".join(f"{figures[kind]} {kind}" for kind in ("pairs", "weak", "labelled", "edits", "comments"))
+            lines.append(f"{part:<9} {counts}")
+            for about in ("dropped", "masked"):
+                found = ", ".join(f"{count} {why}" for why, count in figures[about].items())
+                lines += [f"{'':<9} {about}: {found}"] if found else []
+        return "\n".join(lines)
+
+    emit(facts, as_json, text)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import typer
 from prairie.errors import NotFoundError
 
 if TYPE_CHECKING:
+    from prairie.data.records import Preference
     from prairie.store.home import Home
 
 HomeOption = Annotated[
@@ -20,6 +21,11 @@ HomeOption = Annotated[
     typer.Option("--home", metavar="DIR", help="Where everything is kept; else $PRAIRIE_HOME, else ~/.prairie."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
+
+GoldOption = Annotated[
+    Path | None,
+    typer.Option("--gold", metavar="FILE", help="Preferences known to be right, by which people are trusted."),
+]
 
 
 def emit(obj: Any, as_json: bool, text: str | Callable[[], str] = "") -> None:
@@ -44,6 +50,15 @@ def open_home(home: Path | None, *, make: bool = False) -> Home:
     if home is not None and not make and not home.expanduser().is_dir():
         raise NotFoundError("no such home", got=str(home), wanted="a folder that `prairie run` or `prairie demo` made")
     return Home(home)
+
+
+def read_gold(file: Path | None) -> list[Preference]:
+    """The preferences of a `--gold` file; none without one. Raises DataError when it holds none."""
+    if file is None:
+        return []
+    from prairie.data.sources import read_records
+
+    return read_records(file, want="preference").records
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home
+from prairie.cli.options import GoldOption, HomeOption, JsonOption, emit, open_home, read_gold
 
 LEARN = {
     "epochs": 2, "tokens_per_batch": 4096, "lr": 1e-3, "beta": 0.1, "sft_weight": 0.2, "weight_decay": 0.0,
@@ -23,6 +23,7 @@ def turn(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of learning.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Learn and judge; record and promote nothing.")] = False,
     tasks: TasksOption = "",
+    gold: GoldOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -37,7 +38,7 @@ def turn(
     wheel = Flywheel(
         line,
         Registry(context.home),
-        ChatActor(context, line),
+        ChatActor(context, line, gold=read_gold(gold)),
         ChatLearner(context, config.learn, f"turn-{line}"),
         ChatGate(context, config.gate, _tasks(tasks)),
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from prairie.data.loader import TokenDataset
+from prairie.data.records import Preference
 from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
-from prairie.flywheel.curate import curate, is_held_out
+from prairie.flywheel.curate import curate, gold_of, is_held_out
 from prairie.flywheel.gate import LEAST_USERS, Comparison, Verdict, judge, required_sample_size
 from prairie.flywheel.probes import Ask, probes, sycophancy_probe
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
@@ -50,6 +51,8 @@ class ChatActor:
     meet: Callable[[Version], TalkReport] | None = None
     """Sends users to the champion; None when real people have talked already."""
     report: TalkReport | None = None
+    gold: Sequence[Preference] = ()
+    """Preferences that are known to be right, by which people are trusted."""
 
     def act(self, champion: Version) -> Artifact:
         """The dataset of the votes that no earlier turn learned from. Raises DataError when they teach too little."""
@@ -64,7 +67,7 @@ class ChatActor:
             for vote in self.context.home.feedback.votes(line=self.line, purpose="chat")
             if vote.event.id not in used and not is_held_out(vote.event.user or "")
         ]
-        return dataset(self.context, self.line, teaching)
+        return dataset(self.context, self.line, teaching, self.gold)
 
 
 def learned_events(context: Context, line: str) -> set[str]:
@@ -73,9 +76,9 @@ def learned_events(context: Context, line: str) -> set[str]:
     return {event for artifact in found if artifact for event in artifact.events}
 
 
-def dataset(context: Context, line: str, votes: Sequence[Vote]) -> Artifact:
+def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[Preference] = ()) -> Artifact:
     """An immutable artifact of preferences that names every event it holds."""
-    curated = curate(votes)
+    curated = curate(votes, gold=gold_of(gold))
     if len(curated.pairs) < LEAST_PAIRS:
         raise DataError(
             f"the votes on `{line}` teach too little",
@@ -83,8 +86,10 @@ def dataset(context: Context, line: str, votes: Sequence[Vote]) -> Artifact:
             wanted=f"at least {LEAST_PAIRS}",
             mend="let people vote more: a choice, an edit, or a thumb up and one down on the same question",
         )
-    store, code = context.home.artifacts, code_revision(("flywheel/curate",))
-    config = {"line": line, "events": curated.events}
+    store, code = context.home.artifacts, code_revision(("data/clean", "data/personal", "flywheel/curate"))
+    config: dict[str, Any] = {"line": line, "events": curated.events}
+    if gold:
+        config["gold"] = [preference.to_json() for preference in gold]
     found = store.find(store.id_of("votes", config, [], code))
     if found is not None:
         return found
@@ -93,6 +98,7 @@ def dataset(context: Context, line: str, votes: Sequence[Vote]) -> Artifact:
         "votes": len(votes),
         "users": len({pair.tags["user"] for pair in curated.pairs}),
         "dropped": dict(curated.dropped),
+        "masked": dict(curated.masked),
         "kind": "preference",
     }
     with store.create("votes", f"votes-{line}", config, [], code, figures=figures, events=curated.events) as folder:

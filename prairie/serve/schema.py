@@ -231,12 +231,13 @@ def _entries(given: str | list[str] | list[int] | list[list[int]]) -> list[str |
 
 class FeedbackRequest(Request):
     """POST /v1/feedback. `value` by kind: thumb "up"|"down" (or {"thumb", "reasons"}), rating 1-5,
-    choice {"over": [response ids], "tie"?, "both_bad"?}, edit {"text"}, comment {"text"}, retract {"event": id}."""
+    choice {"over": [response ids], "tie"?, "both_bad"?}, edit {"text"}, comment {"text"}, retract {"event": id};
+    what was done without a word: regenerate {"new"?: response id}, copy and abandon without a value."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     response_id: str = Field(min_length=1, max_length=128)
-    kind: Literal["thumb", "rating", "choice", "edit", "comment", "retract"]
+    kind: Literal["thumb", "rating", "choice", "edit", "comment", "retract", "regenerate", "copy", "abandon"]
     value: Any = None
     user: str | None = Field(None, max_length=200)
 

@@ -5,7 +5,8 @@ event, and the current view is derived:
 
 - the latest thumb, rating and edit of a user on a response count, and the latest choice of a user among the same ones;
 - every comment counts;
-- a retraction takes an event back: if that was the latest, nothing of its kind counts (the one before does not return).
+- a retraction takes an event back: if that was the latest, nothing of its kind counts (the one before does not return);
+- of what a user did without a word (regenerate, copy, abandon) the latest of a kind on a response counts.
 
 `forget(user)` is the one exception: it deletes. Not here: what is learned from it (`flywheel/`), HTTP (`serve/`).
 """
@@ -28,7 +29,10 @@ from prairie.recipe import canonical
 from prairie.store.home import Home
 from prairie.store.schema import FEEDBACK_EVENTS, FORGOTTEN_EVENTS, RESPONSES
 
-KINDS = ("thumb", "rating", "choice", "edit", "comment", "retract")
+SAID = ("thumb", "rating", "choice", "edit", "comment", "retract")
+DONE = ("regenerate", "copy", "abandon")
+"""What a user did and did not say. It is kept like what was said, and weighs less (`prairie.flywheel.curate`)."""
+KINDS = (*SAID, *DONE)
 TEXT_LIMIT = 100_000
 NAME_LIMIT = 200
 CHOICE_LIMIT = 32
@@ -84,7 +88,8 @@ class FeedbackEvent:
     """One thing that a user said of a response. `value` by kind:
 
     thumb: "up" | "down" | {"thumb": ..., "reasons": [text]} · rating: 1 to 5 · choice: {"over": [response ids],
-    "tie": bool, "both_bad": bool} · edit, comment: {"text": ...} · retract: {"event": id}.
+    "tie": bool, "both_bad": bool} · edit, comment: {"text": ...} · retract: {"event": id} · regenerate: {"new":
+    response id} or {} · copy, abandon: {}.
     """
 
     response_id: str
@@ -124,7 +129,7 @@ class Vote:
     event: FeedbackEvent
     response: Response
     over: tuple[Response, ...] = ()
-    """choice: the answers that `response` was chosen over, or tied with."""
+    """choice: the answers it was chosen over, or tied with; regenerate: the answer that was made instead."""
 
     @property
     def decided(self) -> bool:
@@ -226,37 +231,38 @@ class FeedbackStore:
                 param="Idempotency-Key",
             )  # fmt: skip
         _validate(event)
-        body = canonical([event.response_id, event.kind, event.value, event.user])
-        row = {
-            "id": f"fb-{secrets.token_hex(12)}",
-            "response_id": event.response_id,
-            "kind": event.kind,
-            "value": event.value,
-            "user": event.user,
-            "surface": event.surface,
-            "created": event.created,
-            "idempotency_key": key,
-            "body_hash": hashlib.sha256(body.encode()).hexdigest(),
-        }
+        return self.home.database.write(lambda connection: _append(connection, event, key))
 
-        def run(connection: Connection) -> tuple[str, bool]:
-            columns = (FEEDBACK_EVENTS.c.id, FEEDBACK_EVENTS.c.body_hash)
-            known = connection.execute(select(*columns).where(FEEDBACK_EVENTS.c.idempotency_key == key)).first()
-            if known is not None:
-                if known.body_hash != row["body_hash"]:
-                    raise ConflictError(
-                        "this idempotency key was used for other feedback", got=repr(key),
-                        mend="use a new key for new feedback", param="Idempotency-Key",
-                    )  # fmt: skip
-                return known.id, False
-            response = _response_row(connection, event.response_id)
-            if response["status"] == "forgotten":
-                raise NotFoundError(f"response {event.response_id} was forgotten", param="response_id")
-            _check_targets(connection, event, response)
-            connection.execute(FEEDBACK_EVENTS.insert().values(**row))
-            return str(row["id"]), True
+    def take_over(self, talks: Iterable[tuple[Response, Sequence[tuple[str, FeedbackEvent]]]]) -> dict[str, int]:
+        """Answers that were given elsewhere with what was said of them, each event with its idempotency key.
 
-        return self.home.database.write(run)
+        What is here already is left as it is, so the same log may be taken over again. A few hundred answers share a
+        commit. Counts of new and of known answers and events. Raises as `add`.
+        """
+        counts = {"responses": 0, "known_responses": 0, "events": 0, "known_events": 0}
+        for some in _chunks(list(talks), 200):
+            rows = [(response.to_json(), events) for response, events in some]
+            for _, events in rows:
+                for _, event in events:
+                    _validate(event)
+
+            def run(connection: Connection, rows: Sequence[Any] = rows) -> dict[str, int]:
+                found = dict.fromkeys(counts, 0)
+                ids = [row["id"] for row, _ in rows]
+                known = set(connection.execute(select(RESPONSES.c.id).where(RESPONSES.c.id.in_(ids))).scalars())
+                for row, events in rows:
+                    if row["id"] not in known:
+                        connection.execute(RESPONSES.insert().values(**row))
+                    found["known_responses" if row["id"] in known else "responses"] += 1
+                    known.add(row["id"])
+                    for key, event in events:
+                        _, new = _append(connection, event, key)
+                        found["events" if new else "known_events"] += 1
+                return found
+
+            for name, count in self.home.database.write(run).items():
+                counts[name] += count
+        return counts
 
     def events(
         self,
@@ -301,7 +307,7 @@ class FeedbackStore:
         events = [
             e for e in self.current(since=since, purpose=purpose, line=line) if wanted is None or e.kind in wanted
         ]
-        ids = {id for event in events for id in (event.response_id, *_over(event))}
+        ids = {id for event in events for id in (event.response_id, *_others(event))}
         with self.home.database.read() as connection:
             answers = {
                 row["id"]: _response(row)
@@ -310,9 +316,9 @@ class FeedbackStore:
                 if row["status"] != "forgotten"
             }
         return [
-            Vote(event, answers[event.response_id], tuple(answers[id] for id in _over(event)))
+            Vote(event, answers[event.response_id], tuple(answers[id] for id in _others(event)))
             for event in events
-            if answers.keys() >= {event.response_id, *_over(event)}
+            if answers.keys() >= {event.response_id, *_others(event)}
         ]
 
     def stats(self, *, line: str | None = None, purpose: str | None = None) -> dict[str, Any]:
@@ -512,6 +518,12 @@ def _validate(event: FeedbackEvent) -> None:
             raise _wrong(event, "true or false for `tie` and `both_bad`")
         if value.get("tie") and value.get("both_bad"):
             raise _wrong(event, "`tie` or `both_bad`, not both")
+    elif event.kind in DONE:
+        if value is not None:
+            _keys(event, {"new"} if event.kind == "regenerate" else set())
+        new = (value or {}).get("new", "")
+        if not isinstance(new, str) or new == event.response_id:
+            raise _wrong(event, '{"new": id of the answer that was made instead} or nothing')
     else:
         _keys(event, {"event"})
         if not isinstance(value.get("event"), str):
@@ -520,7 +532,8 @@ def _validate(event: FeedbackEvent) -> None:
 
 def _keys(event: FeedbackEvent, allowed: set[str]) -> None:
     if not isinstance(event.value, Mapping) or not set(event.value) <= allowed:
-        raise _wrong(event, "an object with " + ", ".join(f"`{name}`" for name in sorted(allowed)))
+        names = ", ".join(f"`{name}`" for name in sorted(allowed))
+        raise _wrong(event, f"an object with {names}" if names else "nothing")
 
 
 def _wrong(event: FeedbackEvent, wanted: str) -> RequestError:
@@ -530,13 +543,13 @@ def _wrong(event: FeedbackEvent, wanted: str) -> RequestError:
 
 
 def _check_targets(connection: Connection, event: FeedbackEvent, response: RowMapping) -> None:
-    """Raises NotFoundError or RequestError when a choice or a retraction points at what it may not."""
-    if event.kind == "choice":
-        for id in _over(event):
+    """Raises NotFoundError or RequestError when an event points at what it may not."""
+    if event.kind in ("choice", "regenerate"):
+        for id in _others(event):
             other = _response_row(connection, id)
             if other["prompt"] != response["prompt"]:
                 raise RequestError(
-                    "a choice is between answers to the same prompt",
+                    f"a {event.kind} is between answers to the same prompt",
                     got=f"{id}, which answers another one",
                     param="value",
                 )
@@ -549,6 +562,43 @@ def _check_targets(connection: Connection, event: FeedbackEvent, response: RowMa
             raise RequestError("feedback is taken back by the user who gave it", got="another user", param="user")
         if target["kind"] == "retract":
             raise RequestError("a retraction cannot be taken back", mend="give the feedback again", param="value")
+
+
+def _append(connection: Connection, event: FeedbackEvent, key: str) -> tuple[str, bool]:
+    """The event's row, unless the key is there: (id, whether it is new). Raises as `FeedbackStore.add`."""
+    value = {} if event.value is None and event.kind in DONE else event.value
+    body = hashlib.sha256(canonical([event.response_id, event.kind, value, event.user]).encode()).hexdigest()
+    columns = (FEEDBACK_EVENTS.c.id, FEEDBACK_EVENTS.c.body_hash)
+    known = connection.execute(select(*columns).where(FEEDBACK_EVENTS.c.idempotency_key == key)).first()
+    if known is not None:
+        if known.body_hash != body:
+            raise ConflictError(
+                "this idempotency key was used for other feedback", got=repr(key),
+                mend="use a new key for new feedback", param="Idempotency-Key",
+            )  # fmt: skip
+        return known.id, False
+    response = _response_row(connection, event.response_id)
+    if response["status"] == "forgotten":
+        raise NotFoundError(f"response {event.response_id} was forgotten", param="response_id")
+    _check_targets(connection, event, response)
+    row = {
+        "id": f"fb-{secrets.token_hex(12)}",
+        "response_id": event.response_id,
+        "kind": event.kind,
+        "value": value,
+        "user": event.user,
+        "surface": event.surface,
+        "created": event.created,
+        "idempotency_key": key,
+        "body_hash": body,
+    }
+    connection.execute(FEEDBACK_EVENTS.insert().values(**row))
+    return str(row["id"]), True
+
+
+def _others(event: FeedbackEvent) -> list[str]:
+    """The other answers that an event speaks of."""
+    return [event.value["new"]] if event.kind == "regenerate" and "new" in event.value else _over(event)
 
 
 def _over(event: FeedbackEvent) -> list[str]:

@@ -371,3 +371,27 @@ def test_an_answer_under_way_stays_forgotten(home):
     home.feedback.forget("ann")
     home.feedback.finish_response("r1", [5], None, "five", "stop")
     assert home.feedback.get_response("r1").text is None
+
+
+# Done, not said
+
+
+def test_what_was_done_is_kept_and_checked(feedback):
+    said(feedback, "regenerate", {"new": "r2"})
+    said(feedback, "copy", None)
+    said(feedback, "copy", {})
+    said(feedback, "abandon", None, id="r2")
+    assert [(e.kind, e.value) for e in feedback.current(purpose="chat")] == [
+        ("regenerate", {"new": "r2"}), ("copy", {}), ("abandon", {}),
+    ]  # fmt: skip
+    votes = feedback.votes(kinds=["regenerate"])
+    assert [(v.response.id, [r.id for r in v.over]) for v in votes] == [("r1", ["r2"])]
+    for kind, value, about in (
+        ("regenerate", {"new": "r1"}, "cannot be used"), ("regenerate", {"new": "other prompt"}, "the same prompt"),
+        ("copy", {"text": "x"}, "wanted nothing"), ("abandon", 3, "wanted nothing"),
+        ("regenerate", {"new": 3}, "id of"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=about):
+            said(feedback, kind, value)
+    with pytest.raises(NotFoundError):
+        said(feedback, "regenerate", {"new": "nobody"})
