@@ -76,7 +76,7 @@ class Curated:
     @property
     def all_events(self) -> list[str]:
         """Every event that stands behind a record of any kind."""
-        records = (*self.pairs, *self.weak, *self.labelled, *self.edits)
+        records: list[Preference | Chat] = [*self.pairs, *self.weak, *self.labelled, *self.edits]
         named = [event for record in records for event in record.tags["events"]]
         return list(dict.fromkeys([*named, *(event for comment in self.comments for event in comment["events"])]))
 
