@@ -7,6 +7,8 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,7 +88,8 @@ def run_recipe(
 
     context = _context(recipe, overrides, home, threads, quiet)
     try:
-        carry_out(context, {**HANDLERS, **TURNING})
+        with _asked_to_stop(context):
+            carry_out(context, {**HANDLERS, **TURNING})
         result = result_of(context)
         if context.services and keep_open:
             _stay_open(context, result)
@@ -123,6 +126,25 @@ def _context(recipe: str | Path, overrides: list[str], home: Path | None, thread
         )  # fmt: skip
     runtime = replace(runtime, command=shlex.join(["prairie", *sys.argv[1:]]))
     return Context(loaded, Home(home), runtime)
+
+
+@contextmanager
+def _asked_to_stop(context: Any) -> Iterator[None]:
+    """SIGTERM between two trainings ends the run at once, with the command that goes on; inside one the trainer has its
+    own way. What is made stays made."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        context.runtime.progress.say(f"stopped by SIGTERM; go on with: {context.runtime.command}")
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stay_open(context: Any, result: dict[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 import multiprocessing
 import random
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -69,3 +72,21 @@ def test_a_run_killed_ten_times_is_never_killed(tmp_path):
     killed, calm, said = killed_and_calm(tmp_path, kills=10, steps=30, seed=2)
     assert killed == calm and len(calm) == 7
     assert said.count("goes on from step") >= 2, said
+
+
+def test_a_run_that_is_asked_to_stop_says_the_command_that_goes_on(tmp_path):
+    """SIGTERM: the step is finished and saved, exit 0; the command that it printed makes what a calm run makes."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", training_recipe(tmp_path, 30))
+    words = ["run", str(recipe), "--home", str(tmp_path / "stopped"), "--threads", "1", "--no-serve"]
+    process = subprocess.Popen([sys.executable, "-m", "prairie", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while progress(tmp_path / "stopped", 3) < 3.2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, said
+    command = said.rpartition("go on with: ")[2].strip()
+    assert shlex.split(command) == ["prairie", *words], said
+    again = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert contents(tmp_path / "stopped") == finish(recipe, tmp_path / "calm")

@@ -108,14 +108,16 @@ def prairie_run(recipe: Path, home: Path) -> None:
 
 
 def contents(home: Path) -> dict[str, dict[str, str]]:
-    """Of every artifact: file -> sha256; metrics hold times, which differ."""
+    """Of every artifact: file -> sha256; metrics and their curves hold times, which differ."""
     with Home(home) as opened:
         found = opened.artifacts.list()
         for artifact in found:
             opened.artifacts.verify(artifact.id)
     return {
         artifact.name: {
-            name: facts["sha256"] for name, facts in artifact.manifest["files"].items() if name != "metrics.jsonl"
+            name: facts["sha256"]
+            for name, facts in artifact.manifest["files"].items()
+            if name not in ("metrics.jsonl", "curves.html")
         }
         for artifact in found
     }

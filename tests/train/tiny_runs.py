@@ -1,9 +1,10 @@
 """Small models, data and whole runs that the tests of this room share; a run can be started in a process of its own."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +155,54 @@ def lora_dpo_trainer(
 TRAINERS = {"full": full_trainer, "lora_dpo": lora_dpo_trainer}
 
 
-def run_to_the_end(kind: str, folder: Path, config: TrainConfig, said: Path | None = None) -> None:
+def pretrain_trainer(folder: Path, config: TrainConfig | None = None, *, runtime: Runtime | None = None) -> Trainer:
+    """Muon on rows whose every token but the first is learnt."""
+    config = replace(config or tiny_config(), optimizer="muon")
+    rows = tiny_dataset()
+    mask = np.ones(len(rows.ids), bool)
+    mask[rows.offsets[:-1]] = False
+    loader = Loader(
+        TokenDataset(rows.ids, mask, rows.offsets), tokens_per_batch=config.tokens_per_batch, seed=config.seed
+    )
+    return Trainer(tiny_model(), CausalLM(), loader, config, runtime=runtime or quiet_runtime(), folder=folder)
+
+
+def lora_trainer(folder: Path, config: TrainConfig | None = None, *, runtime: Runtime | None = None) -> Trainer:
+    """An adapter with dropout on next tokens."""
+    model = tiny_model()
+    adapter = LoRA.create(model, LoRAConfig(rank=4, dropout=0.2), seed=1)
+    return full_trainer(folder, config, runtime=runtime, model=model, adapter=adapter)
+
+
+def of_learner(kind: str):
+    """A trainer of one of OBJECTIVES, all weights."""
+
+    def build(folder: Path, config: TrainConfig | None = None, *, runtime: Runtime | None = None) -> Trainer:
+        learner, config = tiny_learner(kind, rows=40), config or tiny_config()
+        loader = Loader(learner.dataset, tokens_per_batch=config.tokens_per_batch, seed=config.seed)
+        runtime = runtime or quiet_runtime()
+        return Trainer(learner.model, learner.objective, loader, config, runtime=runtime, folder=folder)
+
+    return build
+
+
+RUNS = {
+    **TRAINERS, "pretrain": pretrain_trainer, "sft": full_trainer, "lora": lora_trainer, "dpo": of_learner("dpo"),
+    "reward": of_learner("reward"), "masked_lm": of_learner("masked_lm"),
+    "classification": of_learner("classification"),
+}  # fmt: skip
+
+
+def run_to_the_end(
+    kind: str, folder: Path, config: TrainConfig, said: Path | None = None, rank: int = 0, ranks: int = 1, port: int = 0
+) -> None:
     """A whole run; leaves `final.safetensors` in `folder`. What is said goes to the file `said`."""
     torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (said or folder.with_suffix(".said")).open("a") as stream:
-        runtime = quiet_runtime(progress=Progress(stream=stream))
-        trainer = TRAINERS[kind](folder, config, runtime=runtime)
+        runtime = quiet_runtime(progress=Progress(stream=stream), rank=rank, world_size=ranks)
+        trainer = RUNS[kind](folder, config, runtime=runtime)
         trainer.fit()
     assert "torch._dynamo" not in sys.modules, "training must not load torch's compiler: it costs a second and 70 MB"
-    save_file({name: p.detach() for name, p in trainer.parameters.items()}, folder / "final.safetensors")
+    weights = {name: p.detach() for name, p in trainer.parameters.items()}
+    save_file(weights, folder / ("final.safetensors" if rank == 0 else f"final-rank{rank}.safetensors"))
