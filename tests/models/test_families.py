@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.tokenizer import Tokenizer
@@ -17,7 +19,7 @@ from prairie.engine.request import SamplingParams
 from prairie.models.config_file import read_config, write_config
 from prairie.models.families import FAMILIES
 from prairie.models.transformer import Transformer
-from prairie.models.weights import load_model, save_model
+from prairie.models.weights import hash_of, load_model, save_model
 from prairie.ops.attention import PackedDocuments
 
 transformers = pytest.importorskip("transformers")
@@ -115,8 +117,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe, some dense": ("Qwen3Moe", {**EXPERTS, "head_dim": 8, "mlp_only_layers": [1], "norm_topk_prob": False}),
     "olmoe": ("Olmoe", {**EXPERTS, "num_key_value_heads": 4}),
 }  # fmt: skip
-GRADIENTS = ["llama with every bias", "mistral, windows", "gemma2", "gemma3", "olmo2", "granite", "gpt2", "gpt-neox",
-             "mixtral", "qwen3-moe, some dense"]  # fmt: skip
+GRADIENTS = [
+    "llama with every bias", "mistral, windows", "qwen2, windows", "qwen3", "gemma", "gemma2", "gemma3", "phi3",
+    "phi4-mini, rope longrope", "olmo2", "smollm3", "granite", "gpt2", "gpt-neox", "gpt-neox in series", "mixtral",
+    "qwen3-moe, some dense", "olmoe",
+]  # fmt: skip
 
 
 @functools.cache
@@ -166,6 +171,14 @@ def test_every_family_of_decoders_has_a_case() -> None:
     decoders = {name for name, family in FAMILIES.items() if not family.heads and family.encoder_names is None}
     assert {read_config(peer_of(case).config.to_dict() | {"architectures": peer_of(case).config.architectures}).family
             for case in CASES} == decoders  # fmt: skip
+
+
+def test_every_family_stands_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text("utf-8")
+    lines = {
+        tuple(cell.strip("` ") for cell in line.split("|")[1:3]) for line in page.splitlines() if line[:3] == "| `"
+    }
+    assert lines == {("model_type", "architecture")} | {(name, row.architecture) for name, row in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -251,6 +264,17 @@ def test_what_we_write_transformers_loads(case: str, root: Path, tmp_path: Path)
     torch.testing.assert_close(theirs, their_logits(case, row), rtol=1e-5, atol=1e-5)
     assert read_config(again.config.to_dict()) == model.config
     assert read_config(write_config(model.config)) == model.config
+
+
+def test_files_of_the_bare_model_are_read(root: Path, tmp_path: Path) -> None:
+    """As gpt2 itself is published: no prefix, no head, and its causal masks among the weights."""
+    whole = folder_of("gpt2", root)
+    state = load_file(whole / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(bare, tmp_path / "model.safetensors")
+    shutil.copy(whole / "config.json", tmp_path)
+    assert hash_of(load_model(tmp_path)) == hash_of(load_model(whole))
 
 
 @functools.cache

@@ -93,6 +93,9 @@ def test_shards(folder: Path) -> None:
     index.write_text(json.dumps({"weight_map": weight_map | {names[0]: "model-1.safetensors"}}))
     with pytest.raises(ModelError, match="cannot be read"):
         load_model(folder)
+    index.write_text(json.dumps({"weight_map": weight_map | {names[0]: 7}}))
+    with pytest.raises(ModelError, match="outside its folder"):
+        load_model(folder)
     index.write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(ModelError, match="every file that the index names"):
@@ -169,6 +172,9 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
         ({"hidden_size": 64}, "does not fit config.json"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2"),
         ({"num_hidden_layers": 1}, "unknown model.layers.1"),
+        ({"num_hidden_layers": 4000}, "got 20 tensors, wanted 4000 layers"),
+        ({"num_hidden_layers": 10**9}, "1 to 4096 layers"),
+        ({"num_attention_heads": 10**7, "head_dim": 10**7}, "beyond belief"),
         ({"num_key_value_heads": 3}, "multiple of kv_heads"),
         ({"head_dim": 7}, "an even one"),
         ({"partial_rotary_factor": 0.5}, "part of each head"),
