@@ -28,6 +28,8 @@ check: .venv/.dev  ## ruff, mypy, the floors
 bench: .venv/.dev  ## every benchmark, one JSON object each
 	for name in pretrain; do $(BIN)/python -m benchmarks.$$name --json; done
 
+peers: .peers/llama/.made  ## programs to compare with, each in an environment of its own
+
 docs: .venv/.dev  ## checks that every command and recipe in the docs exists
 	$(BIN)/python -m pytest tests/test_docs.py
 
@@ -39,6 +41,12 @@ docs: .venv/.dev  ## checks that every command and recipe in the docs exists
 
 .venv/.dev: .venv/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Built from source: half a gigabyte and some minutes of compiling.
+.peers/llama/.made:
+	test -x .peers/llama/bin/python || $(PYTHON) -m venv .peers/llama
+	.peers/llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python numpy
 	touch $@
 
 clean:

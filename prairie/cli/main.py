@@ -27,6 +27,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("prairie.cli.run:run", "Carry out a recipe; resume what was cut off, skip what is made."),
     "plan": ("prairie.cli.run:plan", "Say what a recipe would do and cost; train nothing."),
     "models": ("prairie.cli.models:app", "List, show, promote, roll back, export and import models."),
+    "import": (
+        "prairie.cli.export:import_model",
+        "Take in an open model: a folder, or a name of the Hugging Face hub.",
+    ),
+    "export": (
+        "prairie.cli.export:export",
+        "Write a model as Hugging Face folder, PEFT adapter or GGUF, with its card.",
+    ),
     "chat": ("prairie.cli.chat:chat", "Talk to a model in the terminal."),
     "evaluate": ("prairie.cli.evaluate:evaluate", "Score models on held-out tasks, with intervals."),
     "serve": ("prairie.cli.serve:serve", "Serve models over OpenAI's HTTP API, with a chat page."),

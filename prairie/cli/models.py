@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say, table, when
-from prairie.errors import RequestError
-
-if TYPE_CHECKING:
-    from prairie.store.artifacts import Artifact
+from prairie.cli.export import export, import_model
+from prairie.cli.options import HomeOption, JsonOption, emit, open_home, table, when
 
 app = typer.Typer(help="List, show, promote, roll back, export and import models.", no_args_is_help=True)
 
@@ -124,79 +118,8 @@ def rollback(
     emit(facts, as_json, f"{version.name} is the champion of {version.line} again.")
 
 
-@app.command()
-def export(
-    name: NameArgument,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Copy a model as a Hugging Face folder, an adapter as PEFT's."""
-    with open_home(home) as store:
-        version = store.registry.resolve(name)
-        artifact = store.artifacts.get(version.artifact_id)
-        store.artifacts.verify(artifact.id)
-        copy_artifact(artifact, folder)
-    facts = {"exported": version.name, "folder": str(folder), "kind": version.kind, "base": version.base_artifact_id}
-    if version.base_artifact_id:
-        say(f"This is an adapter; the model that it stands on is artifact {version.base_artifact_id}.")
-    emit(facts, as_json, f"{version.name} is in {folder}.")
-
-
-@app.command("import")
-def import_model(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder with safetensors.")],
-    line: Annotated[str, typer.Argument(metavar="LINE", help="The line that it becomes a version of.")],
-    template: Annotated[
-        str | None,
-        typer.Option(
-            "--template",
-            help="A built-in chat template instead of its own: chatml, llama3, zephyr, mistral, gemma, plain.",
-        ),
-    ] = None,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Take in an open model; it becomes its line's champion."""
-    from prairie.pipeline.context import Context
-    from prairie.pipeline.handlers import HANDLERS
-    from prairie.pipeline.run import run
-    from prairie.recipe import resolve_recipe
-    from prairie.runtime import Progress, Runtime
-
-    # The same two stages as in a recipe, so that the same folder gives the same artifact there.
-    stages = {
-        "model": {"kind": "import", "path": str(folder.expanduser().absolute()), "template": template},
-        "publish": {"kind": "publish", "line": line, "model": "model"},
-    }
-    recipe = resolve_recipe({"name": "import", "stages": stages}, where="import")
-    with open_home(home, make=True) as store:
-        made = run(Context(recipe, store, Runtime.detect(progress=Progress(quiet=as_json))), HANDLERS)
-        version = store.registry.resolve(f"{line}@{made['publish'].figures['version']}")
-    facts = {"imported": version.name, "version": version.to_json(), **made["model"].figures}
-    emit(facts, as_json, f"{version.name} is artifact {version.artifact_id}.")
-
-
-def copy_artifact(artifact: Artifact, folder: Path) -> None:
-    """Copies an artifact's files, writable, to a folder that must be new or empty: all of them or none.
-
-    Raises RequestError when the folder holds something, StorageFullError when the disk is full.
-    """
-    from prairie.store.disk import disk_errors, sync_tree
-
-    with disk_errors(f"{folder} cannot be written"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RequestError(f"{folder} holds something already", wanted="a new or empty folder")
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        part = folder.absolute().with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
-        try:
-            for name in artifact.manifest["files"]:
-                (part / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(artifact.path / name, part / name)
-            sync_tree(part)
-            os.rename(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+app.command("export")(export)
+app.command("import")(import_model)
 
 
 def figures_text(figures: dict[str, Any]) -> str:

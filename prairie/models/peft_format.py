@@ -80,7 +80,9 @@ class LoRAConfig:
 
     def arithmetic(self) -> list[Any]:
         """All that turns tensors into an output; part of an adapter's hash."""
-        return [self.rank, self.alpha, self.rslora, self.dora, sorted(self.ranks.items()), sorted(self.alphas.items())]
+        ranks = sorted((key, int(rank)) for key, rank in self.ranks.items())
+        alphas = sorted((key, float(alpha)) for key, alpha in self.alphas.items())
+        return [int(self.rank), float(self.alpha), self.rslora, self.dora, ranks, alphas]
 
 
 class Pair(NamedTuple):

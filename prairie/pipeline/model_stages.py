@@ -7,11 +7,14 @@ it too.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from prairie.data.chat_template import ChatTemplate
 from prairie.data.loader import Loader, TokenDataset
@@ -30,6 +33,7 @@ from prairie.pipeline.context import Work, file_fingerprint
 from prairie.pipeline.curves import curve_page
 from prairie.pipeline.data_stages import held_out_records, train_records
 from prairie.pipeline.held_out import watcher
+from prairie.pipeline.hub import ORIGIN
 from prairie.recipe import Import, Learning, Sample, Shape, Train
 from prairie.runtime import Runtime
 from prairie.store.artifacts import Artifact
@@ -107,9 +111,31 @@ def import_model(work: Work) -> dict[str, Any]:
     tokenizer = Tokenizer.load(folder)
     fits(tokenizer, model.config)
     template = template_of(folder, tokenizer, model.config, config.template)
-    write_model(model, tokenizer, template, work.folder, {"origin": folder.name})
+    origin = {"origin": _origin_of(folder), "license": _license_of(folder)}
+    write_model(model, tokenizer, template, work.folder, origin)
     carry_pooling(folder, work.folder)
-    return {"parameters": model.config.parameters(), "vocab_size": model.config.vocab_size, "origin": folder.name}
+    return {"parameters": model.config.parameters(), "vocab_size": model.config.vocab_size, **origin}
+
+
+def _origin_of(folder: Path) -> str:
+    """The hub's name and revision of what was fetched from there, else the folder's name."""
+    if not (folder / ORIGIN).is_file():
+        return folder.name
+    found = read_json(folder / ORIGIN)
+    return f"{found.get('name')}@{str(found.get('revision'))[:12]}"
+
+
+def _license_of(folder: Path) -> str | None:
+    """What the model's own card states, in the lines between dashes at its top."""
+    path = folder / "README.md"
+    text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        stated = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
+    found = stated.get("license") if isinstance(stated, dict) else None
+    return found if isinstance(found, str) and found != "unknown" else None
 
 
 def outside_of_import(config: Import) -> list[str]:
@@ -117,7 +143,7 @@ def outside_of_import(config: Import) -> list[str]:
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         raise ModelError("no such model folder", got=config.path, wanted="a folder with config.json and safetensors")
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".md"))
     files += sorted(folder.glob("*_Pooling/config.json"))
     return [f"{path.name}:{file_fingerprint(path)}" for path in files]
 

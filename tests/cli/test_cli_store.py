@@ -73,7 +73,7 @@ def test_models_export(call, ask, filled, tmp_path, root):
     facts = ask("models", "export", "spark@2", tmp_path / "deep" / "out")
     assert facts["exported"] == "spark@2"
     files = sorted(p.relative_to(tmp_path / "deep" / "out").as_posix() for p in (tmp_path / "deep" / "out").rglob("*"))
-    assert files == ["config.json", "prairie.json", "sub", "sub/model.safetensors"]
+    assert files == ["README.md", "config.json", "prairie.json", "sub", "sub/model.safetensors"]
     weights = tmp_path / "deep" / "out" / "sub" / "model.safetensors"
     assert weights.read_text() == "tuned"
     weights.write_text("mine now")  # a copy is writable, the artifact is not touched
