@@ -352,6 +352,79 @@ class Turn(_Stage):
         return [(self.start, "model"), (self.server, "server")]
 
 
+class NewTower(_Stage):
+    """A convolutional net that knows nothing yet, for Go on boards of one size."""
+
+    gives: ClassVar[str] = "model"
+    kind: Literal["tower"]
+    size: int = Field(ge=2, le=19)
+    """Lines of the board."""
+    blocks: int = Field(4, gt=0)
+    width: int = Field(32, ge=8)
+    """Channels of the trunk."""
+
+
+class GoPlay(_Strict):
+    """How a net plays itself."""
+
+    games: int = Field(192, gt=0)
+    """Games of a turn."""
+    visits: int = Field(64, ge=4)
+    """Of a move that becomes a row."""
+    fast_visits: int = Field(12, ge=2)
+    """Of the others."""
+    full_share: float = Field(0.3, gt=0, le=1)
+    """Share of the moves that become rows (playout-cap randomisation, arXiv 1902.10565)."""
+    slots: int = Field(64, gt=0)
+    """Games at the same time, which is the net's batch."""
+    komi_spread: float = Field(3.0, ge=0)
+    """Standard deviation of komi around the mean score of the turn before."""
+    temperature: float = Field(1.0, ge=0)
+    """Of the first moves; it halves every `size` moves."""
+
+
+class GoLearning(_Strict):
+    """How a candidate is trained on positions."""
+
+    passes: float = Field(4.0, gt=0)
+    """Training passes for each new row: the steps of a turn are this many times its rows, over `batch`."""
+    window: int = Field(8, gt=0)
+    """Turns whose positions are drawn from."""
+    batch: int = Field(128, gt=0)
+    lr: float = Field(2e-3, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "constant"
+    weight_decay: float = Field(0.03, ge=0)
+
+
+class GoMatch(_Strict):
+    """The match that a candidate must win."""
+
+    games: int = Field(480, ge=12, multiple_of=2)
+    """At most; the sequential test ends most matches much sooner."""
+    visits: int = Field(12, ge=2)
+    opening_moves: int = Field(3, ge=0)
+    """Random moves at the beginning; each opening is played twice, with colours exchanged."""
+    wanted: float = Field(0.6, gt=0.5, lt=1)
+    """The win rate worth finding (0.6 is 70 Elo): the match is given up once less is certain."""
+
+
+class GoTurns(_Stage):
+    """Turns of a Go line's wheel: self-play, a candidate, a match, promotion or not."""
+
+    gives: ClassVar[str] = "model"
+    kind: Literal["selfplay"]
+    line: str
+    start: str
+    """The stage that made the champion: a publish or earlier turns."""
+    turns: int = Field(10, gt=0)
+    play: GoPlay = GoPlay()
+    learn: GoLearning = GoLearning()
+    match: GoMatch = GoMatch()
+
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.start, "model")]
+
+
 class Report(_Stage):
     """`report.html`: every figure, plots, samples, lineage."""
 
@@ -364,7 +437,18 @@ class Report(_Stage):
 
 
 Stage = Annotated[
-    Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | Report,
+    Prepare
+    | TrainTokenizer
+    | Import
+    | Train
+    | Sample
+    | Evaluate
+    | Publish
+    | Serve
+    | Turn
+    | NewTower
+    | GoTurns
+    | Report,
     Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[_Stage]] = {
@@ -377,9 +461,13 @@ KINDS: dict[str, type[_Stage]] = {
     "publish": Publish,
     "serve": Serve,
     "turn": Turn,
+    "tower": NewTower,
+    "selfplay": GoTurns,
     "report": Report,
 }
-AnyStage = Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | Report
+AnyStage = (
+    Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | NewTower | GoTurns | Report
+)
 
 
 _ARTICLES = {"rows": "rows", "tokenizer": "a tokenizer", "model": "a model", "server": "a server"}

@@ -27,6 +27,9 @@ from prairie.recipe import (
     KINDS,
     AdapterShape,
     GateRules,
+    GoLearning,
+    GoMatch,
+    GoPlay,
     HeldOut,
     Learning,
     Recipe,
@@ -42,7 +45,7 @@ PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROO
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MODELS: dict[str, type[BaseModel]] = {
     "Recipe": Recipe, **KINDS, "Learning": Learning, "Held-out": HeldOut, "Shape": Shape, "Adapter": AdapterShape,
-    "Users": Users, "Gate": GateRules,
+    "Users": Users, "Gate": GateRules, "GoPlay": GoPlay, "GoLearning": GoLearning, "GoMatch": GoMatch,
 }  # fmt: skip
 EVERYWHERE = {"--home", "--json", "--help"}
 

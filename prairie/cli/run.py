@@ -81,6 +81,7 @@ def run_recipe(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs a recipe and returns every stage's figures; the same function is `prairie.run`."""
+    from prairie.flywheel.go import HANDLERS as GO
     from prairie.flywheel.stages import HANDLERS as TURNING
     from prairie.pipeline.handlers import HANDLERS
     from prairie.pipeline.report import result_of
@@ -89,7 +90,7 @@ def run_recipe(
     context = _context(recipe, overrides, home, threads, quiet)
     try:
         with _asked_to_stop(context):
-            carry_out(context, {**HANDLERS, **TURNING})
+            carry_out(context, {**HANDLERS, **TURNING, **GO})
         result = result_of(context)
         if context.services and keep_open:
             _stay_open(context, result)

@@ -29,19 +29,8 @@ def turn(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
-    from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
-    from prairie.flywheel.loop import Flywheel
-    from prairie.store.registry import Registry
-
     context = _context(line, home, threads, overrides or [], as_json)
-    config: Any = context.recipe.stages["turn"]
-    wheel = Flywheel(
-        line,
-        Registry(context.home),
-        ChatActor(context, line, gold=read_gold(gold)),
-        ChatLearner(context, config.learn, f"turn-{line}"),
-        ChatGate(context, config.gate, _tasks(tasks)),
-    )
+    wheel = _wheel(context, line, tasks, gold)
     with context.home.lock("run"):
         turned = wheel.turn(dry=dry_run)
     found = {**turned.to_json(), "dry_run": dry_run}
@@ -64,9 +53,49 @@ def gate(
     config: Any = context.recipe.stages["turn"]
     registry = Registry(context.home)
     new, old = registry.resolve(candidate), registry.resolve(champion)
-    verdict = ChatGate(context, config.gate, _tasks(tasks)).judge(new, old)
+    if new.kind == "tower":
+        from prairie.flywheel.go import GoGate
+        from prairie.recipe import GoMatch
+
+        verdict = GoGate(context, GoMatch()).judge(new, old)
+    else:
+        verdict = ChatGate(context, config.gate, _tasks(tasks)).judge(new, old)
     found = {"candidate": new.name, "champion": old.name, "verdict": verdict.to_json()}
     emit(found, as_json, f"{new.name} against {old.name}\n{verdict.text()}")
+
+
+def _wheel(context: Any, line: str, tasks: str) -> Any:
+    """The loop of a line: people's votes, or, for a line that plays Go, games."""
+    from prairie.flywheel import go
+    from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
+    from prairie.flywheel.loop import Flywheel
+    from prairie.recipe import GoTurns
+    from prairie.store.registry import Registry
+
+    config: Any = context.recipe.stages["turn"]
+    if isinstance(config, GoTurns):
+        return go.wheel(context, line, config.play, config.learn, config.match)
+    return Flywheel(
+        line,
+        Registry(context.home),
+        ChatActor(context, line),
+        ChatLearner(context, config.learn, f"turn-{line}"),
+        ChatGate(context, config.gate, _tasks(tasks)),
+    )
+
+
+def _go_stage(home: Any, line: str) -> dict[str, Any] | None:
+    """How a line that plays Go was turned last; None for another line. No game is loaded to find out."""
+    from prairie.store.registry import Registry
+
+    registry = Registry(home)
+    if all(
+        version.kind != "tower" for found in registry.lines() if found == line for version in registry.versions(line)
+    ):
+        return None
+    from prairie.flywheel.go import stage_of
+
+    return stage_of(home, line)
 
 
 def _context(line: str, home: Path | None, threads: int | None, overrides: list[str], quiet: bool) -> Any:
@@ -76,11 +105,13 @@ def _context(line: str, home: Path | None, threads: int | None, overrides: list[
     from prairie.runtime import Progress, Runtime
 
     learn = {key: value for key, value in LEARN.items() if key != "epochs" or not _sets(overrides, "steps")}
-    stage = {"kind": "turn", "line": line, "start": "-", "server": "-", "tasks": [], "learn": learn}
-    tree = {"name": "turn", "about": f"a turn of {line}", "stages": {"turn": stage}}
+    store = open_home(home)
+    stage: dict[str, Any] = {"kind": "turn", "line": line, "start": "-", "server": "-", "tasks": [], "learn": learn}
+    stage = _go_stage(store, line) or stage
+    tree = {"name": "turn", "about": f"a turn of {line}", "seed": stage.pop("seed", 0), "stages": {"turn": stage}}
     recipe = resolve_recipe(tree, [f"turn.learn.{override}" for override in overrides], "the command")
     runtime = Runtime.detect(seed=recipe.seed, threads=threads, progress=Progress(quiet=quiet))
-    return Context(recipe, open_home(home), runtime)
+    return Context(recipe, store, runtime)
 
 
 def _sets(overrides: list[str], key: str) -> bool:

@@ -30,7 +30,15 @@ import numpy as np
 
 from prairie.errors import DataError
 from prairie.evals.harness import TaskScore
-from prairie.evals.sequential import ERROR, POWER, WANTED, SequentialTest, required_units, sequential_test
+from prairie.evals.sequential import (
+    ERROR,
+    POWER,
+    WANTED,
+    SequentialTest,
+    paired_games,
+    required_units,
+    sequential_test,
+)
 from prairie.evals.statistics import (
     Interval,
     cluster_means,
@@ -126,6 +134,12 @@ class Verdict:
     """People who find a true winner of `test.wanted` in 80% of comparisons, stated beforehand."""
     judge_noise: Interval | None = None
     """How often the judges preferred the answer shown first when both were the champion's; its units are people."""
+    trials: str = "votes"
+    """What is counted: votes, or games."""
+    units: str = "people"
+    """What is independent: people, or pairs of games."""
+    rules: Mapping[str, Any] | None = None
+    """What a match was played by."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -145,6 +159,9 @@ class Verdict:
             "test": self.test.to_json() if self.test else None,
             "planned": self.planned,
             "judge_noise": self.judge_noise.to_json() if self.judge_noise else None,
+            "trials": self.trials,
+            "units": self.units,
+            "rules": dict(self.rules) if self.rules is not None else None,
         }
 
     @classmethod
@@ -163,9 +180,10 @@ class Verdict:
     def text(self) -> str:
         """The verdict on one screen."""
         lines = [
-            f"{'PROMOTE' if self.passed else 'KEEP the champion'}: the candidate wins {self.win_rate:.1%} of the votes,"
-            f" {self.confidence:.0%} interval [{self.low:.1%}, {self.high:.1%}] over {self.users} users",
-            f"  votes   {self.n}: {self.wins} won, {self.ties} tied, {self.losses} lost",
+            f"{'PROMOTE' if self.passed else 'KEEP the champion'}: the candidate wins {self.win_rate:.1%} of the"
+            f" {self.trials}, {self.confidence:.0%} interval [{self.low:.1%}, {self.high:.1%}] over"
+            f" {self.users} {self.units}",
+            f"  {self.trials:<7} {self.n}: {self.wins} won, {self.ties} tied, {self.losses} lost",
             *self._about_the_test(),
         ]
         for change in self.suite.values():
@@ -183,8 +201,8 @@ class Verdict:
     def _about_the_test(self) -> list[str]:
         lines = []
         if self.test is not None:
-            found, when = self.test, f" after {self.test.decided_after} people" if self.test.decided_after else ""
-            people = f"{found.n} people" + (f" of {self.planned} planned" if self.planned else "")
+            found, when = self.test, self._moment()
+            people = f"{found.n} {self.units}" + (f" of {self.planned} planned" if self.planned else "")
             lines.append(
                 f"  test    {found.decision}{when}: at any time [{found.low:.1%}, {found.high:.1%}], each end wrong in"
                 f" at most {found.error:.0%}; evidence {found.evidence:.3g} of {found.needed:.0f}, {people}"
@@ -196,6 +214,10 @@ class Verdict:
                 f" [{noise.low:.1%}, {noise.high:.1%}], {noise.n} people"
             )
         return lines
+
+    def _moment(self) -> str:
+        after = self.test.decided_after if self.test else None
+        return f" after {after} {self.units}" if after else ""
 
 
 def judge(
@@ -253,6 +275,42 @@ def judge(
         planned=planned,
         judge_noise=noise,
     )
+
+
+def judge_games(
+    outcomes: Sequence[float],
+    *,
+    probes: Sequence[Probe] = (),
+    wanted: float = WANTED,
+    confidence: float = 0.95,
+    rules: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """The same test of a match: its units are pairs of games from one opening with colours exchanged, in their order.
+
+    `wanted`: the win rate that is worth finding; the match is given up when less is certain. `rules` are kept in the
+    verdict. Raises DataError for a game without its partner.
+    """
+    pairs = paired_games(outcomes)
+    test = sequential_test(pairs, wanted=wanted, error=ERROR, least=LEAST_USERS)
+    games = clustered_interval(outcomes, [number // 2 for number in range(len(outcomes))], confidence)
+    reasons = [
+        *_about_games(test, len(outcomes)),
+        *(f"the probe `{p.name}` is {p.value:.2f}, outside {p.low:.2f} to {p.high:.2f}" for p in probes if not p.holds),
+    ]
+    return Verdict(
+        passed=not reasons, win_rate=games.value, low=games.low, high=games.high, n=len(outcomes), users=games.n,
+        wins=list(outcomes).count(1), ties=list(outcomes).count(0.5), losses=list(outcomes).count(0),
+        confidence=confidence, suite={}, probes=tuple(probes), reasons=tuple(reasons), test=test, trials="games",
+        units="pairs", rules=rules,
+    )  # fmt: skip
+
+
+def _about_games(test: SequentialTest, games: int) -> list[str]:
+    if test.decision == "better":
+        return []
+    if test.decision == "not better":
+        return [f"the win rate is at most {test.high:.1%}, below the {test.wanted:.0%} that would be worth finding"]
+    return [f"undecided after all {games} games: [{test.low:.1%}, {test.high:.1%}]"]
 
 
 def _check(comparisons: Sequence[Comparison]) -> None:

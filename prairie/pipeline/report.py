@@ -76,7 +76,7 @@ def table(made: Sequence[Made]) -> str:
     for stage in made:
         if stage.kind == "evaluate":
             lines += _score_lines(stage.figures["models"])
-        if stage.kind == "turn":
+        if stage.kind in ("turn", "selfplay"):
             lines.append(f"{stage.name}: {stage.figures['summary']}")
     return "\n".join(lines) or "\n".join(f"{stage.name}: {stage.kind}, {stage.seconds:.1f}s" for stage in made)
 
