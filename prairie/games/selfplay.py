@@ -82,7 +82,7 @@ def play(
     chance = np.random.default_rng(seed)
     boards = Boards.empty(size, slots, longest + 1)
     forest = Forest(
-        boards, np.zeros(slots), judge, settings.search, capacity=settings.visits + settings.search.leaves + 1,
+        boards, np.zeros(slots), judge, settings.search, capacity=max(settings.visits, settings.fast_visits) + settings.search.leaves + 1,
         seed=int(chance.integers(2**31)), pass_from=math.ceil(ALL_POINTS * points),
     )  # fmt: skip
     under_way: list[Game | None] = [None] * slots

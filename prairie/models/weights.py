@@ -81,6 +81,10 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.get("kind") == "tower":
+        raise ModelError(
+            f"{folder} holds a net that plays Go, not a language model", mend="prairie go gtp, or prairie go match"
+        )
     model_config = read_config(_raw_config(folder), str(folder / "config.json"))
     files = _files_of(folder)
     model_config = _as_in_the_files(model_config, folder, files)
