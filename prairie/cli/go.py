@@ -132,6 +132,9 @@ def _player(
     seed: int = 0,
 ) -> tuple[Any, str, tuple[int, ...]]:  # fmt: skip
     """The player, its name, the board sizes of its net."""
+    from prairie.games import require
+
+    require()
     from prairie.games.features import TowerJudge
     from prairie.games.player import Player
     from prairie.models.katago import load_katago

@@ -81,7 +81,6 @@ def run_recipe(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs a recipe and returns every stage's figures; the same function is `prairie.run`."""
-    from prairie.flywheel.go import HANDLERS as GO
     from prairie.flywheel.stages import HANDLERS as TURNING
     from prairie.pipeline.handlers import HANDLERS
     from prairie.pipeline.report import result_of
@@ -90,7 +89,7 @@ def run_recipe(
     context = _context(recipe, overrides, home, threads, quiet)
     try:
         with _asked_to_stop(context):
-            carry_out(context, {**HANDLERS, **TURNING, **GO})
+            carry_out(context, {**HANDLERS, **TURNING, **_go(context)})
         result = result_of(context)
         if context.services and keep_open:
             _stay_open(context, result)
@@ -98,6 +97,18 @@ def run_recipe(
         for service in reversed(context.services):
             service.stop()
     return result
+
+
+def _go(context: Any) -> Any:
+    """How the stages of Go are carried out, where the recipe has any: numba is loaded for those who play."""
+    if not {"tower", "selfplay"} & {stage.kind for stage in context.recipe.stages.values()}:
+        return {}
+    from prairie.games import require
+
+    require()
+    from prairie.flywheel.go import HANDLERS
+
+    return HANDLERS
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -64,9 +64,8 @@ def gate(
     emit(found, as_json, f"{new.name} against {old.name}\n{verdict.text()}")
 
 
-def _wheel(context: Any, line: str, tasks: str) -> Any:
+def _wheel(context: Any, line: str, tasks: str, gold: Path | None) -> Any:
     """The loop of a line: people's votes, or, for a line that plays Go, games."""
-    from prairie.flywheel import go
     from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
     from prairie.flywheel.loop import Flywheel
     from prairie.recipe import GoTurns
@@ -74,11 +73,13 @@ def _wheel(context: Any, line: str, tasks: str) -> Any:
 
     config: Any = context.recipe.stages["turn"]
     if isinstance(config, GoTurns):
+        from prairie.flywheel import go  # numba is loaded for those who play
+
         return go.wheel(context, line, config.play, config.learn, config.match)
     return Flywheel(
         line,
         Registry(context.home),
-        ChatActor(context, line),
+        ChatActor(context, line, gold=read_gold(gold)),
         ChatLearner(context, config.learn, f"turn-{line}"),
         ChatGate(context, config.gate, _tasks(tasks)),
     )
@@ -93,6 +94,9 @@ def _go_stage(home: Any, line: str) -> dict[str, Any] | None:
         version.kind != "tower" for found in registry.lines() if found == line for version in registry.versions(line)
     ):
         return None
+    from prairie.games import require
+
+    require()
     from prairie.flywheel.go import stage_of
 
     return stage_of(home, line)

@@ -81,8 +81,9 @@ def play(
     longest = int(settings.longest * points)
     chance = np.random.default_rng(seed)
     boards = Boards.empty(size, slots, longest + 1)
+    room = max(settings.visits, settings.fast_visits) + settings.search.leaves + 1
     forest = Forest(
-        boards, np.zeros(slots), judge, settings.search, capacity=max(settings.visits, settings.fast_visits) + settings.search.leaves + 1,
+        boards, np.zeros(slots), judge, settings.search, capacity=room,
         seed=int(chance.integers(2**31)), pass_from=math.ceil(ALL_POINTS * points),
     )  # fmt: skip
     under_way: list[Game | None] = [None] * slots
