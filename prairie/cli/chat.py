@@ -169,6 +169,7 @@ class Conversation:
         from dataclasses import replace
 
         from prairie.data.records import Message
+        from prairie.engine.seq2seq import Seq2Seq
 
         seed = self.params.seed if self.params.seed is not None else secrets.randbits(48)
         params = replace(self.params, seed=seed)
@@ -180,7 +181,10 @@ class Conversation:
             if completion.finish_reason == "cancelled":
                 close = self.store.feedback.abort_response
             close(id, completion.token_ids, completion.logprobs, completion.text, completion.finish_reason)
-        self.messages, self.last = (*messages, Message("assistant", completion.text)), (messages, id)
+        # An encoder-decoder answers each text by itself.
+        goes_on = not isinstance(self.model, Seq2Seq)
+        self.messages = (*messages, Message("assistant", completion.text)) if goes_on else self.opening
+        self.last = (messages, id)
 
     def _record_start(self, messages: tuple[Message, ...], params: SamplingParams) -> str | None:
         if self.store is None or self.version is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import prairie
+from prairie.cli.main import main
 from prairie.engine.reader import Reader
 from prairie.errors import ContextLengthError, ModelError, RequestError
 
@@ -71,6 +72,13 @@ def test_what_cannot_be_embedded_is_refused(model: Reader) -> None:
     with pytest.raises(ModelError, match="classifies no texts: got the head pool"):
         model.scores("a")
     assert model.embed([]).shape == (0, 384)
+
+
+def test_the_terminal_says_that_it_does_not_chat(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["chat", str(minilm), "hello"])
+    assert end.value.code == 1
+    assert "model reads texts and writes none" in capsys.readouterr().err
 
 
 def small_bert(folder: Path, kind: str, minilm: Path, **settings: object) -> Path:

@@ -12,8 +12,10 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import prairie
+from prairie.cli.chat import Conversation
 from prairie.cli.main import main
 from prairie.engine.language_model import LanguageModel
+from prairie.engine.request import SamplingParams
 from prairie.engine.seq2seq import Seq2Seq
 from prairie.errors import ContextLengthError, ModelError, RequestError
 
@@ -110,6 +112,17 @@ def test_the_terminal_answers(t5: Path, capsys: pytest.CaptureFixture[str]) -> N
         main(["chat", str(t5), "hello world", "--temperature", "0", "--max-tokens", "16"])
     assert end.value.code == 0
     assert capsys.readouterr().out.strip() == wanted.text.strip()
+
+
+def test_each_line_in_the_terminal_is_answered_alone(
+    t5: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prairie.load(t5)
+    lines = iter(["hello world", "a", "hello world", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    Conversation(model, SamplingParams(temperature=0, max_tokens=9), (), "t5", None, None).run()
+    wanted = model.generate(["hello world", "a", "hello world"], temperature=0, max_tokens=9)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [each.text.strip() for each in wanted]
 
 
 def test_what_it_cannot_do_is_refused(t5: Path) -> None:

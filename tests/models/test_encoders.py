@@ -128,7 +128,7 @@ def test_outputs_equal_transformers_there_and_back(case: str, kind: str, root: P
     assert once_more.loaded_hashes[0] == saved
 
 
-@pytest.mark.parametrize("case", ["bert", "modernbert"])
+@pytest.mark.parametrize("case", ["bert", "roberta", "distilbert", "modernbert"])
 def test_gradients_equal_transformers(case: str, root: Path) -> None:
     """Of the loss of masked tokens, for every weight."""
     model, peer = load_model(folder_of(case, "ForMaskedLM", root)), peer_of(case, "ForMaskedLM")
