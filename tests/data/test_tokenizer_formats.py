@@ -173,9 +173,9 @@ MODELS: dict[str, dict[str, object]] = {
                      "allow_whitespace_only_pieces": True, **(IDENTITY | {"byte_fallback": False})},
 }  # fmt: skip
 spaced = st.lists(
-    st.sampled_from(["Once", " upon", " ", "  ", "你好", "时习", "🙂", "👨‍👩‍👧", "é", "e\u0301", "'s", ".", "\n", "\n\n",
-                     "\t", "<u>", "<uu>", "<s>", "</s>", "<ctl>", "<unk>", "<pad>", "<0x0A>", "▁", "a", "aa", "ab", "ba",
-                     "ABC", "ﬁ", "①", "２", "\u3000", "<start_of_turn>"]),
+    st.sampled_from(["Once", " upon", " ", "  ", "你好", "时习", "🙂", "👨‍👩‍👧", "é", "e\u0301", "'s", ".", "\n",
+                     "\n\n", "\t", "<u>", "<uu>", "<s>", "</s>", "<ctl>", "<unk>", "<pad>", "<0x0A>", "▁", "a",
+                     "aa", "ab", "ba", "ABC", "ﬁ", "①", "２", "\u3000", "<start_of_turn>"]),
     max_size=9,
 ).map("".join)  # fmt: skip
 
