@@ -214,6 +214,16 @@ class ChatTemplate:
         dialogue = Dialogue(tuple(messages), tools, options)
         return _unshield(_unmarked(self._of(dialogue)._text(dialogue, add_generation_prompt)))
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The tokens that end an answer, as text."""
+        return tuple(text for text, token in self._tokenizer.special_tokens.items() if token in self.stop_ids)
+
+    @property
+    def for_tools(self) -> ChatTemplate:
+        """The template that is used where there are tools: another than this one if the model has two."""
+        return self._with_tools or self
+
     # ---- text
 
     def _of(self, dialogue: Dialogue) -> ChatTemplate:
@@ -468,8 +478,7 @@ class ChatTemplate:
         for tools in (_PROBE_TOOLS, ()):
             dialogue = Dialogue((_PROBE[0], Message("assistant", "", (PROBE_CALL,))), tools)
             before, text = self._probe(dialogue.until(1), True), self._probe(dialogue)
-            if PROBE_CALL.name in text.removeprefix(before):
-                spoken = text.removeprefix(before)
+            if text.startswith(before) and PROBE_CALL.name in (spoken := text.removeprefix(before)):
                 return spoken[: self._spoken(spoken)]
         return ""
 

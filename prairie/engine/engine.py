@@ -14,8 +14,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prairie.data.chat_template import ChatTemplate
-from prairie.data.records import Message
+from prairie.data.chat_template import ChatTemplate, Options
+from prairie.data.records import Message, Tools
 from prairie.data.tokenizer import Tokenizer
 from prairie.engine.kv_cache import KVCache, root_hash
 from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
@@ -114,11 +114,13 @@ class Engine:
         adapter: str | None = None,
         salt: str = "",
         stream: bool = True,
+        tools: Tools = (),
+        options: Options | None = None,
     ) -> Request:
-        """A conversation as a request: rendered by the template, with the template's stop strings."""
+        """A conversation as a request: rendered by the template with its tools and options, stopped by its strings."""
         if self.template.stop_strings and not params.ignore_eos:
             params = replace(params, stop=(*params.stop, *self.template.stop_strings))
-        return Request(request_id, self.template.encode_prompt(messages), params, adapter, salt, stream)
+        return Request(request_id, self.template.encode_prompt(messages, tools, options), params, adapter, salt, stream)
 
     def text_request(
         self,

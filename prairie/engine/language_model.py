@@ -24,8 +24,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from prairie.data.chat_template import ChatTemplate
-from prairie.data.records import Message, message_from_json
+from prairie.data.chat_template import ChatTemplate, Options
+from prairie.data.records import Message, Tools, message_from_json, tools_from_json
 from prairie.data.tokenizer import Tokenizer
 from prairie.engine.embedding import Embedder
 from prairie.engine.engine import Engine
@@ -120,6 +120,8 @@ class LanguageModel:
         messages_or_prompt: Any,
         *,
         prompt: bool = False,
+        tools: Seq[Mapping[str, Any]] = (),
+        template_options: Options | None = None,
         on_done: Callable[[Completion], object] | None = None,
         **sampling: Any,
     ) -> Completion | list[Completion]:
@@ -128,13 +130,17 @@ class LanguageModel:
         A conversation is a list of messages (`Message` or `{"role", "content"}`); a plain string is one user message,
         with `prompt=True` a raw text to be continued. `sampling` are the fields of SamplingParams. With a seed, item i
         of a list is sampled with seed + i, so that one prompt many times gives different answers, each reproducible.
+        `tools` are functions that it may call, `template_options` what its chat template may be told.
         Raises RequestError for unknown or impossible sampling, ContextLengthError for a prompt that is too long.
         """
         items, single = items_of(messages_or_prompt)
         params = params_of(sampling)
         first = secrets.randbits(62) if params.seed is None else params.seed
         requests = [
-            self._request(str(i), item, replace(params, seed=first + i), prompt) for i, item in enumerate(items)
+            self._request(
+                str(i), item, replace(params, seed=first + i), prompt, tools_from_json(tools), template_options
+            )
+            for i, item in enumerate(items)
         ]
         completions = self.engine.generate(requests, on_done=on_done)
         return completions[0] if single else completions
@@ -197,12 +203,22 @@ class LanguageModel:
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
             raise RequestError("there are unknown token ids", wanted=f"0 to {self.config.vocab_size - 1}")
 
-    def _request(self, request_id: str, item: Any, params: SamplingParams, raw: bool) -> Request:
+    def _request(
+        self,
+        request_id: str,
+        item: Any,
+        params: SamplingParams,
+        raw: bool,
+        tools: Tools,
+        options: Options | None,
+    ) -> Request:
         if raw:
             if not isinstance(item, str):
                 raise RequestError("a raw prompt must be text", got=type(item).__name__, wanted="a string")
             return self.engine.text_request(request_id, item, params, adapter=self.adapter_hash)
-        return self.engine.chat_request(request_id, conversation(item), params, adapter=self.adapter_hash)
+        return self.engine.chat_request(
+            request_id, conversation(item), params, adapter=self.adapter_hash, tools=tools, options=options
+        )
 
     def __repr__(self) -> str:
         size = f"{self.config.parameters():,} parameters"

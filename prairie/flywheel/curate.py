@@ -24,6 +24,7 @@ Personal data is masked in all that is written (`prairie.data.personal`). Every 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from typing import Any
 
 from prairie.data.clean import near_duplicates
 from prairie.data.personal import FindNames, mask_personal
-from prairie.data.records import Chat, Message, Preference
+from prairie.data.records import Chat, Message, Preference, Tools, tools_from_json
 from prairie.store.feedback import Response, Vote
 
 HELD_OUT_SHARE = 0.25
@@ -188,7 +189,9 @@ class Opinion:
 def _opinions(votes: Sequence[Vote], dropped: Counter[str]) -> Iterator[Opinion]:
     """Preferences that can be learned from; what prefers nothing is counted in `dropped`."""
     for one in _said(votes, dropped):
-        if not one.prompt or not one.better.strip() or one.better == one.text:
+        if one.worse.sampling.get("template"):  # another prompt than the one that rows are made with
+            dropped["asked with options of the template"] += 1
+        elif not one.prompt or not one.better.strip() or one.better == one.text:
             dropped["the answers do not differ" if one.prompt else "a raw completion, not a conversation"] += 1
         else:
             yield one
@@ -208,7 +211,7 @@ def _said(votes: Sequence[Vote], dropped: Counter[str]) -> Iterator[Opinion]:
         elif event.kind == "regenerate" and vote.over:
             yield Opinion((str(event.id),), user, vote.over[0].text or "", vote.response, "regenerate")
         elif event.kind == "thumb":
-            thumbs[user, repr(vote.response.prompt)].append(vote)
+            thumbs[_asked(vote)].append(vote)
         else:
             dropped[f"a {event.kind} prefers nothing by itself"] += 1
     for (user, _), group in thumbs.items():
@@ -265,9 +268,26 @@ def _preference(
         masked.update(counts)
         return found
 
-    prompt = tuple(replace(message, content=clean(message.content)) for message in one.prompt)
+    prompt = tuple(_masked(message, clean) for message in one.prompt)
     chosen, rejected = Message("assistant", clean(one.better)), Message("assistant", clean(one.text))
-    return Preference(prompt, (chosen,), (rejected,), "votes", tags)
+    return Preference(prompt, (chosen,), (rejected,), "votes", tags, _tools(one.worse))
+
+
+def _masked(message: Message, clean: Callable[[str], str]) -> Message:
+    """A turn without personal data in its text, its thoughts and the arguments of its calls."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [cleaned(each) for each in value]
+        return clean(value) if isinstance(value, str) else value
+
+    calls = tuple(
+        replace(call, arguments=json.dumps(cleaned(json.loads(call.arguments)), ensure_ascii=False))
+        for call in message.tool_calls
+    )
+    return replace(message, content=clean(message.content), reasoning=clean(message.reasoning), tool_calls=calls)
 
 
 def _others(result: Curated, votes: Sequence[Vote], share: int, names: FindNames | None) -> None:
@@ -276,7 +296,7 @@ def _others(result: Curated, votes: Sequence[Vote], share: int, names: FindNames
     labels = {(vote.event.user, vote.response.id) for vote in votes if vote.event.kind in ("thumb", "rating")}
     for vote in votes:
         event, response = vote.event, vote.response
-        prompt, user = _prompt(response), event.user or ""
+        prompt, user = () if response.sampling.get("template") else _prompt(response), event.user or ""
         label, weight = _label(vote)
         if event.kind == "copy" and (event.user, response.id) in labels:
             label = None
@@ -285,15 +305,15 @@ def _others(result: Curated, votes: Sequence[Vote], share: int, names: FindNames
             continue
         given[user, what] += 1
         tags: dict[str, Any] = {"why": event.kind, "user": user, "events": [str(event.id)]}
-        asked = tuple(replace(m, content=mask_personal(m.content, names)[0]) for m in prompt)
+        asked = tuple(_masked(m, lambda text: mask_personal(text, names)[0]) for m in prompt)
         answer = mask_personal(response.text or "", names)[0]
         said = mask_personal(event.text or "", names)[0]
         if what == "label" and answer.strip():
             tags |= {"label": label, **({"weight": weight} if weight != 1 else {})}
             tags |= {"reasons": event.reasons} if event.reasons else {}
-            result.labelled.append(Chat((*asked, Message("assistant", answer)), "votes", tags))
+            result.labelled.append(Chat((*asked, Message("assistant", answer)), "votes", tags, _tools(response)))
         elif what == "edit":
-            result.edits.append(Chat((*asked, Message("assistant", said)), "votes", tags))
+            result.edits.append(Chat((*asked, Message("assistant", said)), "votes", tags, _tools(response)))
         elif what == "comment":
             facts = {"prompt": [m.to_json() for m in asked], "answer": answer, "comment": said}
             result.comments.append({**facts, "user": user, "events": tags["events"]})
@@ -310,7 +330,12 @@ def _label(vote: Vote) -> tuple[bool | None, float]:
 
 
 def _asked(vote: Vote) -> tuple[str, str]:
-    return vote.event.user or "", repr(vote.response.prompt)
+    return vote.event.user or "", repr((vote.response.prompt, vote.response.sampling.get("tools")))
+
+
+def _tools(response: Response) -> Tools:
+    """What the model could call when it answered."""
+    return tools_from_json(response.sampling.get("tools"))
 
 
 def _prompt(response: Response) -> tuple[Message, ...]:

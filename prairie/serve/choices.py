@@ -14,12 +14,13 @@ import functools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prairie.data.records import Message
+from prairie.data.records import Message, Tools
+from prairie.data.tool_calls import CallFormat
 from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError
 from prairie.serve.answers import Head, TokenText
 from prairie.serve.embedding import embedding_list, pieces, token_rows, vectors_of
@@ -67,6 +68,10 @@ class Order:
     stops: tuple[str, ...]
     scored: bool = False
     """The prompts' own tokens get log-probabilities too."""
+    tools: Tools = ()
+    """What a chat's model may call."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,9 @@ class Desk:
         body.refuse_unsupported()
         limit = body.limit()
         order = Order(
-            [body.to_messages()], body.n or 1, DEFAULT_MAX_TOKENS if limit is None else limit, body.top(), body.stops()
-        )
+            [body.to_messages()], body.n or 1, DEFAULT_MAX_TOKENS if limit is None else limit, body.top(), body.stops(),
+            tools=body.to_tools(), options=body.chat_template_kwargs or {},
+        )  # fmt: skip
         return await self._open(body, caller, order, "chatcmpl")
 
     async def complete(self, body: CompletionRequest, caller: Caller) -> Answer:
@@ -200,7 +206,7 @@ class Desk:
             if order.scored:
                 await self._score(resident, choices, order.top or 0)
             head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
-            answer = Answer(self, resident, head, choices, order.top, caller, arrived)
+            answer = Answer(self, resident, head, choices, order, caller, arrived)
         except BaseException:
             self.pending -= count
             if resident is not None:
@@ -247,12 +253,13 @@ class Answer:
         resident: Resident,
         head: Head,
         choices: Sequence[Choice],
-        top: int | None,
+        order: Order,
         caller: Caller,
         arrived: float,
     ) -> None:
         self.desk, self.resident, self.head, self.choices = desk, resident, head, choices
-        self.top, self.caller, self.arrived = top, caller, arrived
+        self.order, self.top, self.caller, self.arrived = order, order.top, caller, arrived
+        self.call_format = CallFormat.of(resident.template) if order.tools else None
         self.names = TokenText(resident.tokenizer)
         self.stop_ids = frozenset(resident.template.stop_ids)
         self._by_id = {choice.id: choice for choice in choices}
@@ -455,7 +462,7 @@ class Answer:
             weights_hash=self.resident.weights_hash,
             adapter_hash=self.resident.adapter_hash,
             template_hash=self.resident.template.hash,
-            sampling=_sampling_record(choice, body),
+            sampling=_sampling_record(choice, body, self.order),
             user=self.caller.user,
             surface=self.caller.surface,
             purpose=self.caller.purpose,
@@ -469,7 +476,7 @@ def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: st
     seed = body.seed if body.seed is not None else secrets.randbits(48)
     choices: list[Choice] = []
     for prompt in order.prompts:
-        prompt_ids, record = _prompt_ids(resident, prompt)
+        prompt_ids, record = _prompt_ids(resident, prompt, order)
         _check_prompt(resident, prompt_ids, order.limit)
         for _ in range(order.n):
             index = len(choices)
@@ -482,10 +489,16 @@ def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: st
     return choices
 
 
-def _prompt_ids(resident: Resident, prompt: Prompt) -> tuple[list[int], tuple[Message, ...] | str]:
+def _prompt_ids(resident: Resident, prompt: Prompt, order: Order) -> tuple[list[int], tuple[Message, ...] | str]:
     """(token ids, what is recorded of the prompt)."""
     if isinstance(prompt, tuple):
-        return resident.template.encode_prompt(prompt), prompt
+        ids = resident.template.encode_prompt(prompt, order.tools, order.options)
+        if order.tools and CallFormat.of(resident.template) is None:
+            raise RequestError(
+                "this model writes its tool calls in a way that is not known here",
+                wanted="calls as JSON", mend="leave the tools out", param="tools",
+            )  # fmt: skip
+        return ids, prompt
     if isinstance(prompt, str):
         return resident.engine.prompt_ids(prompt), prompt
     vocab_size = resident.engine.model.config.vocab_size
@@ -534,10 +547,11 @@ def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: b
     )
 
 
-def _sampling_record(choice: Choice, body: Sampling) -> dict[str, Any]:
+def _sampling_record(choice: Choice, body: Sampling, order: Order) -> dict[str, Any]:
     """All that drew the tokens, the seed included even if the client gave none: the answer can be drawn again."""
     record: dict[str, Any] = {"max_tokens": 0} if choice.request is None else _of_params(choice.request.params)
-    return record | ({"metadata": body.metadata} if body.metadata else {})
+    more = {"metadata": body.metadata, "tools": [dict(tool) for tool in order.tools], "template": dict(order.options)}
+    return record | {key: value for key, value in more.items() if value}
 
 
 def _of_params(params: SamplingParams) -> dict[str, Any]:

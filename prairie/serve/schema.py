@@ -1,23 +1,25 @@
 """What comes in over HTTP, typed: OpenAI's chat, text completion and embedding bodies and Prairie's feedback body.
 
-A field that would change the answer and that we cannot honour is refused (tools, JSON schema, images ...); a field that
+A field that would change the answer and that we cannot honour is refused (JSON schema, images ...); a field that
 we do not know is ignored, as OpenAI's clients grow new ones. Every refusal is a RequestError with `param`.
 Not here: the answers (`answers`), the work (`choices`), the routes (`app`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from prairie.data.records import Message
-from prairie.errors import RequestError
+from prairie.data.records import Message, Role, Tools, tool_call_from_json, tools_from_json
+from prairie.errors import DataError, RequestError
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
 MAX_INPUTS = 2048
 """Texts of one embeddings request, as OpenAI's."""
 
@@ -51,17 +53,27 @@ class ContentPart(Body):
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
 
     def to_message(self, where: str) -> Message:
-        """The text of this turn. Raises RequestError for parts that are not text and for tool calls."""
+        """This turn. Raises RequestError for parts that are not text, and calls that are none."""
         extra = self.model_extra or {}
-        for name in ("tool_calls", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if extra.get(name):
                 raise RequestError(f"{where}.{name} is not supported", mend="send plain text", param=f"{where}.{name}")
-        if self.content is None:
+        try:
+            calls = tuple(tool_call_from_json(call) for call in self.tool_calls or ())
+        except DataError as error:
+            raise RequestError(error.what, got=error.got, wanted=error.wanted, param=f"{where}.tool_calls") from None
+        if calls and self.role != "assistant":
+            raise RequestError(f"{where} calls a tool, but only an assistant can", param=f"{where}.tool_calls")
+        if self.content is None and not calls:
             raise RequestError(f"{where} has no content", wanted="a string", param=f"{where}.content")
-        if isinstance(self.content, str):
-            text = self.content
+        if self.content is None or isinstance(self.content, str):
+            text = self.content or ""
         else:
             other = next((p.type for p in self.content if p.type != "text" or p.text is None), None)
             if other is not None:
@@ -69,7 +81,9 @@ class ChatMessage(Body):
                     f"{where} holds a part that is not text", got=other, wanted="text", param=f"{where}.content"
                 )
             text = "".join(p.text or "" for p in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        role: Role = "system" if self.role == "developer" else self.role
+        thoughts = self.reasoning_content or ""
+        return Message(role, text, calls, thoughts, self.name or "", self.tool_call_id or "")
 
 
 class Request(Body):
@@ -136,6 +150,8 @@ class Sampling(Request):
     def refuse_unsupported(self) -> None:
         """Raises RequestError for a field that would change the answer and that this server does not know."""
         extra = self.model_extra or {}
+        if extra.get("parallel_tool_calls") is False and "tools" not in self.UNSUPPORTED:
+            raise _unsupported("parallel_tool_calls", "leave it out or send true")
         # What says nothing: absent, null, empty, and the values that name the default.
         harmless = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "repetition_penalty": (1,),
                     "best_of": (1, self.n)}  # fmt: skip
@@ -168,6 +184,31 @@ class ChatRequest(Sampling):
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: str | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Options of the model's template, such as `enable_thinking`."""
+
+    UNSUPPORTED: ClassVar[Sequence[str]] = tuple(
+        name for name in Sampling.UNSUPPORTED if name not in ("tools", "tool_choice")
+    )
+
+    def to_tools(self) -> Tools:
+        """What the model may call. Raises RequestError for what is no function, and for a call that is demanded."""
+        if self.tool_choice not in (None, "auto", "none"):
+            error = RequestError(
+                "a call cannot be demanded",
+                got=json.dumps(self.tool_choice),
+                wanted="auto or none",
+                param="tool_choice",
+            )
+            error.code = "unsupported_parameter"
+            raise error
+        try:
+            tools = tools_from_json(self.tools)
+        except DataError as error:
+            raise RequestError(error.what, got=error.got, wanted=error.wanted, param="tools") from None
+        return () if self.tool_choice == "none" else tools
 
     def to_messages(self) -> tuple[Message, ...]:
         return tuple(m.to_message(f"messages.{i}") for i, m in enumerate(self.messages))

@@ -10,16 +10,51 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from prairie.data.tokenizer import Detokenizer
+from prairie.data.tool_calls import CallFormat, Said
 from prairie.serve.answers import DONE, Top, chat_logprobs, event, text_logprobs, to_json, usage
 from prairie.serve.choices import Answer, Choice, Part
 from prairie.serve.errors import body_of
 
 log = logging.getLogger("prairie.serve")
+
+
+class Calls:
+    """The tool calls in one choice, and as much of its text as is surely none."""
+
+    def __init__(self, answer: Answer, choice: Choice, format: CallFormat) -> None:
+        self.answer, self.choice, self.format = answer, choice, format
+        self.mark = answer.resident.tokenizer.special_tokens.get(format.opening)
+        """The token that opens a call, where it is one that gives no text."""
+        self._heard, self._sent, self._marked = "", 0, False
+
+    @cached_property
+    def said(self) -> Said:
+        """The whole answer taken apart; its calls get their ids here, once."""
+        text, ids = self.choice.text, self.choice.token_ids[: self.choice.shown(self.answer.stop_ids)]
+        if self.mark is not None and self.mark in ids:
+            tokenizer, place = self.answer.resident.tokenizer, ids.index(self.mark)
+            before = "".join(map(Detokenizer(tokenizer).push, ids[:place]))
+            text = before + tokenizer.decode(ids[place:], skip_special=False)
+        return self.format.read(text, [tool["function"]["name"] for tool in self.answer.order.tools])
+
+    def new_text(self, part: Part) -> str:
+        """What may be sent of the content now."""
+        self._heard += part.text
+        self._marked = self._marked or self.mark in part.token_ids
+        if part.last:
+            whole, end = self.said.content, len(self.said.content)
+        else:
+            whole = self._heard
+            end = self._sent if self._marked else self.format.shown(whole)
+        start, self._sent = self._sent, max(self._sent, end)
+        return whole[start : self._sent]
 
 
 class Chat:
@@ -29,16 +64,26 @@ class Chat:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
+        format = answer.call_format
+        self._calls = {} if format is None else {c.index: Calls(answer, c, format) for c in answer.choices}
 
     def choice(self, choice: Choice) -> dict[str, Any]:
         shown = choice.shown(self.answer.stop_ids)
+        said = self._said(choice)
+        message: dict[str, Any] = {"role": "assistant", "content": said.content, "refusal": None}
+        if said.calls:
+            message |= {"content": said.content or None, "tool_calls": [call.to_json() for call in said.calls]}
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice.token_ids[:shown], choice.logprobs[:shown], choice.tops[:shown]),
-            "finish_reason": choice.finish_reason,
+            "finish_reason": _finish_reason(choice, said),
             "response_id": choice.id,
         }
+
+    def _said(self, choice: Choice) -> Said:
+        """Its text and its calls; without tools all is text."""
+        return self._calls[choice.index].said if self._calls else Said(choice.text, ())
 
     def opening(self, choice: Choice) -> Iterator[dict[str, Any]]:
         yield self._piece(choice, {"role": "assistant", "content": ""})
@@ -51,10 +96,14 @@ class Chat:
             tokens = tokens[: len(tokens) - len(part.choice.token_ids) + part.choice.shown(self.answer.stop_ids)]
         count = len(tokens)
         logprobs = self._logprobs(tokens, part.logprobs[:count], part.tops[:count]) if count else None
-        if part.text or logprobs is not None:
-            yield self._piece(part.choice, {"content": part.text}, logprobs)
+        text = self._calls[part.choice.index].new_text(part) if self._calls else part.text
+        if text or logprobs is not None:
+            yield self._piece(part.choice, {"content": text}, logprobs)
         if part.last:
-            yield self._piece(part.choice, {}, finish_reason=part.choice.finish_reason)
+            said = self._said(part.choice)
+            for number, call in enumerate(said.calls):
+                yield self._piece(part.choice, {"tool_calls": [{"index": number} | call.to_json()]})
+            yield self._piece(part.choice, {}, finish_reason=_finish_reason(part.choice, said))
 
     def _piece(
         self, choice: Choice, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
@@ -69,6 +118,10 @@ class Chat:
 
     def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[float], tops: Sequence[Top]) -> Any:
         return None if self.answer.top is None else chat_logprobs(self.answer.names, tokens, logprobs, tops)
+
+
+def _finish_reason(choice: Choice, said: Said) -> str | None:
+    return "tool_calls" if said.calls and choice.finish_reason == "stop" else choice.finish_reason
 
 
 class Text:

@@ -245,9 +245,9 @@ def test_errors_are_the_clients_own_exceptions(client):
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(**ask("spark", "fox " * CONTEXT))
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(**ask("spark"), tools=[{"type": "function", "function": {"name": "f"}}])
-    assert (tools.value.code, tools.value.param) == ("unsupported_parameter", "tools")
+    with pytest.raises(openai.BadRequestError) as functions:
+        client.chat.completions.create(**ask("spark"), functions=[{"name": "f"}])
+    assert (functions.value.code, functions.value.param) == ("unsupported_parameter", "functions")
 
 
 def test_the_schema_names_every_route(http):
