@@ -204,7 +204,8 @@ def loaded(kind: str) -> Tokenizer:
 def test_sentencepiece_models_equal_their_library(kind: str, text: str) -> None:
     theirs = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=trained(kind))
     ours = loaded(kind)
-    if "\x00" in text or text in ("<u>", "<uu>") or any("\uff61" <= char <= "\uff9f" for char in text):
+    alone = "".join(text.replace("▁", " ").split()) in ("<u>", "<uu>")
+    if "\x00" in text or alone or any("\uff61" <= char <= "\uff9f" for char in text):
         return  # what `spec_of` names, and a text that ends early for the library
     ids, wanted = ours.encode(text), theirs.encode(text)
     if ids != wanted and MODELS[kind]["model_type"] == "unigram":
