@@ -76,8 +76,8 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     """Reads `config.json` and the weights of a Hugging Face folder into a Transformer.
 
     `dtype` None keeps the file's. Tensors are read in pieces, so that loading needs little more memory than the model
-    (tests/models/test_load_memory.py). ModelError when a file is missing or damaged, when a name or shape differs from what
-    the config promises, or when `prairie.json` names other weights.
+    (tests/models/test_load_memory.py). ModelError when a file is missing or damaged, when a name or shape differs from
+    what the config promises, or when `prairie.json` names other weights.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
