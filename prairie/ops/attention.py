@@ -26,6 +26,8 @@ MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
 QUERY_BLOCK = 64
 """Queries of one row handled at once; keys behind a block's end are never touched, which saves up to half the work."""
+SEEN_BLOCK = 256
+"""The same for sight other than causal, where each block has a mask of its own."""
 CACHED_NUMBERS = 1 << 18
 """Attention weights handled at once: 1 MB in float32 stays in a core's own cache."""
 
@@ -49,6 +51,12 @@ class Sight(NamedTuple):
         distance = queries - keys
         seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         return seen & (distance.abs() < self.window) if self.window else seen
+
+    def reach(self, first: int, last: int, length: int) -> tuple[int, int]:
+        """The keys of a row of `length` that queries first..last may see lie within these bounds."""
+        low = max(0, first - self.window + 1) if self.window else 0
+        high = min(length, last + self.window - 1) if self.window else length
+        return low, last if self.causal else high
 
 
 CAUSAL = Sight()
@@ -145,7 +153,7 @@ class PackedDocuments:
         self._indices: dict[int, _Places] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._rows_of, self._own_R = rows_of, own_R
-        self._sights: dict[Sight, list[Tensor]] = {}
+        self._sights: dict[tuple[int, Sight, int], Tensor] = {}
 
     @property
     def row_lengths_N(self) -> Tensor:
@@ -192,41 +200,43 @@ class PackedDocuments:
     def _masked_attention(
         self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, sight: Sight, bias: RelativeBias | None
     ) -> Tensor:
-        """Every other kind of sight, by an explicit mask; a cap on the scores is written out."""
+        """Every other kind of sight, by explicit masks: a block of queries and the keys that it may see at a time.
+        A cap on the scores is written out."""
         (H, D), K = q_NHD.shape[1:], k_NKD.shape[1]
         padded = [_Pad.apply(x, self) for x in (q_NHD, k_NKD, v_NKD)]
         outs, start = [], 0
-        for (rows, length), mask in zip(self.buckets, self._masks_of(sight), strict=True):
+        for number, (rows, length) in enumerate(self.buckets):
             q, k, v = (
                 x[start * heads : (start + rows * length) * heads].view(rows, heads, length, -1)
                 for x, heads in zip(padded, (H, K, K), strict=True)
             )
-            if sight.softcap:
-                q = q.view(rows, K, H // K, length, D)
-                scores = softcap(q @ k[:, :, None].mT * D**-0.5, sight.softcap)
-                o = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(v.dtype) @ v[:, :, None]
-            else:
+            blocks = []
+            for first in range(0, length, SEEN_BLOCK):
+                last = min(first + SEEN_BLOCK, length)
+                low, high = sight.reach(first, last, length)
+                mask = self._seen(number, sight, first, last)
                 if bias is not None:
-                    mask = bias(0, length, length).masked_fill(~mask, float("-inf"))
-                o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
+                    mask = bias(first, last, high)[..., low:].masked_fill(~mask, float("-inf"))
+                blocks.append(_seen_attention(q[:, :, first:last], k[:, :, low:high], v[:, :, low:high], mask, sight))
+            o = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
             outs.append(o.reshape(-1, D))
             start += rows * length
         out: Tensor = _Unpad.apply(torch.cat(outs), self, H)
         return out
 
-    def _masks_of(self, sight: Sight) -> list[Tensor]:
-        """Per bucket (B or 1, 1, T, T) bool, True where a query sees a key. A place behind its row's end sees anything:
-        what it gets is dropped, and a softmax over nothing would be no number."""
-        if sight not in self._sights:
-            self._sights[sight] = masks = []
-            for rows, (_, longest) in zip(self._rows_of, self.buckets, strict=True):
-                places_T = torch.arange(longest)
-                seen = sight.visible(places_T[:, None], places_T)[None]
-                if not (self.equal or sight.causal):
-                    ends_B11 = torch.tensor([self.lengths[r] for r in rows])[:, None, None]
-                    seen = (seen & (places_T < ends_B11)) | (places_T[:, None] >= ends_B11)
-                masks.append(seen[:, None].to(self.device))
-        return self._sights[sight]
+    def _seen(self, bucket: int, sight: Sight, first: int, last: int) -> Tensor:
+        """(B or 1, 1, queries, keys) bool, True where a query of first..last sees a key in its reach. A place behind
+        its row's end sees anything: what it gets is dropped, and a softmax over nothing would be no number."""
+        key = (bucket, sight, first)
+        if key not in self._sights:
+            low, high = sight.reach(first, last, self.buckets[bucket][1])
+            queries, keys = torch.arange(first, last)[:, None], torch.arange(low, high)
+            seen = sight.visible(queries, keys)[None]
+            if not (self.equal or sight.causal):
+                ends_B11 = torch.tensor([self.lengths[r] for r in self._rows_of[bucket]])[:, None, None]
+                seen = (seen & (keys < ends_B11)) | (queries >= ends_B11)
+            self._sights[key] = seen[:, None].to(self.device)
+        return self._sights[key]
 
     def pad(self, x_NHW: Tensor) -> Tensor:
         """(places, W): all buckets one behind the other, each ordered by row, head, place. Places behind a row's end
@@ -390,6 +400,17 @@ class _MatrixAttention(torch.autograd.Function):
                     dk_G[pairs, :stop].baddbmm_(scores.mT, q_G[pairs, block], beta=beta, alpha=size**-0.5)
         dq_NHD = packed.unpad(dq, heads).reshape(ctx.shape)
         return dq_NHD, packed.unpad_sum(dk, heads), packed.unpad_sum(dv, heads), None
+
+
+def _seen_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor, sight: Sight) -> Tensor:
+    """(B, H, T, D): what the queries take from the keys that the mask (bool or additive) shows them."""
+    (B, H, T, D), K = q_BHTD.shape, k_BKSD.shape[1]
+    if not sight.softcap:
+        return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, enable_gqa=H != K)
+    q = q_BHTD.reshape(B, K, H // K, T, D)
+    scores = softcap(q @ k_BKSD[:, :, None].mT * D**-0.5, sight.softcap)
+    weights = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(-1).to(v_BKSD.dtype)
+    return (weights @ v_BKSD[:, :, None]).reshape(B, H, T, D)
 
 
 def _segments(packed: PackedDocuments, heads: int) -> list[tuple[slice, int, int]]:

@@ -50,8 +50,12 @@ SIGHTS = {
 
 @pytest.mark.parametrize("sight", SIGHTS.values(), ids=SIGHTS.keys())
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
+@pytest.mark.parametrize("block", [8, 256])
 @pytest.mark.parametrize("lengths", [[12, 12], [1, 30, 2, 29, 28, 11, 1]])
-def test_every_sight_equals_reference(lengths: list[int], heads: int, kv_heads: int, sight: Sight) -> None:
+def test_every_sight_equals_reference(
+    lengths: list[int], heads: int, kv_heads: int, sight: Sight, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "SEEN_BLOCK", block)
     ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
     got = PackedDocuments(lengths)(0, *ours, sight)
     wanted = attention_reference(*plain, lengths, sight)
