@@ -35,19 +35,15 @@ def peer(kind: str, quick: bool) -> Found:
         import datasets
         from trl import SFTConfig, SFTTrainer
 
-        given = rows(kind, quick)
-        columns = [
-            {"input_ids": ids, "labels": [-100] * (len(ids) - learnt) + ids[len(ids) - learnt :]}
-            for ids, learnt in given
-        ]
         packed = kind != "default"
+        dataset = datasets.Dataset.from_list(workloads.labelled(rows(kind, quick)))
         config = SFTConfig(
             **workloads.peer_arguments(folder), learning_rate=1e-4, packing=packed, max_length=1024,
             per_device_train_batch_size=2 if packed else 8,
         )  # fmt: skip
         clock = workloads.peer_clock()
         trainer = SFTTrainer(
-            workloads.peer_model(SHAPE, VOCABULARY), args=config, train_dataset=datasets.Dataset.from_list(columns),
+            workloads.peer_model(SHAPE, VOCABULARY), args=config, train_dataset=dataset,
             processing_class=workloads.peer_tokenizer(VOCABULARY), callbacks=[clock],
             peft_config=workloads.peer_lora() if kind == "lora" else None,
         )  # fmt: skip

@@ -167,6 +167,13 @@ def peer_tokenizer(vocabulary: int) -> Any:
     )
 
 
+def labelled(rows: list[Row]) -> list[dict[str, list[int]]]:
+    """Rows as TRL takes them when they are tokens already."""
+    return [
+        {"input_ids": ids, "labels": [-100] * (len(ids) - learnt) + ids[len(ids) - learnt :]} for ids, learnt in rows
+    ]
+
+
 def peer_lora() -> Any:
     from peft import LoraConfig
 

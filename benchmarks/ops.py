@@ -1,0 +1,145 @@
+"""The operators, fast form against plain form: the same values and gradients, forward and backward, on all cores.
+
+    python -m benchmarks.ops [--quick] [--case "cross entropy 32k"] --json
+
+Calls a second. The plain form is the reference that the tests hold the fast one to; where there is none but autograd's
+own composition, it is that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Case, Found, run, timed
+from benchmarks.workloads import our_runtime, preferences
+
+Make = Callable[[], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]
+"""Fast form, plain form, the tensors that both take; those of floats get gradients."""
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) * 0.1
+
+
+def cross_entropy(vocabulary: int) -> Make:
+    def make() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+        from prairie.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+
+        labels = torch.randint(vocabulary, (1024,), generator=torch.Generator().manual_seed(0))
+        labels[::3] = -100
+        tensors = [normal(1024, 320), normal(vocabulary, 320)]
+        return (lambda h, w: linear_cross_entropy(h, w, labels)), (
+            lambda h, w: linear_cross_entropy_reference(h, w, labels)
+        ), tensors  # fmt: skip
+
+    return make
+
+
+def logprobs() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    from prairie.ops.loss import linear_logprobs, linear_logprobs_reference
+
+    labels = torch.randint(32768, (1024,), generator=torch.Generator().manual_seed(0))
+    labels[::2] = -100
+    tensors = [normal(1024, 320), normal(32768, 320)]
+    return (lambda h, w: linear_logprobs(h, w, labels)), (lambda h, w: linear_logprobs_reference(h, w, labels)), tensors
+
+
+def packed_attention() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    from prairie.ops.attention import PackedDocuments, attention_reference
+
+    lengths = [300, 180, 160, 120, 90, 70, 64, 40]
+    attend = PackedDocuments(lengths)
+    tensors = [normal(sum(lengths), 5, 64) for _ in range(3)]
+    return (lambda q, k, v: attend(0, q, k, v)), (lambda q, k, v: attention_reference(q, k, v, lengths)), tensors
+
+
+def shared_prompt() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Eight answers to one prompt; the plain form computes the prompt's attention for each."""
+    from prairie.ops.attention import NO_PREFIX, PackedDocuments, Prefix
+
+    (prompt, *_), *_ = given = preferences(1, 4, 4096)
+    answers = [len(answer) for _, *both in given for answer in both]
+    own = [len(prompt) + answers[0], *answers[1:]]
+    attend = PackedDocuments(own, prefixes=[NO_PREFIX, *(Prefix(0, len(prompt)) for _ in answers[1:])])
+    whole = PackedDocuments([len(prompt) + answer for answer in answers])
+    shared, places_A = torch.arange(len(prompt)), torch.arange(len(prompt), sum(own))
+    index = torch.cat([torch.cat([shared, answer]) for answer in places_A.split(answers)])
+    tensors = [normal(sum(own), 5, 64) for _ in range(3)]
+    return (lambda q, k, v: attend(0, q, k, v)), (lambda q, k, v: whole(0, q[index], k[index], v[index])), tensors
+
+
+def adapters() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """A layer with eight adapters, each on its eighth of the tokens, against one after the other."""
+    from prairie.ops.linear import LowRank, adapt, adapt_rows
+
+    rows = [slice(i * 256, (i + 1) * 256) for i in range(8)]
+    tensors = [normal(2048, 320), normal(960, 320), *(normal(48, 320) for _ in rows), *(normal(960, 48) for _ in rows)]
+
+    def changes(pairs: tuple[Tensor, ...]) -> list[tuple[LowRank, slice]]:
+        return [(LowRank(a, b), part) for a, b, part in zip(pairs[:8], pairs[8:], rows, strict=True)]
+
+    def fast(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
+        return adapt_rows(x @ w.T, x, changes(pairs))
+
+    def plain(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
+        y = x @ w.T
+        for change, part in changes(pairs):
+            y = adapt(y, x, change, part)
+        return y
+
+    return fast, plain, tensors
+
+
+def elementwise(name: str, *shapes: tuple[int, ...]) -> Make:
+    def make() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+        from prairie.ops import elementwise as ops
+
+        more = (1e-5,) if name == "rms_norm" else ()
+        fast, plain = getattr(ops, name), getattr(ops, f"{name}_reference")
+        return (lambda *x: fast(*x, *more)), (lambda *x: plain(*x, *more)), [normal(*shape) for shape in shapes]
+
+    return make
+
+
+def measured(make: Make, fast: bool, quick: bool) -> Found:
+    our_runtime()
+    fast_form, plain_form, tensors = make()
+    form = fast_form if fast else plain_form
+    for tensor in tensors:
+        tensor.requires_grad_()
+
+    def call() -> int:
+        for tensor in tensors:
+            tensor.grad = None
+        form(*tensors).sum().backward()
+        return 1
+
+    return timed(call, 1.0 if quick else 4.0)
+
+
+def case(name: str, make: Make, peer_name: str = "plain form") -> Case:
+    return Case(
+        name,
+        peer_name,
+        "calls/s",
+        lambda quick: measured(make, True, quick),
+        lambda quick: measured(make, False, quick),
+    )
+
+
+CASES = [
+    case("cross entropy 4k", cross_entropy(4096)),
+    case("cross entropy 32k", cross_entropy(32768)),
+    case("logprobs 32k", logprobs),
+    case("packed attention", packed_attention),
+    case("shared prompt", shared_prompt, "each row whole"),
+    case("8 adapters", adapters, "one after the other"),
+    case("rms_norm", elementwise("rms_norm", (4096, 320), (320,))),
+    case("swiglu", elementwise("swiglu", (4096, 1728))),
+]
+
+if __name__ == "__main__":
+    run("ops", CASES)
