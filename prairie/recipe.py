@@ -208,6 +208,8 @@ class Train(_Stage, Learning):
     """The stage whose model is trained on; none = a new model of `shape` with the tokenizer of stage `tokenizer`."""
     tokenizer: str | None = None
     shape: Shape | None = None
+    together: str | None = None
+    """A name that several stages give: their adapters, on the model of one `start`, are trained in the same steps."""
 
     @model_validator(mode="after")
     def _origin(self) -> Train:
@@ -217,6 +219,8 @@ class Train(_Stage, Learning):
             raise ValueError("`shape` is for a new model and does not go with `start`")
         if self.start is None and self.adapter is not None:
             raise ValueError("an adapter needs `start`, the model it stands on")
+        if self.together and (self.adapter is None or self.objective not in ("causal_lm", "dpo")):
+            raise ValueError("`together` is for adapters, of `objective` causal_lm or dpo")
         if self.adapter is not None and self.objective in ("reward", "classification"):
             raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
         watch = self.evaluation
@@ -504,15 +508,35 @@ class Recipe(_Strict):
                     f"stages of recipe `{self.name}` wait for each other", got=" -> ".join([*waiting, name])
                 )
             waiting.append(name)
-            for read, what in self.stages[name].wants():
-                visit(read, name)
-                self._check_gives(read, what, name)
+            for beside in self.together(name):
+                for read, what in self.stages[beside].wants():
+                    visit(read, beside)
+                    self._check_gives(read, what, beside)
             waiting.pop()
             done.append(name)
 
         for name in self.stages:
             visit(name, name)
         return done
+
+    def together(self, name: str) -> list[str]:
+        """Names of the stages that are carried out in the same steps as this one, itself among them.
+
+        Raises RecipeError if they do not stand on one model or do not compute in one dtype.
+        """
+        stage = self.stages[name]
+        group = stage.together if isinstance(stage, Train) else None
+        if not group:
+            return [name]
+        found = {other: s for other, s in self.stages.items() if isinstance(s, Train) and s.together == group}
+        for key in ("start", "dtype"):
+            values = {str(getattr(other, key)) for other in found.values()}
+            if len(values) > 1:
+                raise RecipeError(
+                    f"the stages of `together: {group}` in recipe `{self.name}` differ in `{key}`",
+                    got=", ".join(sorted(values)), wanted=f"one {key}",
+                )  # fmt: skip
+        return list(found)
 
     def _check_gives(self, read: str, what: str, asked_by: str) -> None:
         if what and self.stages[read].gives != what:

@@ -128,7 +128,7 @@ class ChatLearner:
                 figures.update(
                     learn(
                         self.config, "dpo", rows, start, base_of(parent), folder, home.work(identity),
-                        self.context.runtime, self.title, tracked=home.root / "tracking",
+                        self.context.runtime, self.title, kept=home.references, tracked=home.root / "tracking",
                     )
                 )  # fmt: skip
             home.clear_work(identity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -91,6 +91,8 @@ class Handler:
     """The rooms whose source is the stage's code revision."""
     always: bool = False
     """True: a service or a publication, carried out in every run, leaves no artifact."""
+    make_together: Callable[[Sequence[Work]], list[dict[str, Any]]] | None = None
+    """`make` for several stages at once, where they may be carried out in the same steps."""
     outside: Callable[[Any], list[str]] = lambda config: []
     """Fingerprints of what the stage reads from outside the recipe (a file, the interpreter)."""
 

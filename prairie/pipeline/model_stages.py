@@ -1,7 +1,7 @@
 """The stages that make models: `import`, `train`, `sample`.
 
-`learn` is the one place where records, a starting model and the keys of `Learning` become weights; the flywheel calls
-it too.
+`_lesson` is the one place where records, a starting model and the keys of `Learning` become a training; `learn` is it
+for one run, which the flywheel calls too, `train_together` for several adapters on one base.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ from prairie.train.memory import Job
 from prairie.train.objective import Objective, length_baseline
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.classification import Classification
-from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
+from prairie.train.objectives.dpo import DPO, DPOConfig, kept_reference
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.reward import LABELS, Reward
+from prairie.train.together import fit_together
 from prairie.train.tracking import tracking
 from prairie.train.trainer import TrainConfig, Trainer
 
@@ -179,24 +181,48 @@ def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
 def train(work: Work) -> dict[str, Any]:
     """A training stage: rows of the named stages, from a new model or an earlier one."""
     config: Train = work.config
-    folders = {name: work.inputs[name].product.path for name in config.sources()}
-    records = [r for folder in folders.values() for r in train_records(folder)]
-    held_out = {name: held_out_records(folder) for name, folder in folders.items()} if config.evaluation else {}
     if config.start is not None:
-        model_config = config_of(work.model(config.start))
-        job_of(config, model_config).require_fit(work.name)
+        job_of(config, config_of(work.model(config.start))).require_fit(work.name)
         start = open_start(work.model(config.start))
         base_artifact = base_of(work.model(config.start))
     else:
         assert config.shape is not None and config.tokenizer is not None
         tokenizer_folder = work.inputs[config.tokenizer].product.path
-        model_config = new_model(config.shape, Tokenizer.load(tokenizer_folder).vocab_size)
-        job_of(config, model_config).require_fit(work.name)
+        job_of(config, new_model(config.shape, Tokenizer.load(tokenizer_folder).vocab_size)).require_fit(work.name)
         start = _fresh(config.shape, tokenizer_folder, work.context.recipe.seed)
         base_artifact = ""
-    return learn(
-        config, config.objective, records, start, base_artifact, work.folder, work.scratch, work.context.runtime,
-        work.name, held_out=held_out, tracked=work.context.home.root / "tracking",
+    with _lesson_of(work, start) as lesson:
+        return lesson.write(lesson.trainer.fit(), work.folder, base_artifact)
+
+
+def train_together(works: Sequence[Work]) -> list[dict[str, Any]]:
+    """Several training stages of adapters on one model, carried out in the same steps."""
+    first: Train = works[0].config
+    assert first.start is not None
+    artifact = works[0].model(first.start)
+    start = open_start(artifact)
+    if start.adapter is not None:
+        raise ModelError(
+            "adapters are trained together on a whole model", got=f"stage `{first.start}`, an adapter",
+            mend=f"leave `together: {first.together}` out, or merge that adapter first",
+        )  # fmt: skip
+    with ExitStack() as stack:
+        lessons = [stack.enter_context(_lesson_of(work, replace(start))) for work in works]
+        figures = fit_together([lesson.trainer for lesson in lessons])
+        return [
+            lesson.write(its, work.folder, base_of(artifact))
+            for lesson, its, work in zip(lessons, figures, works, strict=True)
+        ]
+
+
+def _lesson_of(work: Work, start: Start) -> AbstractContextManager[Lesson]:
+    config: Train = work.config
+    folders = {name: work.inputs[name].product.path for name in config.sources()}
+    records = [r for folder in folders.values() for r in train_records(folder)]
+    held_out = {name: held_out_records(folder) for name, folder in folders.items()} if config.evaluation else {}
+    return _lesson(
+        config, config.objective, records, start, work.scratch, work.context.runtime, work.name,
+        kept=work.context.home.references, held_out=held_out, tracked=work.context.home.root / "tracking",
     )  # fmt: skip
 
 
@@ -211,12 +237,60 @@ def learn(
     runtime: Runtime,
     title: str,
     *,
-    held_out: Mapping[str, Sequence[Record]] | None = None,
+    kept: Path,
     tracked: Path | None = None,
 ) -> dict[str, Any]:
-    """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`.
+    """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`; `kept` is
+    where references lie (`Home.references`), `tracked` where a tracker writes."""
+    with _lesson(config, objective, records, start, scratch, runtime, title, kept=kept, tracked=tracked) as lesson:
+        return lesson.write(lesson.trainer.fit(), folder, base_artifact)
 
-    `held_out` are rows by the stage they come from, for `config.evaluation`; `tracked` is where a tracker writes.
+
+@dataclass(frozen=True)
+class Lesson:
+    """A training that is ready to begin, and how its result is written."""
+
+    trainer: Trainer
+    start: Start
+    dataset: TokenDataset
+    about: dict[str, Any]
+
+    def write(self, figures: dict[str, Any], folder: Path, base_artifact: str) -> dict[str, Any]:
+        """The model (or adapter), its metrics and curves, into `folder`; returns all figures."""
+        trainer, start, data = self.trainer, self.start, self.dataset.figures
+        parameters = start.model.config.parameters()
+        figures = {**figures, **self.about, "dtype": trainer.runtime.dtype, "parameters": parameters}
+        if trainer.adapter is None:
+            write_model(start.model, start.tokenizer, start.template, folder, {})
+            if start.folder is not None:
+                carry_pooling(start.folder, folder)
+        else:
+            _write_adapter(trainer.adapter, start, folder, base_artifact)
+        metrics = folder / "metrics.jsonl"
+        metrics.write_bytes((trainer.folder / "metrics.jsonl").read_bytes())
+        page = curve_page(metrics, trainer.title, {**figures, **data})
+        (folder / "curves.html").write_text(page, encoding="utf-8")
+        return {**figures, "data": data}
+
+
+@contextmanager
+def _lesson(
+    config: Learning,
+    objective: str,
+    records: Sequence[Record],
+    start: Start,
+    scratch: Path,
+    runtime: Runtime,
+    title: str,
+    *,
+    kept: Path,
+    held_out: Mapping[str, Sequence[Record]] | None = None,
+    tracked: Path | None = None,
+) -> Iterator[Lesson]:
+    """Everything between the keys of a recipe and the first step.
+
+    `kept` is where references lie; `held_out` are rows by the stage they come from, for `config.evaluation`; `tracked`
+    is where a tracker writes.
     """
     runtime = runtime.computing_in(config.dtype)
     runtime.seed_all()
@@ -229,12 +303,12 @@ def learn(
     about = _tell_of(dataset, title, runtime)
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
-    learned = _objective(objective, config, start, dataset, runtime)
+    learned = _objective(objective, config, start, dataset, runtime, kept)
     evaluate = None
     adapter = _adapter_to_train(config, start, runtime.seed)
     if config.evaluation is not None:
         rows = {
-            name: (_objective(objective, config, start, found, runtime), found)
+            name: (_objective(objective, config, start, found, runtime, kept), found)
             for name, records in (held_out or {}).items() if records
             for found in [
                 dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
@@ -247,17 +321,7 @@ def learn(
             start.model, learned, loader, settings, runtime=runtime, folder=scratch, adapter=adapter,
             evaluate=evaluate, tracker=tracker, title=title,
         )  # fmt: skip
-        figures = {**trainer.fit(), **about, "dtype": runtime.dtype, "parameters": start.model.config.parameters()}
-    if adapter is None:
-        write_model(start.model, start.tokenizer, start.template, folder, {})
-        if start.folder is not None:
-            carry_pooling(start.folder, folder)
-    else:
-        _write_adapter(adapter, start, folder, base_artifact)
-    metrics = folder / "metrics.jsonl"
-    metrics.write_bytes((scratch / "metrics.jsonl").read_bytes())
-    (folder / "curves.html").write_text(curve_page(metrics, title, {**figures, **dataset.figures}), encoding="utf-8")
-    return {**figures, "data": dataset.figures}
+        yield Lesson(trainer, start, dataset, about)
 
 
 def _tell_of(dataset: TokenDataset, title: str, runtime: Runtime) -> dict[str, Any]:
@@ -490,14 +554,17 @@ def _with_head(start: Start, objective: str, labels: tuple[str, ...], seed: int)
     return start.model.with_scores(labels, seed)
 
 
-def _objective(name: str, config: Learning, start: Start, dataset: TokenDataset, runtime: Runtime) -> Objective:
-    """The objective for a dataset; DPO's reference is the starting model, so this comes before any step."""
+def _objective(
+    name: str, config: Learning, start: Start, dataset: TokenDataset, runtime: Runtime, kept: Path
+) -> Objective:
+    """The objective for a dataset; DPO's reference is the starting model, so this comes before any step. What was
+    computed of it lies in `kept`."""
     match name:
         case "dpo":
             family = DPOConfig(
                 loss=config.loss, beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
             )
-            reference = reference_logprobs(start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
+            reference = kept_reference(kept, start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
             return DPO(family, reference)
         case "reward":
             return Reward()

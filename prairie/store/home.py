@@ -1,6 +1,7 @@
 """One folder that holds all that Prairie remembers: the database, the artifacts, work in progress.
 
-HOME/prairie.db, HOME/artifacts/<id>/, HOME/work/<id>/ (checkpoints of unfinished work), HOME/tmp/, HOME/locks/.
+HOME/prairie.db, HOME/artifacts/<id>/, HOME/work/<id>/ (checkpoints of unfinished work), HOME/references/ (what DPO
+computed of its reference models), HOME/tmp/, HOME/locks/.
 Not here: what stands in them (`database`, `artifacts`, `registry`, `feedback`, `keys`).
 """
 
@@ -90,6 +91,11 @@ class Home:
         with disk_errors(f"the work folder {folder} cannot be made"):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def references(self) -> Path:
+        """Where log-probabilities of reference models are kept; may be deleted at any time."""
+        return self.root / "references"
 
     def clear_work(self, id: str) -> None:
         """Removes a work folder once its artifact stands."""

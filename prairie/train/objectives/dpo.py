@@ -14,11 +14,18 @@ Shapes: R rows (chosen, rejected, chosen, ...), P = R / 2 pairs.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -26,6 +33,8 @@ from prairie.data.loader import Batch, TokenDataset
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
+from prairie.models.weights import hash_of
+from prairie.train.checkpoint import writing
 from prairie.train.objective import (
     computing_in,
     every_batch,
@@ -161,6 +170,37 @@ def reference_logprobs(
             hidden_ND, labels_N = hidden_states(model, batch, adapters)
             logps_R[batch.rows] = row_sums(model.logprobs(hidden_ND, labels_N, adapters).float(), batch.lengths).cpu()
     return logps_R
+
+
+def kept_reference(
+    folder: Path,
+    model: Transformer,
+    dataset: TokenDataset,
+    adapters: Sequence[AdapterRows] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`reference_logprobs`, read from `folder` where they were computed before.
+
+    The file is named by all that decides the bits: weights, adapters, tokens and mask (so the template too), dtype, and
+    the torch and threads that computed. A damaged file is computed anew. Raises StorageFullError.
+    """
+    about = [
+        hash_of(model), [adapter.lora.hash for adapter in adapters], dataset.fingerprint, str(dtype),
+        torch.__version__, torch.get_num_threads(), str(model.embed.device),
+    ]  # fmt: skip
+    path = folder / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError):
+        kept = load_file(path)["logps"]
+        if len(kept) == len(dataset.offsets) - 1:
+            return kept
+    found = reference_logprobs(model, dataset, adapters, dtype=dtype)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        save_file({"logps": found}, aside)
+        aside.replace(path)
+    return found
 
 
 def held_out_preferences(
