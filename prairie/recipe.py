@@ -178,6 +178,8 @@ class Learning(_Strict):
     track: Literal["tensorboard", "mlflow"] | None = Field(None, exclude=True)
     """Who follows the run beside metrics.jsonl; not part of what the product is, so not of its name."""
     adapter: AdapterShape | None = None
+    quantize: Literal["nf4", "int8", "int4"] | None = None
+    """An adapter learns on a base that is kept in this form (QLoRA, arXiv 2305.14314)."""
     beta: float = Field(0.1, gt=0)
     """dpo: the pull towards the reference."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say
+
+
+class Quantize(StrEnum):
+    """How weights are kept."""
+
+    int8 = "int8"
+    int4 = "int4"
+    nf4 = "nf4"
 
 
 def serve(
@@ -19,6 +28,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option("--quantize", help="Keep the weights in int8, int4 or nf4; the log says what that changes."),
+    ] = None,
     max_pending: Annotated[
         int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")
     ] = 512,
@@ -45,7 +58,8 @@ def serve(
         if _is_loopback(host):
             settings = Settings(settings.max_pending, settings.max_body_bytes, loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
-        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count))
+        packed = {"quantize": quantize.value} if quantize else {}
+        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **packed)
 
         def ready() -> None:
             served = [model["id"] for model in app.state.service.models.listing()]

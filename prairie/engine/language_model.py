@@ -33,13 +33,24 @@ from prairie.engine.request import Completion, Request, SamplingParams
 from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError, TokenizerError
 from prairie.models.config import ModelConfig
 from prairie.models.lora import AdapterRows, LoRA
+from prairie.models.quantized import Quantization
+from prairie.models.quantized import quantize as pack
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of, load_model, read_manifest
 from prairie.ops.attention import PackedDocuments
+from prairie.ops.packed import Bits
 from prairie.runtime import Runtime
 
 Conversation = Seq[Message | Mapping[str, Any]]
 SAMPLING_KEYS = tuple(field.name for field in fields(SamplingParams))
+
+
+QUANTIZATION_SAMPLE = (
+    "Once upon a time there was a little horse at the edge of the prairie. One day she asked: what is 7 + 12?",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "从前有一匹小马，住在草原边上。有一天她问：七加十二等于多少？",
+)
+"""What the error of quantised weights is measured on."""
 
 
 class LanguageModel:
@@ -82,9 +93,11 @@ class LanguageModel:
         folder: Path | str,
         adapter: Path | str | None = None,
         runtime: Runtime | None = None,
+        quantize: Bits | None = None,
         **engine_settings: Any,
     ) -> LanguageModel:
-        """Reads a model folder, and an adapter folder to answer with.
+        """Reads a model folder, and an adapter folder to answer with. `quantize` keeps the matrices of the blocks in
+        fewer bits; `quantization` then says what that changed.
 
         Raises ModelError, TokenizerError, TemplateError or AdapterError if a file is missing or damaged, or if
         tokenizer, base, template and adapter were not made for each other.
@@ -97,12 +110,19 @@ class LanguageModel:
         model = load_model(folder, runtime.torch_dtype()).to(runtime.device)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.load(folder, tokenizer)
+        if quantize is not None:
+            pack(model, quantize, [tokenizer.encode(text) for text in QUANTIZATION_SAMPLE])
         lora = None
         if adapter is not None:
             check_adapter(Path(adapter), template, tokenizer)
             lora = LoRA.load(adapter).to(runtime.device)
         name = Path(adapter).name if adapter is not None else folder.name
         return cls(model, tokenizer, template, lora=lora, name=name, folder=folder, **engine_settings)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights were packed and what that changed; None: they were not."""
+        return self.model.quantization
 
     @property
     def adapters(self) -> list[AdapterRows]:

@@ -29,5 +29,9 @@ def load(
         if config.kind != "decoder" or not config.writes:
             if adapter is not None:
                 raise ModelError(f"{folder} takes no adapter here", got=adapter, wanted="a decoder that writes")
+            if engine_settings.get("quantize") is not None:
+                raise ModelError(
+                    f"{folder} cannot be quantised", got=f"an {config.kind}", wanted="a decoder that writes"
+                )
             return Seq2Seq.load(folder, runtime) if config.writes else Reader.load(folder, runtime)
     return LanguageModel.load(folder, adapter, runtime, **engine_settings)

@@ -107,7 +107,7 @@ class LoRA(nn.Module):
         for at in model.linears():
             lengths_O = None
             if config.dora and any(part.name in wanted for part in at.parts):
-                weight_OI = at.weight.float() if parent is None else parent.weight_under(at).float()
+                weight_OI = at.dense().float() if parent is None else parent.weight_under(at).float()
                 lengths_O = row_lengths(weight_OI.detach()).cpu()
             for part, rows in at.rows():
                 if (path := part.name) in wanted:
@@ -215,6 +215,12 @@ class LoRA(nn.Module):
         AdapterError for another base; when that change is above `tolerance` (the model must then be loaded anew); when
         only one side of tied embeddings is adapted.
         """
+        if model.quantization is not None:
+            raise AdapterError(
+                f"{name} cannot be merged into a quantised base",
+                got=model.quantization.bits,
+                mend="load it as it is",
+            )
         self.require_base(model, name)
         stack = (*self.parents, self)
         if model.head is None and any(self.touches(model.linear(None, group)) for group in ("embed", "head")):
@@ -225,7 +231,7 @@ class LoRA(nn.Module):
         before = _logits_of_probe(model, [AdapterRows(self)])
         with torch.no_grad():
             for at in model.linears():
-                at.weight.copy_(self.weight_under(at))
+                at.dense().copy_(self.weight_under(at))
         model.merged = (*model.merged, *(lora.hash for lora in stack))
         error = float((_logits_of_probe(model, []) - before).abs().max() / before.abs().max())
         allowed = MERGE_TOLERANCE.get(model.embed.dtype, 0.05) if tolerance is None else tolerance
@@ -265,7 +271,7 @@ class LoRA(nn.Module):
 
     def weight_under(self, at: FusedLinear) -> Tensor:
         """(O, I) the weight of one fused linear layer as this adapter (on its parent) changes it."""
-        weight_OI = at.weight if self.parent is None else self.parent.weight_under(at)
+        weight_OI = at.dense() if self.parent is None else self.parent.weight_under(at)
         change = self._change(at)
         return weight_OI if change is None else adapted_weight(weight_OI, change)
 
@@ -315,7 +321,7 @@ class LoRA(nn.Module):
     def _with_gain(self, at: FusedLinear, pairs: Mapping[str, Pair], change: LowRank) -> LowRank:
         """The length of W + B A is a constant of the backward pass, as the paper has it (section 4.3)."""
         with torch.no_grad():
-            weight_OI = (at.weight if self.parent is None else self.parent.weight_under(at)).float()
+            weight_OI = (at.dense() if self.parent is None else self.parent.weight_under(at)).float()
             lengths_O = row_lengths(adapted_weight(weight_OI, change))
         gains = []
         for part, rows in at.rows():

@@ -30,12 +30,14 @@ from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and
 from prairie.ops.cross_attention import Memory
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
 from prairie.ops.experts import mix_experts, route
-from prairie.ops.linear import adapt_rows
+from prairie.ops.linear import adapt_rows, linear
 from prairie.ops.loss import IGNORED, linear_cross_entropy, linear_logprobs
+from prairie.ops.packed import PackedWeight, dense
 from prairie.ops.relative import RelativeBias
 
 if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
+    from prairie.models.quantized import Quantization
 
 NORMS = ("attention_norm", "attention_out_norm", "cross_norm", "cross_out_norm", "mlp_norm", "mlp_out_norm")
 HEAD = "lm_head"
@@ -107,9 +109,13 @@ class FusedLinear(NamedTuple):
     layer: int | None
     group: str
     parts: tuple[Part, ...]
-    weight: Tensor
+    weight: Tensor | PackedWeight
     """(O, I)"""
     bias: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """(O, I) the weight itself, however it is kept."""
+        return dense(self.weight)
 
     def rows(self) -> Iterator[tuple[Part, slice]]:
         """Each part with its rows of the weight."""
@@ -159,6 +165,8 @@ class Transformer(nn.Module):
         self.frequencies = {rope: rope_frequencies(c, window=rope == "window") for rope in set(self.ropes) if rope}
         self.merged: tuple[str, ...] = ()
         """Hashes of the adapters that were merged into these weights, in their order."""
+        self.quantization: Quantization | None = None
+        """How the blocks' matrices were packed (`models.quantized`), and what that changed; None: they were not."""
         self.loaded_hashes: tuple[str, str] | None = None
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
 
@@ -261,7 +269,7 @@ class Transformer(nn.Module):
             if len(adapters) > 1 or adapters[0].rows is not None:
                 raise AdapterError("adapters of the head learn one at a time", got=f"{len(adapters)} at once")
             return adapters[0].lora.weight_under(at)
-        return at.weight if torch.is_grad_enabled() else at.weight.detach()
+        return self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
 
     def with_scores(self, labels: Sequence[str], seed: int = 0) -> Transformer:
         """`with_head` of the kind that classifies rows; one label makes it a reward model."""
@@ -459,7 +467,7 @@ class Transformer(nn.Module):
     def _linear(self, x_NI: Tensor, layer: int, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
         """One fused linear layer, as the adapters that name it change it."""
         at = self.linear(layer, group)
-        return self._adapted(F.linear(x_NI, at.weight, at.bias), x_NI, at, adapters)
+        return self._adapted(linear(x_NI, at.weight, at.bias), x_NI, at, adapters)
 
     def _adapted(self, y_NO: Tensor, x_NI: Tensor, at: FusedLinear, adapters: Sequence[AdapterRows]) -> Tensor:
         if torch.is_grad_enabled():  # in training all at once, where all only add something

@@ -1,7 +1,8 @@
 """Products with weights: a linear layer, and the low-rank change of it that LoRA (arXiv 2106.09685) and DoRA
 (arXiv 2402.09353) learn.
 
-Not here: which parts of a model carry an adapter (`models.lora`), the vocabulary's head (`ops.loss`).
+Not here: which parts of a model carry an adapter (`models.lora`), weights in fewer bits (`packed`), the vocabulary's
+head (`ops.loss`).
 
 Legend: N tokens, I input columns, O output columns, R rank.
 """
@@ -14,6 +15,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from prairie.ops.packed import PackedWeight
+
+
+def linear(x_NI: Tensor, weight_OI: Tensor | PackedWeight, bias_O: Tensor | None = None) -> Tensor:
+    """(N, O) x W^T + b, however the weight is kept."""
+    if not isinstance(weight_OI, PackedWeight):
+        return F.linear(x_NI, weight_OI, bias_O)
+    y_NO = weight_OI.product(x_NI)
+    return y_NO if bias_O is None else y_NO + bias_O
 
 
 class LowRank(NamedTuple):

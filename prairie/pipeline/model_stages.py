@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from prairie.models.config import ModelConfig
 from prairie.models.config_file import read_config
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.pooling import carry_pooling
+from prairie.models.quantized import quantize
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, read_json, read_manifest, save_model
 from prairie.pipeline.context import Work, file_fingerprint
@@ -300,7 +302,7 @@ def _lesson(
     marked = not start.model.config.causal
     dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
     dataset.check_refused(config.max_refused)
-    about = _tell_of(dataset, title, runtime)
+    about = {**_tell_of(dataset, title, runtime), **_packed(config, start, dataset)}
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     learned = _objective(objective, config, start, dataset, runtime, kept)
@@ -322,6 +324,21 @@ def _lesson(
             evaluate=evaluate, tracker=tracker, title=title,
         )  # fmt: skip
         yield Lesson(trainer, start, dataset, about)
+
+
+def _packed(config: Learning, start: Start, dataset: TokenDataset) -> dict[str, Any]:
+    """Keeps the base in fewer bits, if that is asked for, and says what it changed. ModelError without an adapter."""
+    if config.quantize is None:
+        return {}
+    if config.adapter is None and start.adapter is None:
+        raise ModelError(
+            "only an adapter can learn on a quantised base", got=f"quantize {config.quantize}", mend="add `adapter`"
+        )
+    known = start.model.quantization
+    if known is not None and known.bits == config.quantize:  # by another training on the same base
+        return {"quantized": known.to_json()}
+    rows = [dataset.ids[a:b].tolist() for a, b in pairwise(dataset.offsets[:9].tolist())]
+    return {"quantized": quantize(start.model, config.quantize, rows).to_json()}
 
 
 def _tell_of(dataset: TokenDataset, title: str, runtime: Runtime) -> dict[str, Any]:
@@ -591,6 +608,7 @@ def _write_adapter(adapter: LoRA, start: Start, folder: Path, base_artifact: str
         template_hash=_needed(start.template).hash,
         tokenizer_hash=start.tokenizer.hash,
         base_artifact=base_artifact,
+        base_quantized=start.model.quantization.bits if start.model.quantization else None,
     )
 
 

@@ -120,8 +120,14 @@ class Resident:
     @property
     def fingerprint(self) -> str:
         """Weights, adapter and template in one short word: equal fingerprints answer alike."""
-        parts = (self.weights_hash, self.adapter_hash or "", self.base.key[1])
+        parts = (self.weights_hash, self.adapter_hash or "", self.base.key[1], *filter(None, [self.bits]))
         return "fp_" + hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def bits(self) -> str | None:
+        """In what form the weights are kept, where they are quantised: the same weights then answer otherwise."""
+        quantization = getattr(self.base.model, "quantization", None)
+        return quantization.bits if quantization is not None else None
 
     def identity(self) -> dict[str, Any]:
         """The `prairie` object of every answer."""
@@ -131,6 +137,7 @@ class Resident:
             "artifact_id": self.source.artifact_id,
             "weights_hash": self.weights_hash,
             "adapter_hash": self.adapter_hash,
+            **({"quantize": self.bits} if self.bits else {}),
         }
 
     def model_object(self, name: str) -> dict[str, Any]:
@@ -389,6 +396,8 @@ class Models:
                 f"{folder} is an encoder-decoder, which the server does not answer with",
                 mend="`prairie chat DIR` and prairie.load do",
             )
+        if (quantization := getattr(model, "quantization", None)) is not None:
+            log.info("%s quantised, %s", folder.name, quantization)
         # The pooling of a model that only reads stands in its folder; of one that writes the engine is what counts.
         text = str(folder) if model.template is None else model.template.hash
         key = (model.weights_hash, text, model.tokenizer.hash)

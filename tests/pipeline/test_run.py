@@ -4,8 +4,9 @@ import pytest
 from tiny_recipes import contents, data_stages, learning, quiet_runtime, run_here, training_recipe, write_jsonl
 
 import prairie
-from prairie.errors import BusyError, DataError, NotFoundError, RecipeError
+from prairie.errors import BusyError, DataError, ModelError, NotFoundError, RecipeError
 from prairie.models.lora import LoRA
+from prairie.models.weights import load_model, read_manifest
 from prairie.pipeline import run as module
 from prairie.pipeline.context import Context
 from prairie.recipe import resolve_recipe
@@ -158,3 +159,23 @@ def test_an_adapter_on_an_adapter(home, tmp_path):
     model = prairie.load("tiny:dpo", home=home.root)
     assert model.adapter_hash == above.hash
     assert model.generate("what colour is thing 3?", max_tokens=3, temperature=0).token_ids
+
+
+def test_an_adapter_learns_on_a_quantised_base(home, tmp_path):
+    tree = {"name": "t", "stages": data_stages(tmp_path)}
+    base = learning(4, data="chats", tokenizer="tokenizer", shape={"depth": 1, "dim": 64})
+    tree["stages"] |= {
+        "base": base,
+        "sft": learning(8, data="chats", start="base", lr=1e-2, quantize="nf4", adapter={"rank": 4}),
+        "dpo": learning(2, objective="dpo", data="pairs", start="sft", quantize="nf4"),
+    }
+    made = run_here(tree, home)
+    for name in ("sft", "dpo"):
+        report = made[name].figures["quantized"]
+        assert report["bits"] == "nf4" and report["kl"] > 0 and report["bytes_after"] < report["bytes_before"]
+        assert read_manifest(made[name].product.path)["base_quantized"] == "nf4"
+    lora = LoRA.load(made["sft"].product.path)
+    lora.require_base(load_model(made["base"].product.path))
+    whole = {**tree, "stages": {**tree["stages"], "base": base | {"quantize": "int8"}}}
+    with pytest.raises(ModelError, match="only an adapter can learn on a quantised base"):
+        run_here(whole, home)

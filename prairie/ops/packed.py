@@ -1,0 +1,146 @@
+"""Frozen weights in fewer bits: 8 and 4 bits for serving, and the 4-bit normal floats of QLoRA (arXiv 2305.14314).
+
+A `PackedWeight` stands where a weight stands; `ops.linear.linear` takes either. Its numbers never change: what learns
+is an adapter beside it, and the gradient that passes through is exactly that of the dense weight, which is made anew
+for the backward pass instead of being kept.
+Not here: which weights of a model are packed, and what that costs in its answers (`models.quantized`).
+
+Legend: N tokens, I input columns, O output rows, G columns of a group, S groups of a row.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Bits = Literal["int8", "int4", "nf4"]
+GROUPS = {"int4": 32, "nf4": 64}
+"""Columns that share a scale in the 4-bit forms."""
+KERNEL_BLOCK = 32
+FEW_ROWS = 8
+"""Up to so many tokens, torch's kernel for 8 bits is faster than a product with the dense weight (docs/log.md)."""
+
+
+@cache
+def nf4_levels() -> tuple[float, ...]:
+    """The 16 values of NF4 in [-1, 1]: quantiles of a normal, 0 among them (arXiv 2305.14314, appendix E)."""
+    end = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    above = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(end, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+    return tuple(sorted((levels / levels.max()).tolist()))
+
+
+class PackedWeight(nn.Module):
+    """An (O, I) weight as small numbers with scales. int8: one scale a row. int4: 16 even steps from the least to the
+    largest number of each group of a row. nf4: 16 normal quantiles times the largest magnitude of the group."""
+
+    numbers: Tensor
+    scales: Tensor
+    least: Tensor
+
+    def __init__(self, weight_OI: Tensor, bits: Bits) -> None:
+        super().__init__()
+        self.bits, self.shape, self.dtype = bits, weight_OI.shape, weight_OI.dtype
+        numbers, scales, least = (_pack_int8 if bits == "int8" else _pack_4bit)(weight_OI.detach().float(), bits)
+        self.register_buffer("numbers", numbers)
+        self.register_buffer("scales", scales)
+        self.register_buffer("least", least)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def device(self) -> torch.device:
+        return self.numbers.device
+
+    def dense(self) -> Tensor:
+        """(O, I) the weight that is computed with, in the dtype that it was packed from."""
+        if self.bits == "int8":
+            return (self.numbers * self.scales[:, None]).to(self.dtype)
+        codes_OI = torch.stack([self.numbers & 15, self.numbers >> 4], -1).flatten(1)
+        values = (
+            torch.tensor(nf4_levels(), device=self.device)[codes_OI.long()] if self.bits == "nf4" else codes_OI.float()
+        )
+        values_OSG = values.unflatten(1, (-1, GROUPS[self.bits])) * self.scales[..., None].float()
+        if self.bits == "int4":
+            values_OSG = values_OSG + self.least[..., None].float()
+        return values_OSG.flatten(1)[:, : self.shape[1]].to(self.dtype)
+
+    def product(self, x_NI: Tensor) -> Tensor:
+        """(N, O) x times the transposed weight, differentiable in x."""
+        if self.bits == "int8" and len(x_NI) <= FEW_ROWS and not x_NI.requires_grad and self._fits_kernel():
+            y_NO = torch._weight_int8pack_mm(x_NI.bfloat16(), self.numbers, self.scales.bfloat16())
+            return y_NO.to(x_NI.dtype)
+        out: Tensor = _FrozenProduct.apply(x_NI, self)
+        return out
+
+    def _fits_kernel(self) -> bool:
+        """torch's kernel reads beyond a row whose columns do not fill its vectors (it crashes at 172 of them)."""
+        whole = self.shape[0] % KERNEL_BLOCK == 0 and self.shape[1] % KERNEL_BLOCK == 0
+        return whole and _has_int8_kernel(self.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.bits}, {tuple(self.shape)}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Keeps neither x nor the dense weight for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x_NI.dtype
+        return F.linear(x_NI, weight.dense())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy_NO,) = grads
+        return (dy_NO @ ctx.weight.dense().to(dy_NO.dtype)).to(ctx.dtype), None
+
+
+def dense(weight_OI: Tensor | PackedWeight) -> Tensor:
+    """(O, I) the weight itself, however it is kept."""
+    return weight_OI.dense() if isinstance(weight_OI, PackedWeight) else weight_OI
+
+
+def _pack_int8(weight_OI: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
+    scales_O = weight_OI.abs().amax(1).clamp_min(1e-12) / 127
+    numbers = (weight_OI / scales_O[:, None]).round().to(torch.int8)
+    return numbers, scales_O, torch.empty(0)
+
+
+def _pack_4bit(weight_OI: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
+    """Two columns a byte. A row whose columns do not fill its last group is filled up with zeros."""
+    padded = F.pad(weight_OI, (0, -weight_OI.shape[1] % GROUPS[bits]))
+    groups_OSG = padded.unflatten(1, (-1, GROUPS[bits]))
+    if bits == "int4":
+        least_OS, most_OS = groups_OSG.amin(-1).half(), groups_OSG.amax(-1)
+        scales_OS = ((most_OS - least_OS.float()) / 15).clamp_min(1e-7).half()
+        codes = ((groups_OSG - least_OS[..., None].float()) / scales_OS[..., None].float()).round().clamp(0, 15)
+    else:
+        least_OS, scales_OS = torch.empty(0), groups_OSG.abs().amax(-1).clamp_min(1e-12)
+        levels = torch.tensor(nf4_levels(), device=weight_OI.device)
+        codes = torch.bucketize(groups_OSG / scales_OS[..., None], (levels[1:] + levels[:-1]) / 2)
+    codes_OI = codes.to(torch.uint8).flatten(1)
+    return codes_OI[:, 0::2] | (codes_OI[:, 1::2] << 4), scales_OS, least_OS
+
+
+@cache
+def _has_int8_kernel(device: torch.device) -> bool:
+    """Whether torch's own operator, which may change or be missing, is there and right on this device."""
+    generator = torch.Generator().manual_seed(0)
+    x_NI, numbers = torch.randn(2, 64, generator=generator), torch.randint(-127, 128, (32, 64), generator=generator)
+    scales_O = torch.rand(32, generator=generator) + 0.5
+    try:
+        found = torch._weight_int8pack_mm(
+            x_NI.bfloat16().to(device), numbers.to(device, torch.int8), scales_O.bfloat16().to(device)
+        )
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    wanted = x_NI @ (numbers * scales_O[:, None]).T
+    return bool((found.cpu().float() - wanted).abs().max() < 0.02 * wanted.abs().max())
