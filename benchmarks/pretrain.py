@@ -84,7 +84,7 @@ def peer(case: str, quick: bool) -> Found:
 
 
 def seconds(quick: bool) -> float:
-    return 4.0 if quick else 12.0
+    return 3.0 if quick else 6.0
 
 
 def case(name: str) -> Case:

@@ -61,6 +61,11 @@ def preferences(
     return made
 
 
+def warm_up_of(steps: int) -> int:
+    """Steps at the beginning that are not counted: two, or one of few."""
+    return 2 if steps >= 8 else 1
+
+
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
@@ -93,10 +98,10 @@ def our_runtime() -> Any:
 
 
 def our_training(
-    model: Any, objective: Any, dataset: Any, *, tokens_per_batch: int, adapter: Any = None, skipped: int = 2
+    model: Any, objective: Any, dataset: Any, *, tokens_per_batch: int, adapter: Any = None, passes: int = 1
 ) -> Found:
-    """One pass over `dataset` by a Trainer. `rate` is in tokens a second, `counts_per_s` in what the objective counts
-    (supervised tokens, pairs), both without the first `skipped` steps."""
+    """Some passes over `dataset` by a Trainer. `rate` is in tokens a second, `counts_per_s` in what the objective
+    counts (supervised tokens, pairs), both without the first steps."""
     from prairie.data.loader import Loader
     from prairie.train.config import TrainConfig
     from prairie.train.trainer import Trainer
@@ -110,13 +115,14 @@ def our_training(
 
     loader = Loader(dataset, tokens_per_batch=tokens_per_batch, seed=0)
     config = TrainConfig(
-        steps=loader.batches_per_epoch, tokens_per_batch=tokens_per_batch, lr=1e-4, save_every_s=None, log_every=1000
-    )
+        steps=passes * loader.batches_per_epoch, tokens_per_batch=tokens_per_batch, lr=1e-4, save_every_s=None,
+        log_every=1000,
+    )  # fmt: skip
     with TemporaryDirectory() as folder:
         trainer = Clocked(model, objective, loader, config, runtime=our_runtime(), folder=Path(folder), adapter=adapter)
         forget_peak()
         figures = trainer.fit()
-    skipped = min(skipped, len(marks) - 2)
+    skipped = warm_up_of(len(marks))
     seconds = marks[-1][0] - marks[skipped - 1][0]
     _, tokens, counts = (sum(column) for column in zip(*marks[skipped:], strict=True))
     return {
