@@ -28,6 +28,12 @@ def convert(folder: Path, config: dict[str, Any]) -> Spec:
     for name in ("tokenizer.model", "spiece.model"):
         if (folder / name).is_file():
             return _sentencepiece(folder / name, config)
+    if (folder / "source.spm").is_file():
+        raise TokenizerError(
+            f"{folder} has one SentencePiece model for each of two languages (Marian), which is not read",
+            got="source.spm and vocab.json",
+            wanted="tokenizer.json",
+        )
     raise TokenizerError(
         f"{folder} has no tokenizer",
         got="no tokenizer.json",

@@ -265,3 +265,10 @@ def test_a_damaged_sentencepiece_model_is_one_sentence(place: int, byte: int) ->
                 Tokenizer.load(folder)
             except TokenizerError as error:
                 assert "\n" not in str(error)
+
+
+def test_two_languages_in_two_models_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "source.spm").write_bytes(b"")
+    with pytest.raises(TokenizerError, match="one SentencePiece model for each of two languages"):
+        Tokenizer.load(tmp_path)
