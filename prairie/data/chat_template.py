@@ -597,7 +597,7 @@ def _sources_of_folder(folder: Path) -> tuple[str | None, str | None]:
 def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TemplateError(f"{path} cannot be read", got=str(error), wanted="UTF-8 text") from None
 
 
@@ -612,6 +612,6 @@ def _json_of(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TemplateError(f"{path} cannot be read", got=str(error), wanted="a JSON object") from None
     return value if isinstance(value, dict) else {}

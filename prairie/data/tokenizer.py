@@ -393,7 +393,7 @@ def _backend(spec: dict[str, Any]) -> tokenizers.Tokenizer:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read", got=str(error), wanted="a JSON object") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} cannot be read", got=type(value).__name__, wanted="a JSON object")

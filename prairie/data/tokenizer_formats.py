@@ -61,7 +61,7 @@ def _bert(folder: Path, config: dict[str, Any]) -> Spec:
     """WordPiece in `vocab.txt`, one token a line (Devlin et al. 2018, arXiv:1810.04805)."""
     try:
         lines = (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{folder / 'vocab.txt'} cannot be read", got=str(error), wanted="UTF-8 text") from None
     vocab = {line: n for n, line in enumerate(lines)}
     names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
@@ -119,7 +119,7 @@ def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read", got=str(error), wanted="a JSON object") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} cannot be read", got=type(value).__name__, wanted="a JSON object")

@@ -111,6 +111,8 @@ def config_from_peft(raw: Mapping[str, Any], folder: Path) -> LoRAConfig:
             f"{folder / ADAPTER_CONFIG} lacks a usable r or lora_alpha",
             got=f"r {rank}, lora_alpha {alpha}, rank_pattern {ranks}, alpha_pattern {alphas}",
         )
+    for pattern in (*ranks, *alphas):
+        _check_pattern(pattern, folder)
     targets = raw.get("target_modules")
     return LoRAConfig(
         rank=int(numbers[0]),
@@ -213,6 +215,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _of_pattern(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), otherwise)
+
+
+def _check_pattern(pattern: str, folder: Path) -> None:
+    """Patterns come from outside: one that repeats a group could be matched for hours."""
+    try:
+        re.compile(pattern)
+        sound = not re.search(r"\)\s*[*+?{]", pattern) and len(pattern) < 500
+    except (re.error, RecursionError):
+        sound = False
+    if not sound:
+        raise AdapterError(
+            f"the adapter in {folder} sets ranks by a pattern that is not matched here", got=repr(pattern)[:80],
+            wanted="the end of a path, or a regular expression without repeated groups",
+        )  # fmt: skip
 
 
 def _whole(value: Any) -> bool:
