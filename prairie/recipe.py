@@ -200,11 +200,12 @@ class Learning(_Strict):
 
 class Train(_Stage, Learning):
     """A model or an adapter from data: causal_lm on text or conversations, dpo (arXiv 2305.18290) and reward (arXiv
-    2203.02155) on preferences, classification on labelled texts, masked_lm (arXiv 1810.04805) on text."""
+    2203.02155) on preferences, classification on labelled texts, masked_lm (arXiv 1810.04805) on text, seq2seq (arXiv
+    1910.10683) on questions with answers."""
 
     gives: ClassVar[str] = "model"
     kind: Literal["train"]
-    objective: Literal["causal_lm", "dpo", "reward", "classification", "masked_lm"] = "causal_lm"
+    objective: Literal["causal_lm", "dpo", "reward", "classification", "masked_lm", "seq2seq"] = "causal_lm"
     data: str | list[str]
     start: str | None = None
     """The stage whose model is trained on; none = a new model of `shape` with the tokenizer of stage `tokenizer`."""
@@ -226,9 +227,9 @@ class Train(_Stage, Learning):
         if self.adapter is not None and self.objective in ("reward", "classification"):
             raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
         watch = self.evaluation
-        if watch and watch.by == "accuracy" and not watch.tasks and self.objective in ("causal_lm", "masked_lm"):
+        if watch and watch.by == "accuracy" and not watch.tasks and self.objective in ("causal_lm", "masked_lm", "seq2seq"):
             raise ValueError("`evaluation.by: accuracy` needs `evaluation.tasks`")
-        if watch and watch.tasks and self.objective in ("reward", "classification", "masked_lm"):
+        if watch and watch.tasks and self.objective in ("reward", "classification", "masked_lm", "seq2seq"):
             raise ValueError(f"a model of `objective: {self.objective}` answers no `evaluation.tasks`")
         return self
 

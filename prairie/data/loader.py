@@ -178,6 +178,26 @@ class TokenDataset:
         made.figures["labels"] = dict(zip(labels, np.bincount(targets, minlength=len(labels)).tolist(), strict=True))
         return made
 
+    @classmethod
+    def from_answers(
+        cls, records: Iterable[Chat], tokenizer: Tokenizer, max_tokens: int, *, on_long: OnLong = "refuse"
+    ) -> TokenDataset:
+        """Two rows a conversation of one question and one answer, for an encoder-decoder: what is read, with the marks
+        that the tokenizer puts, and what is answered.
+
+        A conversation of more turns, or with a side longer than `max_tokens`, is refused and listed;
+        `on_long="truncate"` cuts it. Raises DataError if nothing is left.
+        """
+        rows = _Rows()
+        for count, record in enumerate(records):
+            if [message.role for message in record.messages] != ["user", "assistant"]:
+                rows.refuse(count, "not one question and one answer")
+                continue
+            sides = [tokenizer.encode_input(message.content).ids for message in record.messages]
+            masks = [False] * len(sides[0]), [True] * len(sides[1])
+            rows.add(count, [_side(*side, max_tokens, on_long) for side in zip(sides, masks, strict=True)])
+        return rows.dataset(2, "questions with answers")
+
     def check_refused(self, most: float) -> None:
         """Raises DataError if a larger share than `most` of the rows was refused while this dataset was made."""
         refused = int(self.figures["refused_rows"])
@@ -192,10 +212,13 @@ class TokenDataset:
             )
 
     def rows_without_label(self) -> npt.NDArray[np.int64]:
-        """The numbers of the rows that have no supervised token behind their first one."""
+        """The numbers of the groups' last rows that have no supervised token behind their first one. (The first row of
+        a group may be one that is only read.)"""
+        last = np.arange(self.group - 1, len(self.offsets) - 1, self.group)
         marks = np.concatenate([[0], np.cumsum(self.mask)])
         firsts = np.asarray(self.mask[self.offsets[:-1]], np.int64)
-        return np.flatnonzero(marks[self.offsets[1:]] - marks[self.offsets[:-1]] - firsts < 1)
+        found = marks[self.offsets[1:]] - marks[self.offsets[:-1]] - firsts
+        return last[found[last] < 1]
 
     def __len__(self) -> int:
         """Number of groups."""
@@ -550,6 +573,15 @@ def _ends(tokenizer: Tokenizer, marked: bool) -> tuple[list[int], list[int]]:
         return whole[:first], whole[first + len(text) :]
     begin = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     return begin, [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+
+
+def _side(ids: list[int], mask: list[bool], max_tokens: int, on_long: OnLong) -> _Row | str:
+    """What is read or what is answered, cut if it may be, or why it is refused."""
+    if len(ids) < 2:
+        return "a side with nothing in it"
+    if len(ids) > max_tokens and on_long == "refuse":
+        return f"{len(ids)} tokens, more than the {max_tokens} allowed"
+    return _Row(ids[:max_tokens], mask[:max_tokens], cut=max(0, len(ids) - max_tokens))
 
 
 def _scored(ids: list[int], end: list[int], max_tokens: int, on_long: OnLong) -> _Row | str:

@@ -24,6 +24,7 @@ from prairie.ops.relative import RelativeBias
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
+HALVES = (torch.float16, torch.bfloat16)
 QUERY_BLOCK = 64
 """Queries of one row handled at once; keys behind a block's end are never touched, which saves up to half the work."""
 SEEN_BLOCK = 256
@@ -154,6 +155,7 @@ class PackedDocuments:
         self._masks: dict[tuple[int, int, int], Tensor] = {}
         self._rows_of, self._own_R = rows_of, own_R
         self._sights: dict[tuple[int, Sight, int], Tensor] = {}
+        self._ends: Tensor | None = None
 
     @property
     def row_lengths_N(self) -> Tensor:
@@ -178,8 +180,11 @@ class PackedDocuments:
         return self._kernel_attention(q_NHD, k_NKD, v_NKD)
 
     def _kernel_attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        """torch's fused kernel, bucket by bucket: for long rows and for other chips than a CPU."""
+        """torch's fused kernel, bucket by bucket: for long rows and for other chips than a CPU. On CUDA, in half
+        precision, rows of any lengths lie side by side as they are."""
         grouped = q_NHD.shape[1] != k_NKD.shape[1]
+        if q_NHD.device.type == "cuda" and q_NHD.dtype in HALVES and not (self.equal or self.shared):
+            return self._side_by_side(q_NHD, k_NKD, v_NKD, grouped)
         if self.equal:
             rows, length = self.buckets[0]
             q, k, v = (x.reshape(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_NHD, k_NKD, v_NKD))
@@ -237,6 +242,19 @@ class PackedDocuments:
                 seen = (seen & (keys < ends_B11)) | (queries >= ends_B11)
             self._sights[key] = seen[:, None].to(self.device)
         return self._sights[key]
+
+    def _side_by_side(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, grouped: bool) -> Tensor:
+        """FlashAttention's form for rows of unlike lengths (arXiv 2307.08691): no bucket, no padding."""
+        from torch.nn.attention.varlen import varlen_attn  # imports more than a CPU needs
+
+        if self._ends is None:
+            self._ends = F.pad(self._own_R.cumsum(0), (1, 0)).to(self.device, torch.int32)
+        out = varlen_attn(
+            q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous(), self._ends, self._ends, self.longest,
+            self.longest, window_size=(-1, 0), enable_gqa=grouped,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
 
     def pad(self, x_NHW: Tensor) -> Tensor:
         """(places, W): all buckets one behind the other, each ordered by row, head, place. Places behind a row's end

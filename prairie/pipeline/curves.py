@@ -40,7 +40,7 @@ def curve_page(metrics: Path, title: str, figures: Mapping[str, Any]) -> str:
     drawn = plots.panels(panels_of(lines, figures))
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)} · training · Prairie</title><style>{STYLE}</style><body>"
+        f"<title>{html.escape(title)} · training · Prairie</title><style>{STYLE}figure svg{{width:100%}}</style><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(_summary(figures))}</p><figure>{drawn}</figure>"
         f"<h2>Figures</h2><div class=wide><table>{_rows(figures)}</table></div></body></html>"
     )

@@ -49,9 +49,13 @@ from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, kept_reference
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.reward import LABELS, Reward
+from prairie.train.objectives.seq2seq import Seq2Seq
 from prairie.train.together import fit_together
 from prairie.train.tracking import tracking
 from prairie.train.trainer import TrainConfig, Trainer
+
+PADDED = 1024
+"""Embeddings beyond the tokenizer's tokens that published models have for the sake of round numbers."""
 
 
 @dataclass
@@ -104,7 +108,7 @@ def open_start(artifact: Artifact) -> Start:
     lora = LoRA.load(folder)
     model = load_model(base)
     lora.require_base(model, artifact.name)
-    return Start(model, tokenizer, ChatTemplate.load(base, tokenizer), lora)
+    return Start(model, tokenizer, template_of(base, tokenizer, model.config), lora)
 
 
 def import_model(work: Work) -> dict[str, Any]:
@@ -170,7 +174,16 @@ def job_of(config: Learning, model: ModelConfig) -> Job:
 
 
 def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raises ModelError if the tokenizer has ids that the model has not."""
+    """Raises ModelError if the tokenizer has ids that the model has not, or if the model has so many more that the
+    tokenizer must be another one's."""
+    spare = config.vocab_size - tokenizer.vocab_size
+    if spare > max(PADDED, config.vocab_size // 10):
+        raise ModelError(
+            "the model's vocabulary is far larger than the tokenizer's",
+            got=f"{tokenizer.vocab_size} tokens for {config.vocab_size} embeddings",
+            wanted=f"at most {max(PADDED, config.vocab_size // 10)} embeddings without a token",
+            mend="take the tokenizer that the model was trained with",
+        )
     if tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
             "the tokenizer does not fit the model",
@@ -389,10 +402,15 @@ def template_of(
 
 def require_teachable(objective: str, config: ModelConfig, adapted: bool) -> None:
     """Raises ModelError if a model of this kind cannot learn by this objective, or not by an adapter."""
-    if config.kind == "encoder_decoder":
-        raise ModelError("recipes do not train encoder-decoders", got=config.family, wanted="a decoder or an encoder")
-    if config.kind == "decoder":
+    if (config.kind == "encoder_decoder") != (objective == "seq2seq"):
+        raise ModelError(
+            f"an {config.kind.replace('_', '-')} cannot learn by {objective}", got=config.family,
+            wanted="seq2seq" if config.kind == "encoder_decoder" else "an encoder-decoder",
+        )  # fmt: skip
+    if config.kind == "decoder" or (objective == "seq2seq" and not adapted):
         return
+    if objective == "seq2seq":
+        raise ModelError("an encoder-decoder is trained as a whole", got="an adapter", mend="leave `adapter` out")
     if objective not in ("masked_lm", "classification"):
         raise ModelError(
             f"an encoder cannot learn by {objective}", got=config.family, wanted="masked_lm or classification"
@@ -418,6 +436,11 @@ def dataset_of(
         if len(pairs) != len(records):
             raise DataError(f"{objective} needs preferences", got=f"{len(records) - len(pairs)} other rows")
         return TokenDataset.from_preferences(pairs, _needed(template), config.max_tokens, on_long=config.on_long)
+    if objective == "seq2seq":
+        return TokenDataset.from_answers(
+            [_as_chat(r) for r in records if not isinstance(r, Text)], tokenizer, config.max_tokens,
+            on_long=config.on_long,
+        )  # fmt: skip
     texts = [r for r in records if isinstance(r, Text)]
     if objective in ("classification", "masked_lm") and len(texts) != len(records):
         raise DataError(f"{objective} needs texts", got=f"{len(records) - len(texts)} other rows")
@@ -589,6 +612,8 @@ def _objective(
             return Classification()
         case "masked_lm":
             return _masked(start, runtime.seed)
+        case "seq2seq":
+            return Seq2Seq()
         case _:
             return CausalLM()
 
@@ -596,8 +621,11 @@ def _objective(
 def _masked(start: Start, seed: int) -> MaskedLM:
     """Raises ModelError if the tokenizer has no mask token."""
     tokenizer = start.tokenizer
-    if tokenizer.mask_id is None:
-        raise ModelError("masked_lm needs a tokenizer with a mask token", mend="start from an encoder, such as BERT")
+    if tokenizer.mask_id is None or start.model.config.kind != "encoder":
+        raise ModelError(
+            "masked_lm needs an encoder and a tokenizer with a mask token", got=f"an {start.model.config.kind}",
+            mend="start from an encoder, such as BERT",
+        )  # fmt: skip
     special = tuple(sorted(tokenizer.special_tokens.values()))
     return MaskedLM(tokenizer.mask_id, start.model.config.vocab_size, special, seed=seed)
 

@@ -79,6 +79,17 @@ def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRo
     return hidden, batch.labels_N.to(device)
 
 
+def require_next_tokens(model: Transformer) -> None:
+    """Raises TrainingError for a model that sees what follows, or that ends in something else than next tokens: its
+    loss on them would be low and mean nothing."""
+    if model.config.kind != "decoder" or not model.config.writes:
+        ends = model.config.head.kind if model.config.head else "no head"
+        raise TrainingError(
+            "the model does not predict next tokens", got=f"an {model.config.kind}, {ends}", wanted="a decoder",
+            mend="masked_lm, classification and reward are for encoders, seq2seq is for encoder-decoders",
+        )  # fmt: skip
+
+
 def require_pairs(batch: Batch) -> None:
     """Raises TrainingError unless the rows are (chosen, rejected), (chosen, rejected), ... of the dataset."""
     rows = batch.rows

@@ -200,3 +200,23 @@ def test_rows_that_go_on_from_one_equal_whole_rows(
 def test_a_prefix_stands_in_an_earlier_whole_row(prefix: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="row 2 goes on from"):
         PackedDocuments([7, 5, 5], prefixes=[Prefix(), Prefix(0, 3), Prefix(*prefix)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")
+@pytest.mark.parametrize("lengths", [[5, 130, 64, 1, 300], [7, 7, 7]])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_rows_side_by_side_on_a_gpu_are_the_reference(lengths, kv_heads):
+    """bfloat16 against float32 of the same numbers: values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    n, size = sum(lengths), 32
+    q, k, v = (torch.randn(n, heads, size, generator=generator).bfloat16() for heads in (4, kv_heads, kv_heads))
+    weight = torch.randn(n, 4, size, generator=generator)
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out = attention_reference(*inputs, lengths) if device == "cpu" else PackedDocuments(lengths, device)(0, *inputs)
+        (out.float() * weight.to(device)).sum().backward()
+        found.append([x.detach().float().cpu() for x in (out, *(i.grad for i in inputs))])
+    for wanted, got in zip(*found, strict=True):
+        assert float((got - wanted).norm() / wanted.norm()) < 2e-2

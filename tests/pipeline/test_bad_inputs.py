@@ -161,6 +161,7 @@ def test_models_that_cannot_be_imported(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "config.json" in imported(tmp_path / "empty")
     assert "the tokenizer does not fit the model" in imported(model_folder(tmp_path / "small", embeddings=100))
+    assert "vocabulary is far larger than the tokenizer's" in imported(model_folder(tmp_path / "big", embeddings=9000))
     cut = model_folder(tmp_path / "cut")
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
-from tiny_recipes import chat_rows, data_stages, learning, quiet_runtime, run_here, write_jsonl
+from tiny_recipes import chat_rows, data_stages, learning, model_folder, quiet_runtime, run_here, write_jsonl
 
+import prairie
+from prairie.data.tokenizer import Tokenizer
 from prairie.errors import DataError, ModelError, RecipeError, TrainingError
 from prairie.models.weights import hash_of, load_model
 from prairie.pipeline.context import Context
@@ -292,3 +294,29 @@ def test_labels_that_are_no_classes(home, tmp_path):
         run_here(tree, home)
     with pytest.raises(ModelError, match="mask token"):
         run_here(tree, home, ("kinds.objective=masked_lm",))
+
+
+def test_an_encoder_decoder_learns_answers(home, tmp_path):
+    """A T5 of 32 columns from its folder; the loss on held-out answers falls, and prairie.load reads the product."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = model_folder(tmp_path / "t5")
+    words = Tokenizer.load(folder)
+    config = transformers.T5Config(
+        vocab_size=words.vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        pad_token_id=words.eos_id, eos_token_id=words.eos_id, decoder_start_token_id=words.eos_id,
+    )  # fmt: skip
+    for name in ("config.json", "generation_config.json", "model.safetensors", "prairie.json"):
+        (folder / name).unlink(missing_ok=True)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    tree = tree_of(
+        tmp_path,
+        t5={"kind": "import", "path": str(folder)},
+        answers=learning(20, objective="seq2seq", data="chats", start="t5", lr=5e-3, evaluation={"every": 10}),
+    )
+    made = run_here(tree, home)["answers"]
+    first, last = [line["evaluation"]["held_out"]["chats"]["loss"] for line in lines_of(made) if "evaluation" in line]
+    assert last < first and made.figures["loss_last"] < made.figures["loss_first"]
+    assert type(prairie.load(made.product.path)).__name__ == "Seq2Seq"
+    tree["stages"]["wrong"] = learning(1, data="chats", start="t5")
+    with pytest.raises(ModelError, match="an encoder-decoder cannot learn by causal_lm"):
+        run_here(tree, home)

@@ -22,6 +22,7 @@ from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, held_out_preferences, preference_loss, reference_logprobs
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.reward import LABELS, Reward
+from prairie.train.objectives.seq2seq import Seq2Seq
 from prairie.train.trainer import accumulate_gradients
 
 
@@ -337,6 +338,69 @@ def test_masked_lm_is_transformers_loss_on_the_same_holes():
     loss, _ = objective.loss(model, batch)
     assert objective.count(batch) == holes.supervised > 4
     assert float(loss.detach()) / objective.count(batch) == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def same_gradients(model, other, got):
+    """The gradients of our model under their names are those of transformers' model."""
+    ours = dict(zip(dict(model.named_parameters()), got, strict=True))
+    named = {weight.name: weight for weight in model.table}
+    checked = 0
+    for name, parameter in other.named_parameters():
+        weight = named.get(name)
+        if weight is None or parameter.grad is None:
+            continue
+        mine = weight.take(ours[weight.parameter])
+        assert float((mine - parameter.grad).norm() / parameter.grad.norm().clamp_min(1e-6)) < 1e-3, name
+        checked += 1
+    assert checked > 10
+
+
+def test_masked_lm_of_a_bert_is_transformers(tmp_path):
+    """Their BertForMaskedLM, our encoder loaded from its folder: the loss on the same holes and every gradient."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(**shape, intermediate_size=48, max_position_embeddings=64, pad_token_id=0)
+    torch.manual_seed(0)
+    other = transformers.BertForMaskedLM(config).eval()
+    other.save_pretrained(tmp_path)
+    model, dataset = load_model(tmp_path), tiny_dataset(9)
+    objective = MaskedLM(mask_id=1, vocab_size=VOCAB, special=(0, 1), share=0.3)
+    holes = objective.with_holes(batch_of(dataset, [3, 0, 6, 8]))
+    pad = {name: torch.nn.utils.rnn.pad_sequence(rows.split(holes.lengths), batch_first=True, padding_value=value)
+           for name, rows, value in (("input_ids", holes.tokens_N, 0), ("labels", holes.labels_N, -100))}  # fmt: skip
+    seen = torch.nn.utils.rnn.pad_sequence([torch.ones(n) for n in holes.lengths], batch_first=True)
+    found = other(**pad, attention_mask=seen)
+    found.loss.backward()
+    got, loss = gradients_of(model, objective, dataset, [[3, 0], [6, 8]])
+    assert loss == pytest.approx(float(found.loss.detach()), rel=1e-5)
+    same_gradients(model, other, got)
+    with pytest.raises(ModelError, match="gives scores"):
+        MaskedLM(mask_id=1, vocab_size=VOCAB).loss(model.with_head("classify", ("a", "b")), holes)
+    with pytest.raises(TrainingError, match="does not predict next tokens: got an encoder, mlm"):
+        CausalLM().loss(model, holes)  # it would see what it is asked for
+
+
+def test_seq2seq_is_transformers(tmp_path):
+    """Their T5ForConditionalGeneration on padded rows, our model loaded from its folder: loss and every gradient."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0,
+        decoder_start_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    other = transformers.T5ForConditionalGeneration(config).eval()
+    other.save_pretrained(tmp_path)
+    model, dataset = load_model(tmp_path), tiny_dataset(5, group=2)
+    dataset.ids[dataset.ids == 0] = 5
+    reads, seen = padded(dataset, [0, 2, 4, 6, 8])
+    answers, real = padded(dataset, [1, 3, 5, 7, 9])
+    found = other(input_ids=reads, attention_mask=seen, labels=answers.masked_fill(real == 0, -100))
+    found.loss.backward()
+    got, loss = gradients_of(model, Seq2Seq(), dataset, [[4, 5, 0, 1], [8, 9, 2, 3, 6, 7]])
+    assert loss == pytest.approx(float(found.loss.detach()), rel=1e-5)
+    same_gradients(model, other, got)
+    alone, _ = gradients_of(model, Seq2Seq(), dataset, [[row, row + 1] for row in range(0, 10, 2)])
+    assert relative(alone, got) < 1e-5
 
 
 def test_holes_are_berts_and_depend_on_seed_row_and_epoch_alone():

@@ -19,7 +19,7 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.loss import IGNORED
-from prairie.train.objective import every_batch, hidden_states, judging
+from prairie.train.objective import every_batch, hidden_states, judging, require_next_tokens
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class CausalLM:
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        require_next_tokens(model)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
         return model.cross_entropy(hidden_ND, labels_N, adapters), {}
 

@@ -40,6 +40,7 @@ from prairie.train.objective import (
     every_batch,
     hidden_states,
     judging,
+    require_next_tokens,
     require_pairs,
     row_sums,
     supervised_per_row,
@@ -98,6 +99,7 @@ class DPO:
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        require_next_tokens(model)
         reference_R = self._reference(batch)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
         logps_R = row_sums(model.logprobs(hidden_ND, labels_N, adapters), batch.lengths)
