@@ -227,7 +227,8 @@ class Train(_Stage, Learning):
         if self.adapter is not None and self.objective in ("reward", "classification"):
             raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
         watch = self.evaluation
-        if watch and watch.by == "accuracy" and not watch.tasks and self.objective in ("causal_lm", "masked_lm", "seq2seq"):
+        counted = self.objective in ("dpo", "reward", "classification")
+        if watch and watch.by == "accuracy" and not watch.tasks and not counted:
             raise ValueError("`evaluation.by: accuracy` needs `evaluation.tasks`")
         if watch and watch.tasks and self.objective in ("reward", "classification", "masked_lm", "seq2seq"):
             raise ValueError(f"a model of `objective: {self.objective}` answers no `evaluation.tasks`")
