@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GGUF_DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """What `--dtype` may be, and gguf's name for a file of mostly that. Vectors stay float32 in each."""
 Q8_BLOCK = 32
+F16_LARGEST = 65504.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,9 @@ def add_model(writer: GGUFWriter, model: Transformer, dtype: str, name: str) -> 
         if kind == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
             kind = "f16"
             kept.append(at)
+        if kind == "f16" and tensor.abs().max() > F16_LARGEST:
+            raise ModelError(f"{at} has numbers that f16 cannot hold", got=f"{float(tensor.abs().max()):.3g}",
+                             wanted=f"at most {F16_LARGEST:.0f}", mend="use --dtype bf16 or f32")  # fmt: skip
         quantized = gguf.GGMLQuantizationType[kind.upper()]
         writer.add_tensor(at, gguf.quants.quantize(tensor.float().numpy(), quantized), raw_dtype=quantized)
     return kept

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prairie.errors import AdapterError, RequestError
+from prairie.errors import AdapterError, ModelError, RequestError
 from prairie.models.weights import read_manifest
 from prairie.pipeline.card import card
 from prairie.store.disk import disk_errors, sync_tree
@@ -134,7 +134,11 @@ def _write_hf(origin: Origin, part: Path, dtype: str | None) -> dict[str, Any]:
 
     model, tokenizer, template, error = _opened(origin)
     manifest = {k: v for k, v in read_manifest(origin.folder).items() if k in ("license", "origin")}
-    write_model(model.to(getattr(torch, HF_DTYPES[dtype])) if dtype else model, tokenizer, template, part, manifest)
+    if dtype is not None:
+        model = model.to(getattr(torch, HF_DTYPES[dtype]))
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise ModelError(f"{origin.name} has numbers that {dtype} cannot hold", mend="use --dtype bf16 or f32")
+    write_model(model, tokenizer, template, part, manifest)
     carry_pooling(origin.base or origin.folder, part)
     return {"dtype": dtype} | ({} if error is None else {"merge_error": error})
 

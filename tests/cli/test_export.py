@@ -100,6 +100,19 @@ def test_gguf_of_a_merged_adapter(call, poet, tmp_path):
     assert "chatml" in str(reader.fields) or "tokenizer.chat_template" in reader.fields
 
 
+def test_numbers_that_a_dtype_cannot_hold_are_refused(call, tmp_path):
+    folder = open_model(tmp_path / "large")
+    model = load_model(folder)
+    with torch.no_grad():
+        model.layers[0].down[0, 0] = 1e5
+    (folder / "prairie.json").unlink()
+    save_model(model, folder)
+    for form in ("hf", "gguf"):
+        code, _, err = call("export", folder, "--to", form, "--dtype", "f16", "--out", tmp_path / "out")
+        assert code == 1 and "f16 cannot hold" in err and not (tmp_path / "out").exists()
+        assert call("export", folder, "--to", form, "--dtype", "bf16", "--out", tmp_path / form)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
