@@ -63,8 +63,9 @@ def spec_of(model: Model, added: list[dict[str, Any]], *, bos: bool, eos: bool) 
     text gets at its ends.
 
     Equal to the library but for three things: a text that is nothing but one user-defined symbol gets no prefix space;
-    half-width kana with a voiced mark are normalised one by one (as by `tokenizers`); and of two ways to cut a text
-    that Unigram scores alike to the last bit of a float32 the other may be taken.
+    where the model brings rules of normalisation, a letter with several marks or a half-width kana with its voiced mark
+    is normalised part by part (as by `tokenizers`); and of two ways to cut a text that Unigram scores alike to the last
+    bit of a float32 the other may be taken.
     """
     symbols = [piece.text for piece in model.pieces if piece.kind == _USER_DEFINED]
     tokens = [
