@@ -282,7 +282,7 @@ class ChatTemplate:
         marked = self._text(dialogue, True)
         text = _unmarked(marked)
         try:
-            segments = self._cut(dialogue, marked)
+            segments = self._cut(dialogue, marked, prompt=True)
         except _Rewritten:
             segments = [_Segment(text, False)] if text else []
         # The mark of an answer without thoughts is a segment of its own, so that it may follow the plain prompt.
@@ -317,19 +317,21 @@ class ChatTemplate:
         rest.append(_Segment(text[stop:], False))
         return self._without_empty_thoughts(dialogue, [segment for segment in (*prompt, *rest) if segment.text])
 
-    def _cut(self, dialogue: Dialogue, marked: str) -> list[_Segment]:
+    def _cut(self, dialogue: Dialogue, marked: str, prompt: bool = False) -> list[_Segment]:
         """The rendered text cut where an assistant starts and stops to speak.
 
         A foreign template's own marks are not used: they often hold the line end after a stop token, or a part of
         the prompt, or leave out what a model has to say itself.
         """
-        return _cut_at_marks(marked) if self._trusted else self._cut_at_prefixes(dialogue, _unmarked(marked))
+        return _cut_at_marks(marked) if self._trusted else self._cut_at_prefixes(dialogue, _unmarked(marked), prompt)
 
-    def _cut_at_prefixes(self, dialogue: Dialogue, text: str) -> list[_Segment]:
+    def _cut_at_prefixes(self, dialogue: Dialogue, text: str, prompt: bool) -> list[_Segment]:
         segments: list[_Segment] = []
         end = 0
         for i in _answers(dialogue):
-            before, through = self._served(dialogue, i, text), _unmarked(self._text(dialogue.until(i + 1), False))
+            before, through = self._served(dialogue, i, text), text
+            if i + 1 < len(dialogue.messages) or prompt:
+                through = _unmarked(self._text(dialogue.until(i + 1), False))
             if not (text.startswith(through) and end <= len(before) <= len(through)):
                 raise _rewritten(i)
             stop = len(before) + self._spoken(text[len(before) : len(through)])

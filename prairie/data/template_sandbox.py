@@ -57,6 +57,7 @@ _METHODS = _words(
     istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rpartition rsplit
     rstrip split splitlines startswith strip title upper values"""
 )
+_SIZED = (str, list, tuple, dict)
 _WIDTHS = re.compile(r"\d{3}|\*|\{[^{}]*\{")
 """In a format string: a width of three digits, or one that an argument gives."""
 _LARGEST = 100_000
@@ -117,6 +118,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def weigh(self, value: Any) -> int:
         """Characters and items of a value, each counted as often as it would be written."""
+        if type(value) is str:
+            return len(value)
         return _weight(value, self._tank.left)
 
     # ---- jinja's hooks
@@ -148,6 +151,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is str and type(right) is str:  # what templates do most
+            self.spend(STEP + len(left) + len(right))
+            return left + right
         self.spend(STEP)
         if operator == "+":
             self.spend(_size(left) + _size(right))
@@ -171,6 +177,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            if name == "trim" and len(args) == 1 and not kwargs and type(args[0]) is str:
+                self.spend(CALL + 2 * len(args[0]))
+                return args[0].strip()
             if name not in _BY_REFERENCE:
                 args = tuple(map(_at_once, args))
             given = owner + (args[1:] if passes_context else args)
@@ -289,7 +298,7 @@ class _Metered(NodeTransformer):
 
     def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return _filter("_whole", node)
+        return _filter("_whole", node) if node.items else node
 
     visit_Dict = visit_List
 
@@ -319,9 +328,8 @@ def _read(node: nodes.Expr) -> nodes.Expr:
 
 @pass_context
 def _spend_on_output(context: Context, value: Any) -> Any:
-    sandbox = context.environment
-    assert isinstance(sandbox, Sandbox)
-    sandbox.spend(STEP + sandbox.weigh(value))
+    sandbox = cast(Sandbox, context.environment)
+    sandbox.spend(STEP + (len(value) if type(value) is str else sandbox.weigh(value)))
     return value
 
 
@@ -342,7 +350,7 @@ def _at_once(value: Any) -> Any:
 
 def _size(value: Any) -> int:
     """Of a value that is handed on: its own characters or items."""
-    return len(value) if isinstance(value, str | list | tuple | dict) else 1
+    return len(value) if isinstance(value, _SIZED) else 1
 
 
 def _weight(value: Any, limit: int | None, *, texts: bool = True) -> int:
