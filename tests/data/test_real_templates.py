@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from prairie.data.chat_template import ChatTemplate, Dialogue
 from prairie.data.records import Message, ToolCall, Tools, tools_from_json
+from prairie.data.sources import read_records
 from prairie.data.tokenizer import Tokenizer
 from prairie.errors import TemplateError
 
@@ -261,3 +262,29 @@ def test_what_a_template_cannot_show_is_refused_or_said() -> None:
     assert text == theirs((FOLDER / "qwen2_5.jinja").read_text(), DIALOGUES["tools"][0], TOOLS, False).replace(
         "<|im_start|>user\n<tool_response>\n", "<|im_start|>tool\n"
     ).replace("\n</tool_response>", ""), "as Qwen 2.5 writes it, but a result is a turn of the tool"
+
+
+@pytest.mark.parametrize("name", ["builtin", "qwen3"])
+@pytest.mark.parametrize("file", ["glaive_toolcall_en", "glaive_toolcall_zh", "reason_tool_use_50"])
+def test_real_conversations_with_tools(name: str, file: str) -> None:
+    """Calls, tools and thoughts of published data reach the rows, and only what an assistant says is learnt."""
+    path = Path(__file__).resolve().parents[3] / "shared" / "data" / "instruct" / f"{file}.jsonl"
+    if not path.is_file():
+        pytest.skip("the shared data are not on this machine")
+    chats = read_records(path, want="chat").records[:40]
+    assert sum(bool(chat.tools) for chat in chats) > 10
+    assert sum(bool(m.tool_calls) for chat in chats for m in chat.messages) > 10
+    assert any(m.reasoning for chat in chats for m in chat.messages) == (file == "reason_tool_use_50")
+    ours = ChatTemplate.builtin("chatml", WORDS) if name == "builtin" else template(name)
+    for chat, rows in zip(chats, ours.encode_rows([Dialogue(c.messages, c.tools) for c in chats]), strict=True):
+        said = [text for row in rows for text in runs(row.ids, row.mask)]
+        answers = [message for message in chat.messages if message.role == "assistant"]
+        assert len(said) == len(answers)
+        for text, answer in zip(said, answers, strict=True):
+            assert text.endswith("<|im_end|>") and answer.content.strip() in text
+            assert name == "qwen3" or answer.reasoning in text
+            assert [call.name in text and "<tool_call>" in text for call in answer.tool_calls] == [True] * len(
+                answer.tool_calls
+            )
+        whole = WORDS.decode(rows[-1].ids, skip_special=False)
+        assert all(tool["function"]["name"] in whole for tool in chat.tools)
