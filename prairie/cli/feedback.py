@@ -16,7 +16,7 @@ from prairie.errors import UsageError
 if TYPE_CHECKING:
     from prairie.store.feedback import FeedbackEvent
 
-app = typer.Typer(help="List, count, export and forget what people said.", no_args_is_help=True)
+app = typer.Typer(help="List, count, import, export, curate and forget what people said.", no_args_is_help=True)
 
 LineOption = Annotated[str | None, typer.Option("--line", help="Only answers of this line.")]
 PurposeOption = Annotated[str | None, typer.Option("--purpose", help="Only chat, or only gate.")]
@@ -108,6 +108,35 @@ def export(
         else:
             count = _write_lines(file, rows)
             emit({"file": str(file), "events": count}, as_json, f"{count} events are in {file}.")
+
+
+@app.command("import")
+def import_log(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A log of JSON lines, perhaps .gz.")],
+    line: Annotated[str, typer.Option("--line", help="The line that shall learn from it.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take over answers and feedback that another system logged."""
+    from prairie.store.logs import read_log
+
+    log = read_log(file, line)
+    with open_home(home, make=True) as store:
+        counts = store.feedback.take_over(log.talks)
+    refused = [{"row": row, "why": why} for row, why in log.refused]
+    facts = {"file": str(file), "line": line, **counts, "skipped": dict(log.skipped), "refused": refused}
+
+    def text() -> str:
+        lines = [
+            f"{counts['responses']} answers and {counts['events']} pieces of feedback are new in {line}"
+            f" ({counts['known_responses']} and {counts['known_events']} were here already).",
+            *(f"left out: {count} x {why}" for why, count in log.skipped.items()),
+            *(f"refused: row {row}: {why}" for row, why in log.refused[:10]),
+        ]
+        more = len(log.refused) - 10
+        return "\n".join([*lines, f"refused: {more} more rows (--json lists them)"] if more > 0 else lines)
+
+    emit(facts, as_json, text)
 
 
 @app.command()

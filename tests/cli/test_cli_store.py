@@ -174,3 +174,24 @@ def test_keys(call, ask, root):
     assert second not in str(ask("keys", "list"))
     code, _, err = call("keys", "revoke", "phone")
     assert code == 1 and "no valid key is called `phone`" in err
+
+
+def test_feedback_import_and_curate(call, ask, root, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}], "label": n % 2 == 0,
+         "user": "user-2"}
+        for n in range(4)
+    ]  # fmt: skip
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"what": 1}]))
+    found = ask("feedback", "import", log, "--line", "spark")
+    assert (found["responses"], found["events"], found["refused"][0]["row"]) == (4, 4, 5)
+    assert "0 pieces of feedback are new" in call("feedback", "import", log, "--line", "spark")[1]
+    assert ask("feedback", "stats")["thumbs"] == {"up": 2, "down": 2}
+    made = ask("feedback", "curate", "spark", "--share", "0")
+    assert (made["events"], made["train"]["labelled"], made["held_out"]["labelled"]) == (4, 4, 0)
+    assert "4 labelled" in call("feedback", "curate", "spark", "--share", "0")[1]
+    code, _, err = call("feedback", "curate", "spark", "--split", "moon")
+    assert code == 2 and "user or time" in err
+    code, _, err = call("feedback", "import", tmp_path / "none.jsonl", "--line", "spark")
+    assert code == 1 and "there is no file" in err
