@@ -196,6 +196,8 @@ def forget(
             lines.append(f"model {model['name']} ({model['id']}; {names}) has learned from them")
         if report["champions"]:
             lines.append(f"still served: {', '.join(report['champions'])}; the next turn learns without them")
+        if report["queued"]:
+            lines.append(f"waiting to be made again without them: {', '.join(report['queued'])} (prairie rebuild)")
         return "\n".join(lines)
 
     emit(report, as_json, text)

@@ -89,10 +89,10 @@ def show(name: NameArgument, home: HomeOption = None, as_json: JsonOption = Fals
 
 @app.command()
 def lineage(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """All that a version was made from, down to the votes."""
+    """All that a version was made from, down to the votes, by what, where, and how it was judged."""
     with open_home(home) as store:
         tree = store.registry.lineage(name)
-    emit(tree, as_json, lambda: "\n".join([tree["name"], *_branches(tree)]))
+    emit(tree, as_json, lambda: "\n".join([tree["name"], *_branches(tree), *_circumstances(tree)]))
 
 
 @app.command()
@@ -136,6 +136,28 @@ def _who() -> str:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):
         return f"uid {os.getuid()}"
+
+
+def _circumstances(tree: dict[str, Any]) -> list[str]:
+    """What made a version, on which machine, and what the gate and people did with it."""
+    made, lines = tree["artifact"], []
+    if tree["lineage"].get("recipe"):
+        lines.append(f"recipe {tree['lineage']['recipe']} ({str(tree['lineage'].get('recipe_hash', ''))[:16]})")
+    if made.get("code"):
+        lines.append(f"code {made['code'][:16]}")
+    if machine := made.get("machine"):
+        lines.append("machine " + ", ".join(f"{key} {value}" for key, value in machine.items()))
+    for turn in tree["judged"]:
+        verdict, outcome = turn["verdict"], "promoted" if turn["promoted"] else "refused"
+        share = f", wins {verdict['win_rate']:.1%} of {verdict['n']} votes" if verdict.get("win_rate") else ""
+        lines.append(f"turn {turn['number']}: {outcome}{share}")
+        lines += [f"  because {reason}" for reason in verdict.get("reasons", [])]
+    lines += [
+        f"{when(event['created'])}  {event['action']} {event['previous'] or '-'} -> {event['number']}"
+        + (f"  ({event['why']})" if event["why"] else "")
+        for event in tree["history"]
+    ]
+    return lines
 
 
 def _branches(tree: dict[str, Any]) -> list[str]:

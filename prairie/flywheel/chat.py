@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from prairie.data.loader import TokenDataset
@@ -116,25 +117,35 @@ class ChatLearner:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def learn(self, champion: Version, records: Artifact) -> Version:
-        store, home = self.context.home.artifacts, self.context.home
-        parent = store.get(champion.artifact_id)
-        keys = {**self.config.model_dump(mode="json"), "seed": self.context.recipe.seed}
-        inputs, code = [parent.id, records.id], code_revision(LEARNING_CODE)
-        identity = store.id_of("candidate", keys, inputs, code)
-        if store.find(identity) is None:
-            figures: dict[str, Any] = {}
-            with store.create("candidate", self.title, keys, inputs, code, figures=figures) as folder:
-                start, rows = open_start(parent), train_records(records.path)
-                figures.update(
-                    learn(
-                        self.config, "dpo", rows, start, base_of(parent), folder, home.work(identity),
-                        self.context.runtime, self.title, kept=home.references, tracked=home.root / "tracking",
-                    )
-                )  # fmt: skip
-            home.clear_work(identity)
-        candidate = store.get(identity)
+        parent = self.context.home.artifacts.get(champion.artifact_id)
+        candidate = make_candidate(self.context, self.config, parent, records, self.title)
         self.figures = candidate.figures
-        return register(Registry(home), champion.line, candidate, self.context)
+        return register(Registry(self.context.home), champion.line, candidate, self.context)
+
+
+def make_candidate(context: Context, config: Learning, parent: Artifact, records: Artifact, title: str) -> Artifact:
+    """What `parent` becomes by learning from `records`: the artifact that is there, or a new one."""
+    home, store = context.home, context.home.artifacts
+    keys = {**config.model_dump(mode="json"), "seed": context.recipe.seed}
+    inputs, code = [parent.id, records.id], code_revision(LEARNING_CODE)
+    identity = store.id_of("candidate", keys, inputs, code)
+    if store.find(identity) is None:
+        figures: dict[str, Any] = {}
+        with store.create("candidate", title, keys, inputs, code, figures=figures) as folder:
+            figures.update(learn_candidate(context, config, parent, records, folder, home.work(identity), title))
+        home.clear_work(identity)
+    return store.get(identity)
+
+
+def learn_candidate(
+    context: Context, config: Learning, parent: Artifact, records: Artifact, folder: Path, scratch: Path, title: str
+) -> dict[str, Any]:
+    """The work of `make_candidate`: fills `folder`, returns the figures."""
+    start, rows = open_start(parent), train_records(records.path)
+    return learn(
+        config, "dpo", rows, start, base_of(parent), folder, scratch, context.runtime, title,
+        kept=context.home.references, tracked=context.home.root / "tracking",
+    )  # fmt: skip
 
 
 @dataclass

@@ -395,7 +395,14 @@ class FeedbackStore:
             "responses": answers,
             "erased_from_log": scrubbed,
             **self.learned_from(ids),
+            "queued": self.to_rebuild(),
         }
+
+    def to_rebuild(self) -> list[str]:
+        """Champions that have learned from anything that was ever forgotten: they wait to be made again without it, and
+        wait no more when a version that never knew it is champion."""
+        forgotten = self.forgotten()
+        return list(self.learned_from(forgotten)["champions"]) if forgotten else []
 
     def forgotten(self) -> list[str]:
         """Ids of all events that were ever forgotten."""

@@ -253,14 +253,19 @@ class Registry:
     def lineage(self, version: Version | str) -> dict[str, Any]:
         """All that a version was made from, down to datasets and the feedback events in them.
 
-        A tree of `{"id", "kind", "name", "created", "figures", "events", "inputs": [...]}`. What was shown before is
-        `{"id", "kind", "name", "repeated": True}`, what is no longer there `{"id", "missing": True}`.
+        A tree of `{"id", "kind", "name", "created", "config", "code", "machine", "figures", "events", "inputs"}`. What
+        was shown before is `{"id", "kind", "name", "repeated": True}`, what is gone is `{"id", "missing": True}`.
+        `judged`: the turns in which this version was the candidate, with their verdicts; `history`: when it became or
+        ceased to be champion.
         """
         chosen = self.resolve(version) if isinstance(version, str) else version
         shown: set[str] = set()
         tree = {**chosen.to_json(), "artifact": self._node(chosen.artifact_id, shown)}
         if chosen.base_artifact_id is not None:
             tree["base"] = self._node(chosen.base_artifact_id, shown)
+        tree["judged"] = [turn.to_json() for turn in self.turns(chosen.line) if turn.candidate == chosen.artifact_id]
+        history = self.history(chosen.line)
+        tree["history"] = [event.to_json() for event in history if chosen.number in (event.number, event.previous)]
         return tree
 
     def record_turn(
@@ -333,6 +338,9 @@ class Registry:
         return {
             **short,
             "created": artifact.created,
+            "config": artifact.manifest["config"],
+            "code": artifact.manifest["code"],
+            "machine": artifact.manifest.get("machine"),
             "figures": artifact.figures,
             "events": artifact.events,
             "inputs": [self._node(below, shown) for below in artifact.inputs],

@@ -43,12 +43,13 @@ def test_models_lineage(call, ask, filled):
     tree = ask("models", "lineage", "spark")
     assert tree["artifact"]["inputs"][1]["events"] == [filled["event"]]
     text = call("models", "lineage", "spark")[1]
-    assert text.splitlines() == [
+    assert text.splitlines()[:4] == [
         "spark@2",
         f"└─ model tuned  {filled['tuned']}",
         f"   ├─ model base  {filled['base']}",
         f"   └─ dataset votes  {filled['votes']}  from 1 feedback events",
     ]
+    assert "machine " in text and "promote 1 -> 2" in text
     assert "base: model base" in call("models", "lineage", "spark:poet@1")[1]
 
 

@@ -1,0 +1,186 @@
+"""A model made again from what its lineage says: to see that it comes out the same, or without what was taken back.
+
+`reproduce` does one artifact's work again, from its own inputs, into a folder that is thrown away, and compares every
+file. `rebuild` makes a version of a line again without the events that people had forgotten: the datasets that hold one
+lose those rows, and every candidate that stands on such a dataset learns again, the oldest first.
+Not here: whether the rebuilt model is as good (`gate`), making it champion (`prairie.store.registry`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prairie.data.sources import read_records, write_records
+from prairie.errors import RequestError
+from prairie.flywheel.chat import LEARNING_CODE, LEAST_PAIRS, learn_candidate, make_candidate
+from prairie.pipeline.context import Context, Made, Work, code_revision
+from prairie.pipeline.handlers import HANDLERS
+from prairie.pipeline.publishing import register
+from prairie.recipe import KINDS, Learning, resolve_recipe
+from prairie.runtime import Runtime
+from prairie.store.artifacts import Artifact
+from prairie.store.home import Home
+from prairie.store.registry import Registry, Version
+
+LOGS = ("metrics.jsonl", "curves.html")
+"""Files that tell how long something took, and so are never the same twice."""
+NOT_OF_THE_STAGE = ("seed", "reads", "outside")
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What came of making an artifact again."""
+
+    artifact: Artifact
+    files: Mapping[str, bool]
+    """File -> the same bytes? Without logs."""
+    same_code: bool
+    """Whether the rooms that made it are as they were."""
+    seconds: float
+
+    @property
+    def same(self) -> bool:
+        return all(self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "artifact": self.artifact.id,
+            "kind": self.artifact.kind,
+            "same": self.same,
+            "files": dict(self.files),
+            "same_code": self.same_code,
+            "machine_then": self.artifact.manifest.get("machine"),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def reproduce(home: Home, artifact: Artifact, runtime: Runtime) -> Reproduced:
+    """Makes an artifact again and compares. Its inputs and itself are verified first (StoreError). Raises RequestError
+    for a kind that is not made from its inputs alone, or when what it read outside the home has changed."""
+    store = home.artifacts
+    for id in (artifact.id, *artifact.inputs):
+        store.verify(id)
+    make, code = _maker(home, artifact, runtime)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=home.root / "tmp", prefix="again-") as place:
+        folder, scratch = Path(place) / "product", Path(place) / "scratch"
+        folder.mkdir()
+        scratch.mkdir()
+        make(folder, scratch)
+        known = {name: facts["sha256"] for name, facts in artifact.manifest["files"].items() if name not in LOGS}
+        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        files = {name: name in found and _sha256(found[name]) == hash for name, hash in known.items()}
+        files |= {name: False for name in found if name not in known and name not in LOGS}
+    return Reproduced(artifact, files, code == artifact.manifest["code"], time.perf_counter() - began)
+
+
+def rebuild(home: Home, version: Version, runtime: Runtime) -> Version:
+    """A new version of the same line that never learned from what was forgotten; nobody's champion yet. Raises
+    RequestError when nothing forgotten is in it, or when a stage of a recipe has learned from it."""
+    forgotten = set(home.feedback.forgotten())
+    old = home.artifacts.get(version.artifact_id)
+    new = _without(home, old, forgotten, runtime)
+    if new.id == old.id:
+        raise RequestError(f"{version.name} has learned from nothing that was forgotten")
+    return register(Registry(home), version.line, new, _context(home, runtime, _seed(old)))
+
+
+def _without(home: Home, artifact: Artifact, forgotten: set[str], runtime: Runtime) -> Artifact:
+    """The artifact, or the one that takes its place."""
+    if not _holds(home, artifact, forgotten):
+        return artifact
+    if artifact.kind == "votes":
+        return _fewer_votes(home, artifact, forgotten)
+    if artifact.kind != "candidate":
+        raise RequestError(
+            f"{artifact.kind} `{artifact.name}` has learned from what was forgotten", got=artifact.id,
+            wanted="a candidate of a turn", mend="run its recipe again",
+        )  # fmt: skip
+    parent, records = (_without(home, home.artifacts.get(id), forgotten, runtime) for id in artifact.inputs)
+    if records.figures["rows"] < LEAST_PAIRS:
+        return parent  # what is left teaches too little: as if this turn had not been
+    context = _context(home, runtime, _seed(artifact))
+    return make_candidate(context, _learning(artifact), parent, records, artifact.name)
+
+
+def _holds(home: Home, artifact: Artifact, forgotten: set[str]) -> bool:
+    return bool(forgotten & set(artifact.events)) or any(
+        _holds(home, home.artifacts.get(id), forgotten) for id in artifact.inputs
+    )
+
+
+def _fewer_votes(home: Home, artifact: Artifact, forgotten: set[str]) -> Artifact:
+    """The same dataset without the rows that stand on a forgotten event."""
+    rows = read_records(artifact.path / "train.jsonl", want="preference").records
+    kept = [row for row in rows if not forgotten & set(row.tags["events"])]
+    events = list(dict.fromkeys(event for row in kept for event in row.tags["events"]))
+    config = {**artifact.manifest["config"], "events": events, "without_forgotten": True}
+    figures = {**artifact.figures, "rows": len(kept), "users": len({row.tags["user"] for row in kept})}
+    store, code = home.artifacts, artifact.manifest["code"]
+    id = store.id_of("votes", config, [], code)
+    if store.find(id) is None:
+        with store.create("votes", artifact.name, config, [], code, figures=figures, events=events) as folder:
+            write_records(folder / "train.jsonl", kept)
+    return store.get(id)
+
+
+Make = Callable[[Path, Path], object]
+
+
+def _maker(home: Home, artifact: Artifact, runtime: Runtime) -> tuple[Make, str]:
+    """(what fills a product's folder, given a scratch folder; the revision of the code that does it now)."""
+    context = _context(home, runtime, _seed(artifact))
+    if artifact.kind == "candidate":
+        parent, records = (home.artifacts.get(id) for id in artifact.inputs)
+
+        def learn_again(folder: Path, scratch: Path) -> object:
+            return learn_candidate(context, _learning(artifact), parent, records, folder, scratch, artifact.name)
+
+        return learn_again, code_revision(LEARNING_CODE)
+    handler = HANDLERS.get(artifact.kind)
+    if handler is None or handler.always:
+        raise RequestError(
+            f"a {artifact.kind} cannot be made again from its inputs", got=artifact.id,
+            wanted="candidate | " + " | ".join(kind for kind, one in HANDLERS.items() if not one.always),
+        )  # fmt: skip
+    keys = artifact.manifest["config"]
+    config: Any = KINDS[artifact.kind].model_validate({k: v for k, v in keys.items() if k not in NOT_OF_THE_STAGE})
+    if handler.outside(config) != keys["outside"]:
+        raise RequestError(
+            f"what {artifact.kind} `{artifact.name}` read from outside the home has changed since", got=artifact.id
+        )
+    inputs = {name: _made(home, name, id) for name, id in keys["reads"].items()}
+
+    def make_again(folder: Path, scratch: Path) -> object:
+        return handler.make(Work(context, artifact.name, config, inputs, folder, scratch, artifact.id))
+
+    return make_again, code_revision(handler.rooms)
+
+
+def _made(home: Home, name: str, id: str) -> Made:
+    artifact = home.artifacts.get(id)
+    return Made(name, artifact.kind, artifact.figures, artifact)
+
+
+def _learning(artifact: Artifact) -> Learning:
+    return Learning.model_validate({k: v for k, v in artifact.manifest["config"].items() if k != "seed"})
+
+
+def _seed(artifact: Artifact) -> int:
+    return int(artifact.manifest["config"].get("seed", 0))
+
+
+def _context(home: Home, runtime: Runtime, seed: int) -> Context:
+    recipe = resolve_recipe({"name": "again", "seed": seed, "stages": {"model": {"kind": "import", "path": "-"}}})
+    return Context(recipe, home, replace(runtime, seed=seed))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
