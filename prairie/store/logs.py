@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ def _openai(row: Mapping[str, Any], line: str | None, skipped: Counter[str]) -> 
         user=user,
         surface=SURFACE,
         latency_ms=row.get("latency_ms"),
-        **_when(row.get("created") or answer.get("created")),
+        created=_when(row.get("created") or answer.get("created")),
     )
     given = [(one["kind"], one.get("value"), one.get("user") or user) for one in row.get("feedback") or []]
     return response, _events(response, given)
@@ -169,7 +170,7 @@ def _labelled(row: Mapping[str, Any], line: str | None, skipped: Counter[str]) -
         finish_reason="stop",
         user=row.get("user"),
         surface=SURFACE,
-        **_when(row.get("created")),
+        created=_when(row.get("created")),
     )
     return response, _events(response, [("thumb", "up" if row["label"] else "down", row.get("user"))])
 
@@ -233,8 +234,9 @@ def _text(content: Any) -> str:
     return "".join(parts)
 
 
-def _when(created: Any) -> dict[str, float]:
-    return {"created": float(created)} if isinstance(created, int | float) else {}
+def _when(created: Any) -> float:
+    """UNIX seconds as the log says them, else now."""
+    return float(created) if isinstance(created, int | float) else time.time()
 
 
 def _id(asked: Any, answered: Any) -> str:
