@@ -186,6 +186,7 @@ def forget(
                 raise UsageError("forgetting cannot be undone", wanted="--yes when nobody can be asked")
             typer.confirm(f"Delete all that {user} said and was answered? This cannot be undone.", abort=True, err=True)
         report = store.feedback.forget(user)
+        postgres = store.url is not None
 
     def text() -> str:
         lines = [f"Forgotten: {report['events']} events, {report['responses']} answers of {user}."]
@@ -202,7 +203,11 @@ def forget(
 
     emit(report, as_json, text)
     if not report["erased_from_log"]:
-        say("A running server still reads the database: the deleted text leaves its log at the next checkpoint.")
+        say(
+            "On Postgres the deleted text leaves the files at the next VACUUM."
+            if postgres
+            else "A running server still reads the database: the deleted text leaves its log at the next checkpoint."
+        )
 
 
 def _value_text(event: FeedbackEvent) -> str:

@@ -1,8 +1,9 @@
 """One database, opened, migrated and written so that an acknowledged write survives `kill -9` and a power cut.
 
 SQLite by default: WAL, `synchronous=FULL` (a commit returns after the disk has it), foreign keys, a busy timeout, and
-`BEGIN IMMEDIATE` for writes, so that two writers wait for each other instead of failing half-way. Any other SQLAlchemy
-URL gets the same calls without SQLite's settings.
+`BEGIN IMMEDIATE` for writes, so that two writers wait for each other instead of failing half-way. A Postgres URL gets
+the same promises: one writer at a time (an advisory lock that its transaction holds), reads of one unchanging state,
+and a commit that returns after the server has it on its disk.
 
 Writes of many threads share a commit: each enters its work in a queue, one of them does all that waits in one
 transaction (every work in a savepoint of its own), and nobody returns before the commit that holds their work. One disk
@@ -25,15 +26,18 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, func, inspect, make_url, select
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, StatementError
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.exc import DataError as ValueRefused
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from prairie.errors import BusyError, RequestError, StorageFullError, StoreError
+from prairie.errors import BusyError, PrairieError, RequestError, StorageFullError, StoreError
 from prairie.store import schema
 from prairie.store.disk import disk_errors, sync_file
 from prairie.store.locks import locked, share
 
 BUSY_TIMEOUT_S = 20.0
+WRITERS_LOCK = 0x50524149
+"""Who holds this advisory lock of a Postgres database writes to it; the number spells PRAI."""
 WORKS_PER_COMMIT = 256
 NO_SPACE_BYTES = 2**18
 CHEAP_CHECK_BYTES = 16 * 2**20
@@ -83,10 +87,12 @@ class Database:
         """The thread that commits just now."""
         self._presence: int | None = None
         """The descriptor that says that this process uses the file."""
-        self._engine = create_engine(self.url, json_serializer=_to_json, pool_pre_ping=self.path is None)
+        self._engine = self._make_engine()
         if self.url.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", self._set_up_connection)
             event.listen(self._engine, "begin", _begin)
+        elif self.url.get_backend_name() == "postgresql":
+            event.listen(self._engine, "begin", self._begin_on_postgres)
         try:
             self._open()
         except BaseException:
@@ -120,10 +126,11 @@ class Database:
     def scrub(self, wait_s: float = 5.0) -> bool:
         """Empties the write-ahead log, so that what was deleted cannot be read from it either.
 
-        False when another process read all that time: then the log goes at its next checkpoint.
+        False when another process read all that time: then the log goes at its next checkpoint. False on Postgres: what
+        was deleted there leaves the files at the next VACUUM and the log when it is recycled.
         """
         if self.url.get_backend_name() != "sqlite":
-            return True
+            return False
         deadline = time.monotonic() + wait_s
         while True:
             with self._errors(), self._engine.connect() as connection:
@@ -242,11 +249,34 @@ class Database:
 
         def run(connection: Connection) -> None:
             for number, about, step in steps:
+                if _is_done(connection, number):
+                    continue  # another process opened the same Postgres database in the meantime
                 step(connection)
                 row = {"number": number, "about": about, "applied": time.time()}
                 connection.execute(schema.SCHEMA_STEPS.insert().values(row))
 
         self.write(run)
+
+    def _make_engine(self) -> Engine:
+        """Raises StoreError for a URL of a database that is not known here, or whose driver is missing."""
+        if self.url.get_backend_name() not in ("sqlite", "postgresql"):
+            raise StoreError(
+                "no such database can be used", got=self.url.get_backend_name(), wanted="sqlite or postgresql+psycopg"
+            )
+        try:
+            return create_engine(self.url, json_serializer=_to_json, pool_pre_ping=self.path is None)
+        except (ImportError, SQLAlchemyError) as error:
+            raise StoreError(
+                f"{self.name} cannot be opened", got=str(error), wanted="postgresql+psycopg://USER@HOST/DATABASE",
+                mend="pip install 'prairie[postgres]'",
+            ) from error  # fmt: skip
+
+    def _begin_on_postgres(self, connection: Connection) -> None:
+        if connection.get_execution_options().get("prairie_writes", False):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(self._busy_timeout_s * 1000)}")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})")
+        else:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
     def _set_up_connection(self, connection: sqlite3.Connection, _record: object) -> None:
         # The driver's own transactions stay off: it would begin them late and deferred. `_begin` does it instead.
@@ -270,9 +300,20 @@ class Database:
 
     def _sentence(self, error: StatementError | sqlite3.Error) -> Exception:
         """The error of ours that a driver's error means."""
+        if isinstance(error, StatementError) and isinstance(error.orig, PrairieError):
+            return error.orig
         if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
             return RequestError("a value cannot be stored", got=str(error.orig), wanted="what JSON can say")
+        if isinstance(error, ValueRefused):
+            return RequestError("a value cannot be stored", got=" ".join(str(error.orig).split()))
         original = error.orig if isinstance(error, StatementError) else error
+        if getattr(original, "sqlstate", None) in ("55P03", "57014"):  # lock not available, statement cancelled
+            return BusyError(
+                f"{self.name} is blocked by another process for more than {self._busy_timeout_s:g} s",
+                mend="stop that process or try again",
+            )
+        if str(getattr(original, "sqlstate", None) or "").startswith("53"):  # disk full, out of memory, connections
+            return StorageFullError(f"{self.name} has no room left", got=" ".join(str(original).split()))
         name = getattr(original, "sqlite_errorname", "") or ""
         text = str(original)
         if name.startswith("SQLITE_FULL") or (name.startswith("SQLITE_IOERR") and self._no_space()):
@@ -308,6 +349,13 @@ class Database:
         )
 
 
+def _is_done(connection: Connection, number: int) -> bool:
+    if connection.dialect.name == "sqlite" or not inspect(connection).has_table(schema.SCHEMA_STEPS.name):
+        return False
+    done = select(schema.SCHEMA_STEPS.c.number).where(schema.SCHEMA_STEPS.c.number == number)
+    return connection.execute(done).first() is not None
+
+
 def _begin(connection: Connection) -> None:
     writes = connection.get_execution_options().get("prairie_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
@@ -320,4 +368,8 @@ def _transaction_lives(connection: Connection) -> bool:
 
 
 def _to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    """Raises RequestError itself: what Postgres' driver meets while it serialises comes out unwrapped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RequestError("a value cannot be stored", got=str(error), wanted="what JSON can say") from error

@@ -41,9 +41,9 @@ class Home:
     """
 
     def __init__(self, root: Path | str | None = None, url: str | None = None) -> None:
-        """`url`: an SQLAlchemy URL in place of HOME/prairie.db."""
+        """`url`: an SQLAlchemy URL in place of HOME/prairie.db; else $PRAIRIE_DATABASE names one, if it is set."""
         self.root = Path(root).expanduser().absolute() if root is not None else default_home().absolute()
-        self.url = url
+        self.url = url or os.environ.get("PRAIRIE_DATABASE") or None
         self._opening = threading.Lock()
         self._database: Database | None = None
         with disk_errors(f"the home {self.root} cannot be made"):

@@ -77,17 +77,25 @@ def test_promote_roll_back_and_the_generation(home, line):
     assert (registry.history("spark")[0].verdict, registry.history("spark")[0].why) == ({"better": True}, "because")
 
 
+def sabotage(home, name, when):
+    """From now on the database refuses such a write, saying `no NAME`."""
+    steps = [f"create trigger {name} {when} begin select raise(abort, 'no {name}'); end"]
+    if home.url:  # Postgres
+        body = f"$$ begin raise exception 'no {name}'; end $$"
+        steps = [
+            f"create function no_{name}() returns trigger language plpgsql as {body}",
+            f"create trigger {name} {when} for each row execute function no_{name}()",
+        ]
+    home.database.write(lambda connection: [connection.exec_driver_sql(step) for step in steps])
+
+
 def test_the_champion_and_its_history_are_one_transaction(home, line, monkeypatch):
     """If the history cannot be written, the champion does not change either."""
     home.registry.promote("spark@1")
     with pytest.raises(RequestError, match="a value cannot be stored: got Object of type object is not JSON"):
         home.registry.promote("spark@2", verdict={"not json": object()})
-    home.database.write(
-        lambda connection: connection.exec_driver_sql(
-            "create trigger t before insert on registry_events begin select raise(abort, 'on purpose'); end"
-        )
-    )
-    with pytest.raises(StoreError, match="on purpose"):
+    sabotage(home, "purpose", "before insert on registry_events")
+    with pytest.raises(StoreError, match="no purpose"):
         home.registry.promote("spark@2")
     assert home.registry.champion("spark").number == 1
     assert len(home.registry.history("spark")) == 1
@@ -168,20 +176,17 @@ def test_a_turn_and_its_promotion_are_one_transaction(home, line):
     registry = home.registry
     registry.promote(line[0])
     outcome = (line[0].artifact_id, line[1].artifact_id, "d", {"passed": True}, True)
-    for name, sabotage in (
+    for name, when in (
         ("turn", "before insert on turns"),
         ("history", "before insert on registry_events"),
         ("champion", "before update on lines"),
     ):
-        home.database.write(
-            lambda c, name=name, when=sabotage: c.exec_driver_sql(
-                f"create trigger {name} {when} begin select raise(abort, 'no {name}'); end"
-            )
-        )
+        sabotage(home, name, when)
         with pytest.raises(StoreError, match=f"no {name}"):
             registry.record_turn("spark", 1, *outcome)
         assert (registry.champion("spark"), registry.turns("spark"), len(registry.history("spark"))) == (line[0], [], 1)
-        home.database.write(lambda c, name=name: c.exec_driver_sql(f"drop trigger {name}"))
+        of_table = f" on {when.split()[-1]}" if home.url else ""
+        home.database.write(lambda c, name=name, of=of_table: c.exec_driver_sql(f"drop trigger {name}{of}"))
     turn = registry.record_turn("spark", 1, *outcome)
     assert registry.champion("spark") == line[1] and registry.turns("spark") == [turn]
     promotion = registry.history("spark")[-1]
