@@ -10,8 +10,8 @@ demo: .venv/.core  ## a model is made, served, voted on and improved; ends with 
 
 venv: .venv/.dev
 
-test: .venv/.dev  ## the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.dev  ## the fast tests, a process a core: threads of several processes would only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: .venv/.dev  ## kill tests and whole recipes, many minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

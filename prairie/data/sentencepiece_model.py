@@ -104,9 +104,26 @@ def spec_of(model: Model, added: list[dict[str, Any]], *, bos: bool, eos: bool) 
 # The parts of a tokenizer ---------------------------------------------------------------------------------------------
 
 
+def _check_charsmap(charsmap: bytes) -> None:
+    """Raises TokenizerError for rules of normalisation that `tokenizers` would panic at: a little-endian size, a trie of
+    so many bytes, then UTF-8 text."""
+    size = int.from_bytes(charsmap[:4], "little")
+    try:
+        whole = len(charsmap) >= 4 + size and size % 4 == 0
+        charsmap[4 + size :].decode("utf-8")
+    except UnicodeDecodeError:
+        whole = False
+    if not whole:
+        raise TokenizerError(
+            "the rules of normalisation in this SentencePiece model are damaged", got=f"{len(charsmap)} bytes",
+            wanted=f"a trie of {size} bytes and UTF-8 text", mend="copy the model again from where it came",
+        )  # fmt: skip
+
+
 def _normalizers(model: Model, symbols: list[str]) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     if model.charsmap:
+        _check_charsmap(model.charsmap)
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
     if model.remove_extra_whitespaces:
         steps += [_replace({"Regex": r"\A +| +\z"}, ""), _replace({"Regex": " {2,}"}, " ")]

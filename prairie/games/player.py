@@ -79,8 +79,9 @@ class Player:
             forest.run(min(deadline, pause))
             over = int(forest.trees.visits[0, 0]) >= max(visits, 2) or time.monotonic() >= deadline
             if watch is not None and (over or time.monotonic() - shown >= every_s):
-                shown = time.monotonic()
-                over = not watch(self._thought(forest)) or over
+                shown, thought = time.monotonic(), self._thought(forest)
+                if thought.candidates:  # a slow machine may not have looked at a move yet
+                    over = not watch(thought) or over
             if over:
                 return self._thought(forest)
 

@@ -56,6 +56,7 @@ def test_votes_become_a_better_champion_and_are_learned_once(context):
     assert [t.number for t in home.registry.turns("spark")] == [1]
 
 
+@pytest.mark.slow
 def test_the_next_turn_goes_on_from_the_adapter(context):
     first = wheel(context).turn()
     votes = [e for e in context.home.feedback.events() if not is_held_out(e.user)]
@@ -68,6 +69,7 @@ def test_the_next_turn_goes_on_from_the_adapter(context):
     assert context.home.artifacts.get(second.candidate.artifact_id).inputs[0] == first.candidate.artifact_id
 
 
+@pytest.mark.slow
 def test_a_turn_that_is_cut_off_ends_as_it_would_have(context, monkeypatch, voted, tmp_path):
     import shutil
 

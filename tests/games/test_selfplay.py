@@ -17,6 +17,7 @@ def judge():
     return TowerJudge(Tower(TowerConfig.small(12, 7, blocks=2, width=16)).init_weights(0))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_games():
     one, two = (play(judge(), SMALL, games=9, mean_score=1.5, seed=4) for _ in range(2))
     assert one.games == two.games and one.rows.fingerprint == two.rows.fingerprint

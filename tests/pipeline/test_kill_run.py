@@ -60,6 +60,7 @@ def killed_and_calm(folder: Path, kills: int, steps: int, seed: int) -> tuple[di
     return killed, finish(recipe, folder / "calm"), home.with_suffix(".said").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_is_never_killed(tmp_path):
     killed, calm, said = killed_and_calm(tmp_path, kills=3, steps=12, seed=1)
     assert killed == calm and len(calm) == 7
