@@ -105,8 +105,8 @@ def spec_of(model: Model, added: list[dict[str, Any]], *, bos: bool, eos: bool) 
 
 
 def _check_charsmap(charsmap: bytes) -> None:
-    """Raises TokenizerError for rules of normalisation that `tokenizers` would panic at: a little-endian size, a trie of
-    so many bytes, then UTF-8 text."""
+    """Raises TokenizerError for rules of normalisation that `tokenizers` would panic at: a little-endian size, a
+    trie of so many bytes, then UTF-8 text."""
     size = int.from_bytes(charsmap[:4], "little")
     try:
         whole = len(charsmap) >= 4 + size and size % 4 == 0

@@ -204,6 +204,8 @@ def run_to_the_end(
         runtime = quiet_runtime(progress=Progress(stream=stream), rank=rank, world_size=ranks)
         trainer = RUNS[kind](folder, config, runtime=runtime)
         trainer.fit()
-    assert "torch._dynamo" not in sys.modules.keys() - before, "training must not load torch's compiler: it costs a second and 70 MB"
+    assert "torch._dynamo" not in sys.modules.keys() - before, (
+        "training must not load torch's compiler: it costs a second and 70 MB"
+    )
     weights = {name: p.detach() for name, p in trainer.parameters.items()}
     save_file(weights, folder / ("final.safetensors" if rank == 0 else f"final-rank{rank}.safetensors"))
