@@ -170,7 +170,7 @@ def job_of(config: Learning, model: ModelConfig) -> Job:
     rank = config.adapter.rank if config.adapter else 0
     longest = min(config.max_tokens, config.tokens_per_batch)
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    return Job(model, config.tokens_per_batch, longest, rank, config.optimizer, dtype)
+    return Job(model, config.tokens_per_batch, longest, rank, config.optimizer, dtype, config.activation_checkpointing)
 
 
 def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -384,6 +384,7 @@ def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
         min_lr_ratio=config.min_lr_ratio,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
+        activation_checkpointing=config.activation_checkpointing,
         eval_every=watch.every if watch else 0,
         keep_best=watch.keep_best if watch else False,
         patience=watch.patience if watch else 0,

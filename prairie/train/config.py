@@ -32,6 +32,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_norm: float = 1.0
+    activation_checkpointing: bool = False
+    """Less memory for more time; does not change the result."""
     log_every: int = 10
     save_every_s: float | None = 20.0
     """Seconds between checkpoints; None = only every `save_every` steps and at the end. Does not change the result."""
@@ -46,7 +48,9 @@ class TrainConfig:
     keep: int = 2
     seed: int = 0
 
-    COSMETIC: ClassVar[tuple[str, ...]] = ("log_every", "save_every_s", "save_every", "eval_every", "keep")
+    COSMETIC: ClassVar[tuple[str, ...]] = (
+        "log_every", "save_every_s", "save_every", "eval_every", "keep", "activation_checkpointing"
+    )  # fmt: skip
     """Keys that do not change the weights: a run may be resumed with other values."""
 
     def __post_init__(self) -> None:

@@ -37,6 +37,8 @@ class Job:
     """Of the adapter; 0 = all weights are trained."""
     optimizer: str = "adamw"
     dtype: str = "float32"
+    recomputes: bool = False
+    """With activation checkpointing."""
 
     @property
     def trained(self) -> int:
@@ -94,10 +96,16 @@ def memory_of(job: Job) -> Memory:
         weights=(wide * c.parameters() + copies + adapters) / MB,
         gradients=wide * job.trained / MB,
         optimizer=moments * wide * job.trained / MB,
-        activations=job.tokens * (c.layers * _kept_by_layer(job, narrow) + _alive_at_once(c, narrow)) / MB,
+        activations=job.tokens * (_kept_by_layers(job, narrow) + _alive_at_once(c, narrow)) / MB,
         logits=2 * wide * max(LEAST_CHUNK, CHUNK_NUMBERS // c.vocab_size) * c.vocab_size / MB,
         process=PROCESS_MB,
     )
+
+
+def _kept_by_layers(job: Job, narrow: int) -> float:
+    """Bytes that all layers keep for each token; recomputed ones keep their inputs, and one at a time the rest."""
+    one = _kept_by_layer(job, narrow)
+    return job.config.layers * narrow * job.config.dim + one if job.recomputes else job.config.layers * one
 
 
 def _kept_by_layer(job: Job, narrow: int) -> float:
@@ -119,8 +127,8 @@ def _alive_at_once(config: ModelConfig, narrow: int) -> float:
 def ways_out(job: Job, limit_mb: float, most: int = 3) -> list[str]:
     """Changes with which the training fits into `limit_mb`, the cheapest first, each with what it then takes.
 
-    Smaller micro-batches cost some speed and change no gradient; shorter rows lose text; an adapter learns less; a
-    smaller model is another one.
+    Smaller micro-batches cost some speed and change no gradient, nor does activation checkpointing, which costs a third
+    of the time; shorter rows lose text; an adapter learns less; a smaller model is another one.
     """
     found: list[str] = []
     for words, changed in _changes(job):
@@ -140,6 +148,8 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
     """From what costs least to what costs most."""
     c = job.config
     yield "", job
+    if not job.recomputes:
+        yield "activation_checkpointing: true", replace(job, recomputes=True)
     if job.longest > 2 * LEAST_BATCH:
         yield f"max_tokens {job.longest // 2}", replace(job, longest=job.longest // 2)
     if not job.rank:

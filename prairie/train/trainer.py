@@ -151,6 +151,7 @@ class Trainer:
             self.runtime = replace(runtime, progress=Progress(quiet=True))
         model.to(runtime.device)
         model.requires_grad_(adapter is None)
+        model.recomputes = config.activation_checkpointing
         self.adapters: list[AdapterRows] = []
         if adapter is not None:
             assert isinstance(model, Transformer), "adapters stand on Transformers"

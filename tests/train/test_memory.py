@@ -40,6 +40,7 @@ JOBS = {
     "small, large batch": Job(shape(2048, 128, 4), 16_384, 64),
     "large vocabulary, long rows": Job(shape(32_768, 256, 4), 4096, 512),
     "an adapter": Job(shape(4096, 384, 6), 4096, 128, rank=16),
+    "recomputed": Job(shape(4096, 256, 8), 8192, 128, recomputes=True),
     "muon": Job(shape(4096, 384, 6), 1024, 256, optimizer="muon"),
 }
 
@@ -55,7 +56,10 @@ def train_twice(job: Job, folder: Path, told: "multiprocessing.Queue[float]") ->
     dataset = TokenDataset(ids, np.arange(len(ids)) % job.longest > 0, offsets)
     model = Transformer(job.config).init_weights(0)
     adapter = LoRA.create(model, LoRAConfig(rank=job.rank)) if job.rank else None
-    config = TrainConfig(steps=2, tokens_per_batch=job.tokens, lr=1e-4, optimizer=job.optimizer, save_every_s=None)
+    config = TrainConfig(
+        steps=2, tokens_per_batch=job.tokens, lr=1e-4, optimizer=job.optimizer, save_every_s=None,
+        activation_checkpointing=job.recomputes,
+    )  # fmt: skip
     loader = Loader(dataset, tokens_per_batch=job.tokens, seed=0)
     Trainer(model, CausalLM(), loader, config, runtime=quiet_runtime(), folder=folder, adapter=adapter).fit()
     told.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -120,6 +120,27 @@ def test_a_frozen_base_keeps_nothing_below_the_first_adapter():
     assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_recomputed_layers_give_the_same_bits_and_keep_less(with_adapter):
+    """Activation checkpointing, with a prompt that rows share and dropout in the adapter."""
+    model, dataset = tiny_model(), shared_prompts()
+    adapters = []
+    if with_adapter:
+        adapters = [AdapterRows(LoRA.create(model.requires_grad_(False), LoRAConfig(rank=2, dropout=0.2)))]
+    learner = adapters[0].lora if adapters else model
+    learner.train()
+    found = []
+    for model.recomputes in (False, True):
+        kept: list[int] = []
+        learner.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            accumulate_gradients(model, CausalLM(), [batch_of(dataset, range(18))], adapters, draw="a step")
+        found.append(([p.grad.clone() for p in learner.parameters()], sum(kept)))
+    (plain, plain_kept), (recomputed, kept_less) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    assert kept_less < 0.5 * plain_kept
+
+
 def test_runs_together_end_where_they_end_alone(tmp_path):
     """Within 1e-4 of each tensor's norm after 6 to 9 steps of Adam; a run that ends earlier leaves the others be."""
     alone = trainers_of(tmp_path / "alone", tiny_model())
