@@ -103,9 +103,10 @@ def memory_of(job: Job) -> Memory:
 
 
 def _kept_by_layers(job: Job, narrow: int) -> float:
-    """Bytes that all layers keep for each token; recomputed ones keep their inputs, and one at a time the rest."""
+    """Bytes that all layers keep for each token; recomputed ones keep their inputs, and about two at a time the rest:
+    the one whose gradient is made and the one that is computed again."""
     one = _kept_by_layer(job, narrow)
-    return job.config.layers * narrow * job.config.dim + one if job.recomputes else job.config.layers * one
+    return job.config.layers * narrow * job.config.dim + 2 * one if job.recomputes else job.config.layers * one
 
 
 def _kept_by_layer(job: Job, narrow: int) -> float:
