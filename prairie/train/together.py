@@ -29,6 +29,9 @@ from prairie.train.objective import Objective, computing_in, layout_for
 from prairie.train.prefixes import Layout, joined
 from prairie.train.trainer import StepSums, Trainer, count_of, seed_draw
 
+PASS_TOKENS = 4096
+"""Tokens that go through the base at once. More fill no core better; they only leave the cache and take memory."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -89,19 +92,34 @@ def gradients_together(
     sums: list[list[dict[str, Tensor]]] = [[] for _ in parts]
     for index in range(max(len(part.batches) for part in parts)):
         seed_draw(draw, index)
-        at = [i for i, part in enumerate(parts) if index < len(part.batches)]
-        with computing_in(dtype, model):
-            found = _losses(model, [(parts[i].objective, parts[i].adapter, parts[i].batches[index]) for i in at])
-        torch.stack([loss / counts[i] for i, (loss, _) in zip(at, found, strict=True)]).sum().backward()
-        for i, (loss, its_sums) in zip(at, found, strict=True):
-            losses[i].append(loss.detach())
-            sums[i].append(its_sums)
+        for at in _passes([len(p.batches[index].tokens_N) if index < len(p.batches) else 0 for p in parts]):
+            with computing_in(dtype, model):
+                found = _losses(model, [(parts[i].objective, parts[i].adapter, parts[i].batches[index]) for i in at])
+            torch.stack([loss / counts[i] for i, (loss, _) in zip(at, found, strict=True)]).sum().backward()
+            for i, (loss, its_sums) in zip(at, found, strict=True):
+                losses[i].append(loss.detach())
+                sums[i].append(its_sums)
     return [
         StepSums(
             torch.stack(mine).sum(), count, {name: torch.stack([one[name] for one in its]).sum() for name in its[0]}
         )
         for mine, count, its in zip(losses, counts, sums, strict=True)
     ]
+
+
+def _passes(tokens: Sequence[int]) -> list[list[int]]:
+    """Which parts go through the base together: neighbours, up to `PASS_TOKENS`; those without tokens go nowhere."""
+    passes: list[list[int]] = []
+    filled = 0
+    for i, count in enumerate(tokens):
+        if not count:
+            continue
+        if not passes or filled + count > PASS_TOKENS:
+            passes.append([])
+            filled = 0
+        passes[-1].append(i)
+        filled += count
+    return passes
 
 
 def _losses(

@@ -13,6 +13,7 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
+from prairie.train import together
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
 from prairie.train.together import Part, fit_together, gradients_together
@@ -73,7 +74,10 @@ def fit_to_step_four(trainers: dict[str, Trainer]) -> None:
     assert left.value.code == 0
 
 
-def test_gradients_together_are_those_of_each_alone():
+@pytest.mark.parametrize("pass_tokens", [4096, 300, 1])
+def test_gradients_together_are_those_of_each_alone(pass_tokens, monkeypatch):
+    """However many adapters go through the base at once."""
+    monkeypatch.setattr(together, "PASS_TOKENS", pass_tokens)
     model = tiny_model().requires_grad_(False)
     parts = []
     for seed in range(3):
@@ -85,9 +89,9 @@ def test_gradients_together_are_those_of_each_alone():
         objective = DPO(DPOConfig(), reference_logprobs(tiny_model(seed=9), dataset)) if seed else CausalLM()
         batches = [batch_of(dataset, range(4 * i, 4 * i + 4)) for i in range(seed + 1)]
         parts.append(Part(objective, adapter, batches))
-    together = gradients_together(model, parts)
+    found = gradients_together(model, parts)
     got = [[p.grad.clone() for p in part.adapter.parameters()] for part in parts]
-    for part, sums, grads in zip(parts, together, got, strict=True):
+    for part, sums, grads in zip(parts, found, got, strict=True):
         part.adapter.zero_grad()
         alone = accumulate_gradients(model, part.objective, part.batches, [AdapterRows(part.adapter)])
         assert float(sums.loss) == pytest.approx(float(alone.loss), rel=1e-5) and sums.count == alone.count
@@ -145,9 +149,9 @@ def test_runs_together_end_where_they_end_alone(tmp_path):
     """Within 1e-4 of each tensor's norm after 6 to 9 steps of Adam; a run that ends earlier leaves the others be."""
     alone = trainers_of(tmp_path / "alone", tiny_model())
     wanted = {name: trainer.fit() for name, trainer in alone.items()}
-    together = trainers_of(tmp_path / "together", tiny_model())
-    figures = dict(zip(together, fit_together(list(together.values())), strict=True))
-    assert farthest(weights(together), weights(alone)) < 1e-4
+    shared = trainers_of(tmp_path / "together", tiny_model())
+    figures = dict(zip(shared, fit_together(list(shared.values())), strict=True))
+    assert farthest(weights(shared), weights(alone)) < 1e-4
     for name, (steps, *_) in PLANS.items():
         assert figures[name]["steps"] == steps and figures[name]["tokens"] == wanted[name]["tokens"]
         assert figures[name]["loss_last"] == pytest.approx(wanted[name]["loss_last"], rel=1e-4)
