@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -38,6 +39,7 @@ def card(
     facts: Mapping[str, Any],
 ) -> str:
     """The card's text. `manifest`: the folder's `prairie.json`; `configs`: what each artifact was made with, by id."""
+    configs = {id: _without_folders(config) for id, config in configs.items()}
     tops = [top for top in (lineage.get("artifact"), lineage.get("base")) if top]
     nodes = [node for top in tops for node in _nodes(top)]
     stated = {key: _stated(key, manifest, nodes) for key in ("license", "origin")}
@@ -69,6 +71,11 @@ def card(
         f"{licence}, as the base states it." if licence else "None is stated. Ask the makers of its base and data.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _without_folders(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A card is read elsewhere: of a path it tells the last name, not where the maker keeps things."""
+    return {**config, "path": Path(config["path"]).name} if config.get("path") else config
 
 
 def _stated(key: str, manifest: Mapping[str, Any], nodes: list[Any]) -> str | None:

@@ -82,6 +82,7 @@ def test_the_card_tells_the_lineage(ask, poet, tmp_path):
         assert f"## {section}\n" in rest
     assert "train poet" in rest and "import model" in rest and '"lr": 0.1' in rest and "accuracy 0.75" in rest
     assert "apache-2.0, as the base states it" in rest
+    assert str(tmp_path) not in text, "a card that is published does not tell where its maker keeps things"
     assert LoRA.load(tmp_path / "adapter").parent is not None, "the adapter below is part of the folder"
 
 
