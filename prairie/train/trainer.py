@@ -171,7 +171,8 @@ class Trainer:
         self.identity = self._identity()
         self.ranks.require_same(json.dumps(self.identity, sort_keys=True), "thing")
         self.state = RunState()
-        self._stop: int | None = None
+        self._asked: int | None = None  # the signal that reached this process
+        self._stop: int | None = None  # the one that all ranks have agreed on
         self._save_due_s = math.inf
 
     def fit(self) -> dict[str, Any]:
@@ -272,7 +273,10 @@ class Trainer:
         last = state.step == config.steps
         due = last or (config.eval_every and state.step and state.step % config.eval_every == 0)
         evaluate = self.evaluate
-        if evaluate is None or not due or state.evaluated == state.step or self._stop is not None:
+        if evaluate is None or not due or state.evaluated == state.step:
+            return
+        self._agree()
+        if self._stop is not None:
             return
         with generators_apart(), judging(self.model, self.adapters):
             figures: dict[str, Any] = dict(self.ranks.first_says(lambda: dict(evaluate())))
@@ -284,26 +288,29 @@ class Trainer:
     @property
     def asked_to_stop(self) -> int | None:
         """The signal that asked for it."""
-        return self._stop
+        return self._stop or self._asked
 
     def stop(self, number: int) -> None:
         """Stop after this step, as signal `number` would have it."""
-        self._stop = number
+        self._asked = number
 
     def over(self) -> bool:
-        """Whether no further step is to be taken. A signal that reached one rank stops all."""
+        """Whether no further step is to be taken."""
         state = self.state
-        stop = int(self.ranks.most([self._stop or 0])[0])
-        self._stop = stop or None
         return state.step >= self.config.steps or state.ended != "" or self._stop is not None
 
+    def _agree(self) -> None:
+        """A signal that reached one rank stops all of them."""
+        self._stop = int(self.ranks.most([self._asked or 0])[0]) or None
+
     def save_is_due(self) -> bool:
-        """By steps or by time, with a new best, at the end, and at a signal."""
+        """By steps or by time, with a new best, at the end, and at a signal: one that comes later than this question
+        is for the next step, which is saved in its turn."""
         state, config = self.state, self.config
         by_step = config.save_every and state.step % config.save_every == 0
-        by_time, stop = self.ranks.most([time.monotonic() >= self._save_due_s, self._stop or 0])
+        self._agree()
+        by_time = bool(self.ranks.most([time.monotonic() >= self._save_due_s])[0])
         best = config.keep_best and state.best_step == state.step
-        self._stop = int(stop) or None
         last = state.ended != "" or state.step == config.steps
         return bool(by_step or by_time or best or last or self._stop is not None)
 
@@ -498,13 +505,13 @@ class Trainer:
     @contextmanager
     def _catching_signals(self, listens: bool) -> Iterator[None]:
         """SIGTERM and the first Ctrl-C ask for a stop after the step (SystemExit); a second Ctrl-C stops at once."""
-        self._stop = None
+        self._asked = self._stop = None
         if not listens or threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self._stop = number
+            self._asked = number
             signal.signal(signal.SIGINT, before[signal.SIGINT])
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -515,13 +522,13 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._stop is not None:
+        if (stop := self.asked_to_stop) is not None:
             self.runtime.progress.say(
-                f"{self.title}: stopped by {signal.Signals(self._stop).name} after step {self.state.step} of "
+                f"{self.title}: stopped by {signal.Signals(stop).name} after step {self.state.step} of "
                 f"{self.config.steps}, all is saved in {self.folder}; "
                 f"go on with: {self.runtime.command or 'the same command'}"
             )
-            raise SystemExit(0 if self._stop == signal.SIGTERM else 128 + self._stop)
+            raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
 
 
 def _check_settings(
