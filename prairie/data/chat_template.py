@@ -26,7 +26,7 @@ from jinja2.parser import Parser
 
 from prairie.data.builtin_templates import BUILTIN, ENDS_BY_EOS, NEEDED, PLAIN_CHATML, STOP_STRINGS
 from prairie.data.records import Message, ToolCall, Tools
-from prairie.data.template_sandbox import Sandbox
+from prairie.data.template_sandbox import Sandbox, load_trusted
 from prairie.data.tokenizer import Place, Tokenizer
 from prairie.errors import TemplateError, TokenizerError
 
@@ -107,8 +107,8 @@ class ChatTemplate:
         self.hash = hashlib.sha256(both.encode()).hexdigest()
         self._tokenizer = tokenizer
         self._trusted = source in BUILTIN.values() or source == PLAIN_CHATML
-        sandbox = Sandbox(_Generation)
-        self._render = sandbox.load(source)
+        self._render = load_trusted(source, _Generation) if self._trusted else Sandbox(_Generation).load(source)
+        self._made_of = (source, tokenizer, tuple(extra_stop_ids), name, tool_source)
         self._with_tools = None if tool_source is None else ChatTemplate(tool_source, tokenizer)
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._shield = re.compile("|".join([f"[{_MARKS}]", *map(re.escape, special)]))
@@ -120,6 +120,9 @@ class ChatTemplate:
             stops += self._with_tools.stop_ids
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
         self.stop_strings: tuple[str, ...] = STOP_STRINGS.get(name, ())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, self._made_of
 
     @classmethod
     def builtin(cls, name: str, tokenizer: Tokenizer) -> ChatTemplate:
@@ -241,11 +244,6 @@ class ChatTemplate:
         return self._written(dialogue, prompt, self._shows_reasoning)
 
     def _written(self, dialogue: Dialogue, prompt: bool, shows_reasoning: bool = True) -> str:
-        names = {
-            key: token
-            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if (token := getattr(self._tokenizer, key)) is not None
-        }
         options = {key: self._shielded(value) for key, value in (dialogue.options or {}).items()}
         if wrong := sorted(_TAKEN & options.keys()):
             raise TemplateError("an option of the template has a name that is taken", got=", ".join(wrong))
@@ -258,12 +256,18 @@ class ChatTemplate:
             "add_generation_prompt": prompt,
         }
         try:
-            return self._render(given | names | options)
+            return self._render(given | self._names | options)
         except Exception as error:  # a template is foreign code: it may fail in any way
             roles = ", ".join(message.role for message in dialogue.messages) or "none"
             raise TemplateError(
                 "the chat template refuses this conversation", got=f"{error or type(error).__name__} for roles {roles}"
             ) from None
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The tokens that a template may name."""
+        tokens = {key: getattr(self._tokenizer, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {key: token for key, token in tokens.items() if token is not None}
 
     def _shielded(self, value: Any) -> Any:
         """A value whose texts cannot be taken for marks or special tokens."""
@@ -356,6 +360,8 @@ class ChatTemplate:
         """Marks that say "no thoughts" are not learnt before an answer that brought none: where the template knows
         them, they belong to the prompt that is served when thinking is switched off."""
         text = "".join(segment.text for segment in segments)
+        if not self._knows_thinking and "<think>" not in text:
+            return segments
         silent: list[str] = []
         if self._knows_thinking:
             thoughtless = [i for i in _answers(dialogue) if not dialogue.messages[i].reasoning]

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prairie.data.chat_template import ChatTemplate, Dialogue, Rendered
+from prairie.data.processes import in_processes
 from prairie.data.records import Chat, Preference, Text
 from prairie.data.tokenizer import Tokenizer
 from prairie.errors import DataError, TemplateError, TrainingError
@@ -109,15 +110,8 @@ class TokenDataset:
         A row without an assistant's turn, or longer than `max_tokens`, is refused and listed; with
         `on_long="truncate"` it is cut and counted instead. Raises DataError if nothing is left.
         """
-        rows = _Rows()
-        count = 0
-        for chunk in _chunks(records):
-            dialogues = [Dialogue(record.messages, record.tools) for record in chunk]
-            for rendered in _each_or_why(template, dialogues, template.encode_rows):
-                for row in [rendered] if isinstance(rendered, str) else rendered:
-                    rows.add(count, [row if isinstance(row, str) else _fit(row, max_tokens, on_long)])
-                count += 1
-        return rows.dataset(1, "conversations")
+        template.check_trainable()
+        return _rows_of(records, partial(_chat_rows, template, max_tokens, on_long)).dataset(1, "conversations")
 
     @classmethod
     def from_preferences(
@@ -127,22 +121,8 @@ class TokenDataset:
 
         Refused as in `from_chats` if either side is, and if both sides are the same tokens.
         """
-        rows = _Rows()
-        count = 0
-        for chunk in _chunks(records):
-            sides = [Dialogue((*r.prompt, *side), r.tools) for r in chunk for side in (r.chosen, r.rejected)]
-            prompts = _each_or_why(
-                template, [Dialogue(r.prompt, r.tools) for r in chunk], partial(template.encode_many, prompt=True)
-            )
-            rendered = _each_or_why(template, sides, template.encode_rows)
-            for i, prompt in enumerate(prompts):
-                pair = [_after(prompt, side, max_tokens, on_long) for side in rendered[2 * i : 2 * i + 2]]
-                chosen, rejected = pair
-                if isinstance(chosen, _Row) and isinstance(rejected, _Row) and chosen.ids == rejected.ids:
-                    pair = ["chosen and rejected are the same tokens"]
-                rows.add(count, pair)
-                count += 1
-        return rows.dataset(2, "preferences")
+        template.check_trainable()
+        return _rows_of(records, partial(_preference_rows, template, max_tokens, on_long)).dataset(2, "preferences")
 
     @classmethod
     def from_labelled(
@@ -474,6 +454,25 @@ class _Rows:
         self.cut = 0
         self.refused: list[dict[str, Any]] = []
         self.refused_count = 0
+        self.records = 0
+        """What the rows were made of, where several such are put together."""
+
+    def append(self, other: _Rows) -> None:
+        """The rows of the records that follow."""
+        self.ids += other.ids
+        self.mask += other.mask
+        self.lengths += other.lengths
+        self.truncated += other.truncated
+        self.cut += other.cut
+        self.refused += [{**row, "row": self.records + row["row"]} for row in other.refused]
+        del self.refused[_LISTED:]
+        self.refused_count += other.refused_count
+        self.records += other.records
+
+    def packed(self) -> _Rows:
+        """Itself, its arrays joined: quicker to hand to another process."""
+        self.ids, self.mask = ([np.concatenate(a)] if a else [] for a in (self.ids, self.mask))
+        return self
 
     def refuse(self, row: int, reason: str) -> None:
         self.refused_count += 1
@@ -526,6 +525,41 @@ class _Rows:
         }
         ids, mask = np.concatenate(self.ids), np.concatenate(self.mask)
         return TokenDataset(ids, mask, offsets, group=group, figures=figures, targets=targets)
+
+
+def _rows_of(records: Iterable[_T], make: Callable[[list[_T]], _Rows]) -> _Rows:
+    """The rows of all records, made chunk by chunk, on all cores if there are many."""
+    rows = _Rows()
+    for part in in_processes(make, _chunks(records)):
+        rows.append(part)
+    return rows
+
+
+def _chat_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: list[Chat]) -> _Rows:
+    rows = _Rows()
+    dialogues = [Dialogue(record.messages, record.tools) for record in chunk]
+    for number, rendered in enumerate(_each_or_why(template, dialogues, template.encode_rows)):
+        for row in [rendered] if isinstance(rendered, str) else rendered:
+            rows.add(number, [row if isinstance(row, str) else _fit(row, max_tokens, on_long)])
+    rows.records = len(chunk)
+    return rows.packed()
+
+
+def _preference_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: list[Preference]) -> _Rows:
+    rows = _Rows()
+    sides = [Dialogue((*r.prompt, *side), r.tools) for r in chunk for side in (r.chosen, r.rejected)]
+    prompts = _each_or_why(
+        template, [Dialogue(r.prompt, r.tools) for r in chunk], partial(template.encode_many, prompt=True)
+    )
+    rendered = _each_or_why(template, sides, template.encode_rows)
+    for number, prompt in enumerate(prompts):
+        pair = [_after(prompt, side, max_tokens, on_long) for side in rendered[2 * number : 2 * number + 2]]
+        chosen, rejected = pair
+        if isinstance(chosen, _Row) and isinstance(rejected, _Row) and chosen.ids == rejected.ids:
+            pair = ["chosen and rejected are the same tokens"]
+        rows.add(number, pair)
+    rows.records = len(chunk)
+    return rows.packed()
 
 
 def _chunks(records: Iterable[_T]) -> Iterator[list[_T]]:

@@ -262,6 +262,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
 
+def load_trusted(source: str, *extensions: type[Extension]) -> Callable[[Mapping[str, Any]], str]:
+    """As `Sandbox.load`, for a template of our own: without fuel it renders in half the time."""
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", *extensions]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    template = environment.from_string(source)
+    return lambda variables: template.render(variables)
+
+
 class _Namespace(Namespace):
     """Jinja's, without names that Python gives a meaning to."""
 

@@ -63,7 +63,8 @@ def fit_together(trainers: Sequence[Trainer]) -> list[dict[str, Any]]:
             if listener.asked_to_stop is not None:
                 for trainer in trainers:
                     trainer.stop(listener.asked_to_stop)
-            if any([trainer.save_is_due() for trainer in active]):  # a list: each is to know of the signal
+            due = [trainer.save_is_due() for trainer in active]  # of each: it learns of the signal there
+            if any(due):
                 for trainer in active:
                     trainer.save()
         return [trainer.finish() for trainer in trainers]

@@ -167,6 +167,20 @@ def test_chats_equal_the_template_and_bad_rows_are_listed() -> None:
         TokenDataset.from_chats([chat("hello " * 50, "w")], TEMPLATE, 20, on_long="truncate")
 
 
+def test_many_records_are_made_by_several_processes_into_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chats = [chat("hello " * (i % 9), "world") if i % 5 else chat("only me") for i in range(60)]
+    pairs = [Preference(c.messages[:1], (says(f"yes {i}"),), (says("no" if i % 3 else f"yes {i}"),)) for i, c in
+             enumerate(chats)]  # fmt: skip
+    for make, records in ((TokenDataset.from_chats, chats), (TokenDataset.from_preferences, pairs)):
+        alone = make(records, TEMPLATE, 60)
+        with monkeypatch.context() as small:
+            small.setattr("prairie.data.loader._CHUNK", 7)
+            small.setattr("loky.cpu_count", lambda: 2)
+            together = make(records, TEMPLATE, 60)
+        assert together.figures == alone.figures and together.fingerprint == alone.fingerprint
+        assert alone.figures["refused_rows"] > 10
+
+
 def test_preferences_lie_side_by_side_and_only_answers_are_learnt() -> None:
     prompt = (user("hello"), says("world"), user("how are you?"))
     records = [
