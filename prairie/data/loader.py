@@ -471,7 +471,8 @@ class _Rows:
 
     def packed(self) -> _Rows:
         """Itself, its arrays joined: quicker to hand to another process."""
-        self.ids, self.mask = ([np.concatenate(a)] if a else [] for a in (self.ids, self.mask))
+        if self.lengths:
+            self.ids, self.mask = [np.concatenate(self.ids)], [np.concatenate(self.mask)]
         return self
 
     def refuse(self, row: int, reason: str) -> None:
@@ -538,7 +539,8 @@ def _rows_of(records: Iterable[_T], make: Callable[[list[_T]], _Rows]) -> _Rows:
 def _chat_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: list[Chat]) -> _Rows:
     rows = _Rows()
     dialogues = [Dialogue(record.messages, record.tools) for record in chunk]
-    for number, rendered in enumerate(_each_or_why(template, dialogues, template.encode_rows)):
+    made = _each_or_why(template, dialogues, template.encode_rows)
+    for number, rendered in enumerate(made):
         for row in [rendered] if isinstance(rendered, str) else rendered:
             rows.add(number, [row if isinstance(row, str) else _fit(row, max_tokens, on_long)])
     rows.records = len(chunk)

@@ -413,6 +413,8 @@ def _turn(value: object, i: int) -> Message:
     if role is None:
         raise DataError(f"message {i} has an unknown role", got=repr(name), wanted=" | ".join(_ROLES))
     told = value.get("content", value.get("value"))
+    if isinstance(told, str) and len(value) == 2 and name != "function_call":  # as nearly all are
+        return Message(role, told)
     calls = value.get("tool_calls") or []
     if name == "function_call" and isinstance(told, str):
         calls, told = _json(told, i), None
