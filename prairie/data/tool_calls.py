@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prairie.data.chat_template import PROBE_CALL, ChatTemplate
 from prairie.data.records import ToolCall
@@ -39,6 +39,9 @@ class CallFormat:
     closing: str
     key: str
     """`arguments` or `parameters`."""
+    frame: tuple[str, str] = field(default=("", ""), compare=False)
+    """What stands before the `{` of a call and after its `}`, exactly as the template writes it."""
+    has_id: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, template: ChatTemplate) -> CallFormat | None:
@@ -51,7 +54,10 @@ class CallFormat:
         if found is None:
             return None
         opening = _NO_THOUGHTS.sub("", written[: found.start()], count=1)
-        return cls(opening.strip(), written[found.end() :].strip(), found["key"])
+        call = found.group()
+        frame = opening + call[: call.index("{")], call[call.rindex("}") + 1 :] + written[found.end() :].rstrip()
+        has_id = PROBE_CALL.id in call
+        return cls(opening.strip(), written[found.end() :].strip(), found["key"], frame, has_id)
 
     def read(self, text: str, known: Collection[str]) -> Said:
         """The calls in an answer and the text before them. What is no whole call of this format stays text; where a

@@ -12,11 +12,13 @@ import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from prairie.data.chat_template import ChatTemplate, Options
 from prairie.data.records import Message, Tools
 from prairie.data.tokenizer import Tokenizer
+from prairie.engine.constraint import Grammars
 from prairie.engine.kv_cache import KVCache, root_hash
 from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
 from prairie.engine.runner import Runner
@@ -145,7 +147,7 @@ class Engine:
         """Queues a request.
 
         Raises ContextLengthError if the prompt leaves no room for one token, AdapterError for an unknown adapter,
-        RequestError for an empty prompt, unknown token ids or an id that is in use.
+        RequestError for an empty prompt, unknown token ids, an id that is in use or a constraint that cannot be kept.
         """
         self._add(request, request.params.seed if request.params.seed is not None else secrets.randbits(64))
 
@@ -221,6 +223,11 @@ class Engine:
             "preemptions": self.scheduler.preemptions,
         }
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What answers of a given form are written in."""
+        return Grammars(self.tokenizer, self.template.stop_ids)
+
     # ---- inside
 
     def _add(self, request: Request, seed: int) -> None:
@@ -236,6 +243,7 @@ class Engine:
             stream=TextStream(self.tokenizer, params.stop) if request.stream or params.stop else None,
             root_hash=self._root_hash(request, len(request.prompt_ids)),
             lora=self.adapters[request.adapter] if request.adapter is not None else None,
+            matcher=self.grammars.matcher(params.constraint) if params.constraint is not None else None,
         )
         self._arrivals += 1
         self._sequences[request.id] = sequence
@@ -306,6 +314,12 @@ class Engine:
             if stream is not None:
                 delta = stream.push(token)
                 if stream.stopped:
+                    reason = "stop"
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token)
+                if sequence.matcher.broken:
+                    reason = "constraint"
+                elif sequence.matcher.whole:
                     reason = "stop"
             if reason is None and len(sequence.ids) >= sequence.max_length:
                 reason = "length"

@@ -18,9 +18,11 @@ from prairie.errors import RequestError
 
 if TYPE_CHECKING:
     from prairie.data.tokenizer import Tokenizer
+    from prairie.engine.constraint import Constraint, Matcher
     from prairie.models.lora import LoRA
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "constraint"]
+""" "constraint": the form that was asked for became too complex to go on."""
 TopLogprobs = list[tuple[int, float]]
 """(token id, log-probability), best first."""
 MAX_TOP_LOGPROBS = 20
@@ -54,6 +56,8 @@ class SamplingParams:
     """How many alternatives to report per token; the chosen token's log-probability is always reported."""
     ignore_eos: bool = False
     """Runs to max_tokens whatever the template's stop tokens say; for benchmarks."""
+    constraint: Constraint | None = None
+    """What the answer must look like; it ends as soon as nothing can follow."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -74,6 +78,10 @@ class SamplingParams:
         )
         for bias in (self.logit_bias or {}).values():
             _check(-100 <= bias <= 100, "logit_bias", bias, "-100 to 100")
+        if self.constraint is not None and self.ignore_eos:
+            raise RequestError(
+                "an answer of a given form ends by itself", mend="leave ignore_eos out", param="ignore_eos"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -200,6 +208,7 @@ class Sequence:
         "ids",
         "logprobs",
         "lora",
+        "matcher",
         "max_length",
         "prompt_tokens",
         "request",
@@ -223,6 +232,7 @@ class Sequence:
         stream: TextStream | None,
         root_hash: bytes,
         lora: LoRA | None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request = request
         self.arrival = arrival
@@ -232,6 +242,8 @@ class Sequence:
         self.stop_ids = stop_ids
         self.stream = stream
         self.lora = lora
+        self.matcher = matcher
+        """Of its constraint; it stands behind the last generated token."""
         self.ids = list(request.prompt_ids)
         self.prompt_tokens = len(self.ids)
         self.logprobs: list[float] = []

@@ -10,12 +10,16 @@ Shapes: B sequences that get a token in this step, V tokens of the model, rows (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prairie.engine.request import Sequence, TopLogprobs
+
+if TYPE_CHECKING:
+    from prairie.engine.constraint import Matcher
 
 CANDIDATES = 128
 """top_k and top_p first look at this many of the best tokens; only rows that need more sort the whole vocabulary."""
@@ -63,6 +67,8 @@ class Sampler:
         self._frequency = np.zeros(max_batch, dtype=np.float32)
         self._biased = np.zeros(max_batch, dtype=bool)
         self._bias: dict[int, tuple[list[int], list[float]]] = {}
+        self._constrained = np.zeros(max_batch, dtype=bool)
+        self._matchers: dict[int, Matcher] = {}
         self._counts: Tensor | None = None
         """(max_batch, V) how often each row has generated each token; made when first needed."""
 
@@ -79,6 +85,9 @@ class Sampler:
         self._biased[row] = bool(params.logit_bias)
         if params.logit_bias:
             self._bias[row] = (list(params.logit_bias.keys()), list(params.logit_bias.values()))
+        self._constrained[row] = sequence.matcher is not None
+        if sequence.matcher is not None:
+            self._matchers[row] = sequence.matcher
         if params.presence_penalty or params.frequency_penalty:
             if self._counts is None:
                 self._counts = torch.zeros(len(self._temperature), self.vocab_size, device=self.device)
@@ -102,10 +111,12 @@ class Sampler:
         )
 
     def _shape(self, logits_BV: Tensor, rows: np.ndarray) -> Tensor:
-        """Penalties (OpenAI's formula, over generated tokens) and biases; the logits themselves if there are none."""
+        """Penalties (OpenAI's formula, over generated tokens), biases, and the tokens that a constraint forbids; the
+        logits themselves if there is nothing of it."""
         presence, frequency, biased = self._presence[rows], self._frequency[rows], self._biased[rows]
         penalised = (presence != 0) | (frequency != 0)
-        if not penalised.any() and not biased.any():
+        constrained = np.flatnonzero(self._constrained[rows])
+        if not penalised.any() and not biased.any() and not constrained.size:
             return logits_BV
         shaped_BV = logits_BV.clone()
         if penalised.any():
@@ -117,7 +128,18 @@ class Sampler:
         for place in np.flatnonzero(biased).tolist():
             ids, values = self._bias[int(rows[place])]
             shaped_BV[place, ids] += torch.tensor(values, device=self.device)
+        if constrained.size:
+            places = torch.from_numpy(constrained).to(self.device)
+            shaped_BV[places] = shaped_BV[places].masked_fill_(self._forbidden(rows[constrained]), -torch.inf)
         return shaped_BV
+
+    def _forbidden(self, rows: np.ndarray) -> Tensor:
+        """(B, V) true where the row's constraint does not let the token follow. A row whose constraint has broken down
+        forbids nothing: its sequence ends with this token anyway."""
+        bits = np.stack([np.frombuffer(self._matchers[row].allowed(), np.uint8) for row in rows.tolist()])
+        allowed_BV = np.unpackbits(bits, axis=1, bitorder="little")[:, : self.vocab_size].astype(bool)
+        allowed_BV[~allowed_BV.any(1)] = True
+        return torch.from_numpy(~allowed_BV).to(self.device)
 
     def _choose(self, shaped_BV: Tensor, rows: np.ndarray, counters: np.ndarray) -> Tensor:
         """(B,) tokens. Each row goes the way that its own parameters say, never one that its neighbours say."""

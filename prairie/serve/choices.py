@@ -16,17 +16,19 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prairie.data.records import Message, Tools
 from prairie.data.tool_calls import CallFormat
+from prairie.engine.constraint import Constraint, ConstraintError
 from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError
 from prairie.serve.answers import Head, TokenText
 from prairie.serve.embedding import embedding_list, pieces, token_rows, vectors_of
+from prairie.serve.forms import call_form
 from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
-from prairie.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling
+from prairie.serve.schema import ChatRequest, CompletionRequest, Demand, EmbeddingRequest, Sampling
 from prairie.serve.scoring import Score, score
 from prairie.serve.worker import EngineFault, Worker
 
@@ -44,6 +46,8 @@ DEFAULT_MAX_TOKENS = 1024
 DEFAULT_TEXT_TOKENS = 16
 """Of a text completion, as OpenAI's."""
 RETRY_AFTER_S = 2
+COMPILE_S = 5.0
+"""How long a request waits for its schema to become a grammar."""
 
 
 class QueueFull(OverloadedError):
@@ -72,6 +76,12 @@ class Order:
     """What a chat's model may call."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the chat template."""
+    form: Constraint | None = None
+    """What the answers must look like."""
+    demand: Demand | None = None
+    """The call that must be made."""
+    one_call: bool = False
+    """Of several calls only the first is passed on."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,7 @@ class Desk:
         self.pending = 0
         self.threads = ThreadPoolExecutor(16, "prairie-records")
         """Enough that writes of many requests meet in one commit."""
+        self.compilers = ThreadPoolExecutor(2, "prairie-grammars")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -161,7 +172,8 @@ class Desk:
         limit = body.limit()
         order = Order(
             [body.to_messages()], body.n or 1, DEFAULT_MAX_TOKENS if limit is None else limit, body.top(), body.stops(),
-            tools=body.to_tools(), options=body.chat_template_kwargs or {},
+            tools=body.to_tools(), options=body.chat_template_kwargs or {}, form=body.form(), demand=body.demanded(),
+            one_call=body.parallel_tool_calls is False,
         )  # fmt: skip
         return await self._open(body, caller, order, "chatcmpl")
 
@@ -172,7 +184,7 @@ class Desk:
         if limit == 0 and not body.echo:
             raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
         scored = bool(body.echo) and body.logprobs is not None
-        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored)
+        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored, form=body.form())
         return await self._open(body, caller, order, "cmpl")
 
     async def embed(self, body: EmbeddingRequest) -> bytes:
@@ -202,6 +214,7 @@ class Desk:
         try:
             resident = await self.models.acquire(body.model)
             id = f"{prefix}-{secrets.token_hex(12)}"
+            order = replace(order, form=await self._form(resident, order))
             choices = await self.do(_choices, resident, body, order, id, caller.tenant)
             if order.scored:
                 await self._score(resident, choices, order.top or 0)
@@ -219,6 +232,24 @@ class Desk:
             await answer.close()
             raise
         return answer
+
+    async def _form(self, resident: Resident, order: Order) -> Constraint | None:
+        """The form of the answers, compiled; what cannot be kept to is refused here, before anything is recorded.
+
+        Compiling is bounded in work; where the bound is not tight the request still ends, and two slow schemas at most
+        are computed at a time. Raises ConstraintError.
+        """
+        if order.form is None and order.demand is None:
+            return None
+        compiling = asyncio.get_running_loop().run_in_executor(self.compilers, _compiled_form, resident, order)
+        try:
+            return await asyncio.wait_for(asyncio.shield(compiling), COMPILE_S)
+        except TimeoutError:
+            compiling.add_done_callback(lambda done: done.exception())
+            raise ConstraintError(
+                "the form of the answer takes too long to prepare", wanted=f"at most {COMPILE_S:.0f} s",
+                mend="make it simpler",
+            ) from None  # fmt: skip
 
     async def _score(self, resident: Resident, choices: Sequence[Choice], top: int) -> None:
         """Each prompt once, between two steps of the engine, so that running answers go on."""
@@ -242,6 +273,7 @@ class Desk:
 
     def close(self) -> None:
         self.threads.shutdown(wait=True)
+        self.compilers.shutdown(wait=False, cancel_futures=True)
 
 
 class Answer:
@@ -299,6 +331,11 @@ class Answer:
             return
         before = len(choice.token_ids)
         self._whole(choice, completion)
+        if output.finish_reason == "constraint":
+            self._news.put_nowait(ConstraintError(
+                "the form of the answer became too complex to go on with", mend="make it simpler"
+            ))  # fmt: skip
+            return
         if output.finish_reason not in ("stop", "length"):
             self._news.put_nowait(EngineFault(
                 "the model gave no usable probabilities", got=output.finish_reason, mend="promote another version"
@@ -469,6 +506,26 @@ class Answer:
         )
 
 
+def _compiled_form(resident: Resident, order: Order) -> Constraint | None:
+    """In a thread: the constraint, once the engine's grammars know it. Raises ConstraintError."""
+    form = order.form
+    if order.demand is not None:
+        format = CallFormat.of(resident.template)
+        if format is None:
+            raise _no_calls()
+        form = call_form(format, order.tools, order.demand.name, resident.tokenizer)
+    if form is not None:
+        resident.engine.grammars.matcher(form)
+    return form
+
+
+def _no_calls() -> RequestError:
+    return RequestError(
+        "this model writes its tool calls in a way that is not known here", wanted="calls as JSON",
+        mend="leave the tools out", param="tools",
+    )  # fmt: skip
+
+
 def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: str) -> list[Choice]:
     """In a thread: prompts rendered and tokenised, a Choice for each answer. RequestError, ContextLengthError."""
     from prairie.engine.request import Request
@@ -494,10 +551,7 @@ def _prompt_ids(resident: Resident, prompt: Prompt, order: Order) -> tuple[list[
     if isinstance(prompt, tuple):
         ids = resident.template.encode_prompt(prompt, order.tools, order.options)
         if order.tools and CallFormat.of(resident.template) is None:
-            raise RequestError(
-                "this model writes its tool calls in a way that is not known here",
-                wanted="calls as JSON", mend="leave the tools out", param="tools",
-            )  # fmt: skip
+            raise _no_calls()
         return ids, prompt
     if isinstance(prompt, str):
         return resident.engine.prompt_ids(prompt), prompt
@@ -529,7 +583,8 @@ def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: b
     if order.limit == 0:
         return None
     stops, ignore_eos = order.stops, bool(body.ignore_eos)
-    if chat and not ignore_eos:
+    # An answer of a given form ends by itself, and may hold such a string.
+    if chat and not ignore_eos and order.form is None:
         stops = (*stops, *resident.template.stop_strings)
     return SamplingParams(
         max_tokens=order.limit,
@@ -544,12 +599,15 @@ def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: b
         logit_bias=body.biases(resident.engine.model.config.vocab_size) or None,
         logprobs=order.top,
         ignore_eos=ignore_eos,
+        constraint=order.form,
     )
 
 
 def _sampling_record(choice: Choice, body: Sampling, order: Order) -> dict[str, Any]:
     """All that drew the tokens, the seed included even if the client gave none: the answer can be drawn again."""
     record: dict[str, Any] = {"max_tokens": 0} if choice.request is None else _of_params(choice.request.params)
+    if order.form is not None:
+        record["constraint"] = order.form.to_json()
     more = {"metadata": body.metadata, "tools": [dict(tool) for tool in order.tools], "template": dict(order.options)}
     return record | {key: value for key, value in more.items() if value}
 

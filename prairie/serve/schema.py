@@ -1,20 +1,23 @@
 """What comes in over HTTP, typed: OpenAI's chat, text completion and embedding bodies and Prairie's feedback body.
 
-A field that would change the answer and that we cannot honour is refused (JSON schema, images ...); a field that
+A field that would change the answer and that we cannot honour is refused (images, audio ...); a field that
 we do not know is ignored, as OpenAI's clients grow new ones. Every refusal is a RequestError with `param`.
-Not here: the answers (`answers`), the work (`choices`), the routes (`app`).
+Not here: the answers (`answers`), the work (`choices`), the routes (`app`), what forms there are (`forms`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prairie.data.records import Message, Role, Tools, tool_call_from_json, tools_from_json
+from prairie.engine.constraint import Constraint
 from prairie.errors import DataError, RequestError
+from prairie.serve.forms import form_of
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -43,6 +46,17 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
 
 
 class ContentPart(Body):
@@ -115,6 +129,17 @@ class Sampling(Request):
     ignore_eos: bool | None = None
     user: str | None = Field(None, max_length=200)
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    response_format: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+
+    def form(self) -> Constraint | None:
+        """What the answer must look like. Raises RequestError for several forms, or one that cannot be."""
+        structured = None if self.structured_outputs is None else self.structured_outputs.model_dump(by_alias=True)
+        names = ("guided_json", "guided_regex", "guided_choice")
+        return form_of(self.response_format, structured, {name: getattr(self, name) for name in names})
 
     def stops(self) -> tuple[str, ...]:
         """Raises RequestError for an empty stop string or too many of them."""
@@ -142,27 +167,21 @@ class Sampling(Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     UNSUPPORTED: ClassVar[Sequence[str]] = (
-        "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_json",
-        "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "repetition_penalty", "best_of",
-        "suffix",
+        "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_grammar",
+        "repetition_penalty", "best_of", "suffix", "parallel_tool_calls", "prompt_logprobs",
     )  # fmt: skip
 
     def refuse_unsupported(self) -> None:
         """Raises RequestError for a field that would change the answer and that this server does not know."""
         extra = self.model_extra or {}
-        if extra.get("parallel_tool_calls") is False and "tools" not in self.UNSUPPORTED:
-            raise _unsupported("parallel_tool_calls", "leave it out or send true")
         # What says nothing: absent, null, empty, and the values that name the default.
         harmless = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "repetition_penalty": (1,),
-                    "best_of": (1, self.n)}  # fmt: skip
+                    "best_of": (1, self.n), "parallel_tool_calls": (True, False)}  # fmt: skip
         for name in self.UNSUPPORTED:
             value = extra.get(name)
             if value in (None, "", [], {}) or value in harmless.get(name, ()):
                 continue
             raise _unsupported(name)
-        wanted_format = extra.get("response_format")
-        if wanted_format is not None and not (isinstance(wanted_format, dict) and wanted_format.get("type") == "text"):
-            raise _unsupported("response_format", 'leave it out or send {"type": "text"}')
         modalities = extra.get("modalities")
         if modalities not in (None, [], ["text"]):
             raise _unsupported("modalities", 'leave it out or send ["text"]')
@@ -176,6 +195,13 @@ def _unsupported(name: str, mend: str = "leave it out") -> RequestError:
     return error
 
 
+@dataclass(frozen=True)
+class Demand:
+    """A call that must be made: of this tool; None: of any."""
+
+    name: str | None
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
@@ -186,29 +212,48 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Options of the model's template, such as `enable_thinking`."""
 
     UNSUPPORTED: ClassVar[Sequence[str]] = tuple(
-        name for name in Sampling.UNSUPPORTED if name not in ("tools", "tool_choice")
+        name for name in Sampling.UNSUPPORTED if name not in ("tools", "tool_choice", "parallel_tool_calls")
     )
 
     def to_tools(self) -> Tools:
-        """What the model may call. Raises RequestError for what is no function, and for a call that is demanded."""
-        if self.tool_choice not in (None, "auto", "none"):
-            error = RequestError(
-                "a call cannot be demanded",
-                got=json.dumps(self.tool_choice),
-                wanted="auto or none",
-                param="tool_choice",
-            )
-            error.code = "unsupported_parameter"
-            raise error
+        """What the model may call. Raises RequestError for what is no function."""
         try:
             tools = tools_from_json(self.tools)
         except DataError as error:
             raise RequestError(error.what, got=error.got, wanted=error.wanted, param="tools") from None
         return () if self.tool_choice == "none" else tools
+
+    def demanded(self) -> Demand | None:
+        """The call that `tool_choice` asks for. Raises RequestError for a tool that was not given."""
+        choice = self.tool_choice
+        if choice in (None, "auto", "none"):
+            return None
+        names = [tool["function"]["name"] for tool in self.to_tools()]
+        name = None
+        if isinstance(choice, dict) and choice.get("type") == "function":
+            function = choice.get("function")
+            name = function.get("name") if isinstance(function, dict) else choice.get("name")
+        if choice != "required" and not isinstance(name, str):
+            raise RequestError(
+                "unknown tool_choice", got=json.dumps(choice), param="tool_choice",
+                wanted='none, auto, required or {"type": "function", "function": {"name": ...}}',
+            )  # fmt: skip
+        if not names or name not in (None, *names):
+            raise RequestError(
+                "the tool that is to be called is not among the tools", got=name or "no tools",
+                wanted=", ".join(names) or "tools", param="tool_choice",
+            )  # fmt: skip
+        if self.form() is not None:
+            raise RequestError(
+                "an answer cannot be a call and have another form", mend="leave tool_choice or the form out",
+                param="tool_choice",
+            )  # fmt: skip
+        return Demand(name)
 
     def to_messages(self) -> tuple[Message, ...]:
         return tuple(m.to_message(f"messages.{i}") for i, m in enumerate(self.messages))

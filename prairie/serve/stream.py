@@ -42,7 +42,8 @@ class Calls:
             tokenizer, place = self.answer.resident.tokenizer, ids.index(self.mark)
             before = "".join(map(Detokenizer(tokenizer).push, ids[:place]))
             text = before + tokenizer.decode(ids[place:], skip_special=False)
-        return self.format.read(text, [tool["function"]["name"] for tool in self.answer.order.tools])
+        said = self.format.read(text, [tool["function"]["name"] for tool in self.answer.order.tools])
+        return Said(said.content, said.calls[:1]) if self.answer.order.one_call else said
 
     def new_text(self, part: Part) -> str:
         """What may be sent of the content now."""

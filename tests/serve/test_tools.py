@@ -133,10 +133,14 @@ def test_tools_are_shown_only_when_they_may_be_called(client, served):
     bare = client.chat.completions.create(**asked(QUESTION))
     assert none.choices[0].message.content == bare.choices[0].message.content == "Three."
     assert none.usage.prompt_tokens == bare.usage.prompt_tokens
-    for demanded in ("required", {"type": "function", "function": {"name": "add"}}):
-        with pytest.raises(openai.BadRequestError, match="a call cannot be demanded") as refused:
-            client.chat.completions.create(**asked(QUESTION, tools=list(TOOLS), tool_choice=demanded))
-        assert refused.value.param == "tool_choice"
+
+
+def test_only_the_first_call_if_one_is_wanted(client):
+    request = asked(QUESTION, tools=list(TOOLS), parallel_tool_calls=False)
+    whole = client.chat.completions.create(**request).choices[0]
+    assert [c.function.name for c in whole.message.tool_calls] == ["add"] and whole.finish_reason == "tool_calls"
+    chunks = [c.choices[0] for c in client.chat.completions.create(**request, stream=True)]
+    assert len([call for c in chunks for call in c.delta.tool_calls or ()]) == 1
 
 
 def test_the_library_answers_alike_and_the_answer_can_be_drawn_again(client, served):
