@@ -30,8 +30,8 @@ MAX_ALL_OF = 32
 MAX_ENUM = 2000
 MAX_REGEX = 4096
 MAX_CHOICES = 1000
-WHITE_SPACE = r"[ \n]{1,40}"
-"""Between the parts of a JSON text: enough to indent it, not enough to go on with for ever."""
+WHITE_SPACE = r" |\n {0,32}"
+"""Between the parts of a JSON text: a space, or a new line and its indent; weak models would go on with it for ever."""
 LEXER_FUEL = 300_000
 """What building a grammar may cost; llguidance's own bound is three times that."""
 MAX_GRAMMAR = 100_000

@@ -160,7 +160,7 @@ def unlearnt(folder, source, special):
     """A model that has learnt nothing: its calls come from the form alone."""
     words = Tokenizer.train_bpe(tiny_server.TEXTS * 4, 330, special)
     config = ModelConfig(
-        vocab_size=words.vocab_size, dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=32, max_context=900,
+        vocab_size=words.vocab_size, dim=16, layers=1, heads=2, kv_heads=1, ffn_dim=32, max_context=1500,
         eos_id=words.eos_id,
     )  # fmt: skip
     template = ChatTemplate(source, words)
