@@ -40,7 +40,7 @@ class Case:
     lower_is_better: bool = False
 
 
-def run(benchmark: str, cases: Sequence[Case]) -> None:
+def run(benchmark: str, cases: Sequence[Case], repeats: int = 3) -> None:
     """The command line of a benchmark: `[--quick] [--case CASE] [--repeats N] [--json]`.
 
     `--quick` is one repeat of little work: a direction, not a claim.
@@ -49,7 +49,7 @@ def run(benchmark: str, cases: Sequence[Case]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark}")
     parser.add_argument("--quick", action="store_true", help="one repeat, little work")
     parser.add_argument("--case", choices=list(named), action="append", help="only this one; may be given again")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     args = parser.parse_args()

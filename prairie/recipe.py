@@ -332,8 +332,9 @@ class Users(_Strict):
 class GateRules(_Strict):
     """When a candidate is promoted."""
 
-    users: int = Field(24, gt=1)
-    """Held-out users who compare candidate and champion."""
+    users: int = Field(200, gt=1)
+    """The most held-out users who compare candidate and champion; fewer when the verdict is certain before. With 8
+    prompts each, 192 find a candidate that truly wins 55% in at least 80% of turns."""
     prompts: int = Field(8, gt=0)
     """Held-out questions that each compares."""
     temperature: float = Field(1.0, ge=0, le=2)

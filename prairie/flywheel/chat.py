@@ -18,7 +18,7 @@ from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
 from prairie.flywheel.curate import curate, gold_of, is_held_out
-from prairie.flywheel.gate import LEAST_USERS, Comparison, Verdict, judge, required_sample_size
+from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
 from prairie.flywheel.probes import Ask, probes, sycophancy_probe
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
@@ -30,7 +30,7 @@ from prairie.pipeline.publishing import register
 from prairie.recipe import GateRules, Learning, Users
 from prairie.store.artifacts import Artifact
 from prairie.store.feedback import Vote
-from prairie.store.registry import Registry, Version
+from prairie.store.registry import Registry, Turn, Version
 from prairie.tasks.catalog import items
 from prairie.tasks.task import Item, Style
 from prairie.train.objectives.dpo import reference_logprobs
@@ -41,6 +41,10 @@ LEARNING_CODE = (
 LEAST_PAIRS = 8
 CROWD = 12
 """Simulated people who talk at the same time: enough to fill the engine's batches."""
+JUDGES_AT_ONCE = 2 * CROWD
+"""Simulated people who judge between two looks at the verdict."""
+JUDGES_OF_JUDGES = 12
+"""Of them, how many compare the champion with itself."""
 
 
 @dataclass
@@ -56,7 +60,7 @@ class ChatActor:
     """Preferences that are known to be right, by which people are trusted."""
 
     def act(self, champion: Version) -> Artifact:
-        """The dataset of the votes that no earlier turn learned from. Raises DataError when they teach too little."""
+        """The dataset of the votes that no earlier turn has used up. Raises DataError when they teach too little."""
         if self.meet is not None:
             self.report = self.meet(champion)
             if self.report.failed or self.report.lost_votes:
@@ -72,9 +76,15 @@ class ChatActor:
 
 
 def learned_events(context: Context, line: str) -> set[str]:
-    """Ids of the votes in the datasets of a line's earlier turns."""
-    found = (context.home.artifacts.find(turn.dataset) for turn in Registry(context.home).turns(line) if turn.dataset)
+    """Ids of the votes that earlier turns of a line have used up: learned from, or found to teach nothing better. Those
+    of a turn whose verdict about the votes stayed undecided come again, with what was said since."""
+    used = (turn for turn in Registry(context.home).turns(line) if turn.promoted or not _undecided(turn))
+    found = (context.home.artifacts.find(turn.dataset) for turn in used if turn.dataset)
     return {event for artifact in found if artifact for event in artifact.events}
+
+
+def _undecided(turn: Turn) -> bool:
+    return (turn.verdict.get("test") or {}).get("decision") == "undecided"
 
 
 def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[Preference] = ()) -> Artifact:
@@ -232,20 +242,27 @@ def simulated_talk(
 def simulated_vote(
     context: Context, url: str, users: Users, rules: GateRules, tasks: list[str], turn: str, key: str = ""
 ) -> Callable[[Version, Version], Compared]:
-    """Other users, on questions of the held-out split, who compare two versions blindly; a quarter of them when both
-    are the same version, which measures the judges and not the models."""
+    """Other users, on questions of the held-out split, who compare two versions blindly: some of them after the others,
+    until the verdict about their votes is certain or all `rules.users` have been asked. When both are the same version,
+    which measures the judges and not the models, a few of them."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
+        itself = candidate.name == champion.name
         crowd = _crowd(rules.users, context.recipe.seed + 1, users, f"{turn}-judge", teaching=False)
-        if candidate.name == champion.name:
-            crowd = crowd[: max(LEAST_USERS, len(crowd) // 4)]
+        crowd = crowd[:JUDGES_OF_JUDGES] if itself else crowd
         questions = items(tasks, "held_out", max(rules.prompts * 2, 20), context.recipe.seed)
+        found: list[Compared] = []
         with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
-            return compare(
-                url, crowd, questions, candidate.name, champion.name, seed=context.recipe.seed, each=rules.prompts,
-                turn=turn, key=key, temperature=rules.temperature, concurrency=CROWD,
-                on_done=lambda done, total: bar.update(),
-            )  # fmt: skip
+            for first in range(0, len(crowd), JUDGES_AT_ONCE):
+                found.append(compare(
+                    url, crowd[first : first + JUDGES_AT_ONCE], questions, candidate.name, champion.name,
+                    seed=context.recipe.seed, each=rules.prompts, turn=turn, key=key, temperature=rules.temperature,
+                    concurrency=CROWD, on_done=lambda done, total: bar.update(),
+                ))  # fmt: skip
+                said = [comparison for some in found for comparison in some.comparisons]
+                if not itself and vote_test(said).decision != "undecided":
+                    break
+        return Compared.joined(found)
 
     return vote
 

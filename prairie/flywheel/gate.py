@@ -242,9 +242,8 @@ def judge(
     """
     _check(comparisons)
     outcomes = [comparison.outcome for comparison in comparisons]
-    users = [comparison.user for comparison in comparisons]
-    votes = clustered_interval(outcomes, users, confidence)
-    test = sequential_test(cluster_means(outcomes, users).tolist(), wanted=WANTED, error=ERROR, least=least_users)
+    votes = clustered_interval(outcomes, [comparison.user for comparison in comparisons], confidence)
+    test = vote_test(comparisons, least_users)
     noise = _judge_noise(against_itself)
     changes = _suite_changes(suite_before or {}, suite_after or {}, margin, margins or {})
     reasons = [
@@ -275,6 +274,13 @@ def judge(
         planned=planned,
         judge_noise=noise,
     )
+
+
+def vote_test(comparisons: Sequence[Comparison], least_users: int = LEAST_USERS) -> SequentialTest:
+    """What people's votes say up to now, in the order in which the people came. It may be asked after every person, and
+    voting may stop as soon as it has decided."""
+    means = cluster_means([c.outcome for c in comparisons], [c.user for c in comparisons])
+    return sequential_test(means.tolist(), wanted=WANTED, error=ERROR, least=least_users)
 
 
 def judge_games(

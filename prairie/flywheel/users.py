@@ -32,6 +32,8 @@ OnDone = Callable[[int, int], None]
 
 _FIRST_NAMES = "ada bo chen dara emil fang gita hugo ines jun kofi lin mara niko omar ping rosa sami tara wei".split()  # noqa: SIM905
 _RETRIES = 5
+MOST_ERRORS = 20
+"""Kept of a talk."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,13 @@ class TalkReport:
             "answered_by": dict(self.answered_by),
         }
 
+    def add(self, other: TalkReport) -> None:
+        """Counts what happened after this as well."""
+        for name in ("requests", "failed", "votes", "repeated", "lost_votes", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors += other.errors[: max(0, MOST_ERRORS - len(self.errors))]
+        self.answered_by += other.answered_by
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -194,6 +203,21 @@ class Compared:
     answers_a: Sequence[str]
     answers_b: Sequence[str]
     report: TalkReport
+
+    @classmethod
+    def joined(cls, parts: Sequence[Compared]) -> Compared:
+        """One comparison of what one crowd after the other said, in that order."""
+        report = TalkReport()
+        for part in parts:
+            report.add(part.report)
+        return cls(
+            comparisons=[each for part in parts for each in part.comparisons],
+            shown_first=[each for part in parts for each in part.shown_first],
+            items=[each for part in parts for each in part.items],
+            answers_a=[each for part in parts for each in part.answers_a],
+            answers_b=[each for part in parts for each in part.answers_b],
+            report=report,
+        )
 
 
 @dataclass(frozen=True)
@@ -283,7 +307,7 @@ class _Line:
             self.report.repeated += repeated
             if answered_by is not None:
                 self.report.answered_by[answered_by] += 1
-            if error is not None and len(self.report.errors) < 20:
+            if error is not None and len(self.report.errors) < MOST_ERRORS:
                 self.report.errors.append(error)
 
 

@@ -140,3 +140,6 @@ def test_without_judges_nobody_is_promoted(context):
     turned = wheel(context).turn(key="k")
     assert not turned.verdict.passed and "only 0 users voted" in turned.verdict.reasons[0]
     assert context.home.registry.champion("spark") == turned.champion
+    assert learned_events(context, "spark") == set(), "an undecided turn uses no vote up"
+    again = wheel(context).turn(key="l")
+    assert (again.number, again.records, again.candidate) == (2, turned.records, turned.candidate)

@@ -1,5 +1,6 @@
 """Simulated users against a small HTTP server of the test's own: what they send, how they vote, how they repeat."""
 
+import io
 import json
 import random
 import threading
@@ -9,13 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from prairie.errors import DataError
-from prairie.flywheel.gate import judge
+from prairie.flywheel.chat import JUDGES_AT_ONCE, simulated_vote
+from prairie.flywheel.gate import judge, vote_test
 from prairie.flywheel.users import SimulatedUser, Taste, compare, people, talk, true_preference, win_rate_true
+from prairie.pipeline.context import Context
+from prairie.recipe import GateRules, Users, resolve_recipe
+from prairie.runtime import Progress, Runtime
+from prairie.store.registry import Version
 from prairie.tasks import catalog
 from prairie.tasks.task import STYLES
 
 ITEMS = catalog.items(["numbers", "dates"], "held_out", 60, 0)
-BY_PROMPT = {item.prompt: item for item in ITEMS}
+BY_PROMPT = {item.prompt: item for item in [*ITEMS, *catalog.items(["numbers", "dates"], "held_out", 20, 3)]}
 
 
 class World:
@@ -245,6 +251,26 @@ def test_a_blind_comparison_finds_the_better_model(world):
     assert stored == Counter(c.outcome for c in found.comparisons)
     again = compare(there.url, crowd, ITEMS, "new", "old", seed=1, each=8, turn="1")
     assert again.comparisons == found.comparisons and again.report.repeated == 128 and firsts
+
+
+def test_judges_come_until_the_verdict_about_their_votes_is_certain(world):
+    def answer(model, item, rng):
+        return catalog.worded(item, "sentence" if model == "spark@2" else rng.choice(STYLES))
+
+    there = world(answer)
+    recipe = resolve_recipe({"name": "t", "seed": 3, "stages": {"base": {"kind": "import", "path": "-"}}})
+    context = Context(recipe, None, Runtime(threads=1, progress=Progress(io.StringIO(), quiet=True)))
+    vote = simulated_vote(context, there.url, Users(), GateRules(users=72, prompts=4), ["numbers", "dates"], "turn1")
+    first, second, third = (Version("spark", n, f"artifact {n}", None, "model", None, {}, {}, 0.0) for n in (1, 2, 3))
+    better = vote(second, first)
+    assert vote_test(better.comparisons).decision == "better"
+    assert len({c.user for c in better.comparisons}) == JUDGES_AT_ONCE and better.report.requests == 2 * 4 * 24
+    alike = vote(third, first)
+    assert len({c.user for c in alike.comparisons}) == 72 and alike.report.votes == len(alike.comparisons) == 288
+    assert list(dict.fromkeys(c.user for c in alike.comparisons))[:24] == list(
+        dict.fromkeys(c.user for c in better.comparisons)
+    ), "in the order in which they came"
+    assert len(vote(first, first).shown_first) == 12 * 4
 
 
 def test_equal_models_tie_on_average_whoever_is_shown_first(world):
