@@ -1,7 +1,12 @@
 """What tests of several rooms need: a home whose line people have voted on, made once and copied for each test."""
 
 import importlib.util
+import itertools
+import os
+import pwd
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +21,8 @@ def minilm():
     return Path(found.submodule_search_locations[0]) / "model"
 
 
-@pytest.fixture(scope="session")
-def _voted(tmp_path_factory):
+def _make_voted(root):
+    """The home of `voted`, made anew."""
     from prairie.data.chat_template import ChatTemplate
     from prairie.data.records import Message
     from prairie.data.tokenizer import Tokenizer
@@ -29,7 +34,6 @@ def _voted(tmp_path_factory):
     from prairie.store.home import Home
     from prairie.tasks.catalog import items
 
-    root = tmp_path_factory.mktemp("voted") / "home"
     questions = items(["numbers"], "train", 12, 0)
     words = Tokenizer.train_bpe([q.prompt for q in questions] + ["Surely it is fine.", "No idea at all."] * 4, 300)
     template = ChatTemplate.builtin("chatml", words)
@@ -59,10 +63,73 @@ def _voted(tmp_path_factory):
                     )
                     home.feedback.finish_response(id, [1], [-0.5], text, "stop")
                 home.feedback.add(FeedbackEvent(ids[0], "choice", {"over": ids[1:]}, user=user))
+
+
+@pytest.fixture(scope="session")
+def _voted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("voted") / "home"
+    _make_voted(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def make_voted():
+    """What makes the home of `voted` in a folder, on the database that the environment names."""
+    return _make_voted
 
 
 @pytest.fixture
 def voted(_voted, tmp_path):
     """A home: spark@1 (random weights, champion); 8 people who teach and 7 who judge preferred one answer 4 times."""
     return shutil.copytree(_voted, tmp_path / "voted")
+
+
+@pytest.fixture(scope="session")
+def _postgres():
+    """A Postgres of our own in a folder of its own, reached by a socket there; stopped and removed at the end."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed (extra `postgres`)")
+    program = shutil.which("pg_ctl")
+    if program is None:
+        pytest.skip("there is no pg_ctl on the path")
+    user = None
+    if os.geteuid() == 0:  # Postgres refuses to run as root
+        try:
+            user = pwd.getpwnam("postgres")
+        except KeyError:
+            pytest.skip("Postgres does not run as root, and there is no user postgres")
+    folder = Path(tempfile.mkdtemp(prefix="prairie-pg-"))
+    run_as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
+    if user:
+        os.chown(folder, user.pw_uid, user.pw_gid)
+    bin = Path(program).resolve().parent
+
+    def run(*arguments):
+        subprocess.run([*map(str, arguments)], check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=120, **run_as)
+
+    data = folder / "data"
+    try:
+        run(bin / "initdb", "-D", data, "-A", "trust", "-U", "prairie", "--no-sync", "-E", "UTF8", "--locale", "C")
+        settings = f"-k {folder} -c listen_addresses= -c fsync=off -c max_connections=60"
+        run(bin / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", settings, "start")
+        try:
+            yield folder
+        finally:
+            run(bin / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def postgres_url(_postgres):
+    """A database of this test alone."""
+    import psycopg
+
+    name = f"test_{next(_NUMBERS)}"
+    with psycopg.connect(f"host={_postgres} user=prairie dbname=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    yield f"postgresql+psycopg://prairie@/{name}?host={_postgres}"
+    with psycopg.connect(f"host={_postgres} user=prairie dbname=postgres", autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")

@@ -9,6 +9,7 @@ import typer
 
 from prairie.cli.export import export, import_model
 from prairie.cli.options import HomeOption, JsonOption, emit, open_home, table, when
+from prairie.errors import UsageError
 
 app = typer.Typer(help="List, show, promote, roll back, export and import models.", no_args_is_help=True)
 
@@ -25,6 +26,7 @@ def list_models(home: HomeOption = None, as_json: JsonOption = False) -> None:
             {
                 "line": line,
                 "champion": champion.number if (champion := registry.champion(line)) else None,
+                "trial": trial.to_json() if (trial := registry.trial(line)) else None,
                 "versions": [version.to_json() for version in registry.versions(line)],
             }
             for line in registry.lines()
@@ -38,7 +40,7 @@ def list_models(home: HomeOption = None, as_json: JsonOption = False) -> None:
         rows = [
             (
                 version["name"],
-                "champion" if version["number"] == line["champion"] else "",
+                _role(version, line),
                 version["kind"],
                 version["artifact_id"],
                 when(version["created"]),
@@ -96,12 +98,38 @@ def lineage(name: NameArgument, home: HomeOption = None, as_json: JsonOption = F
 
 
 @app.command()
-def promote(name: NameArgument, why: WhyOption = None, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Make a version its line's champion; servers change to it."""
+def promote(
+    name: NameArgument,
+    canary: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="First for this share of the users, as 10%; always the same ones."),
+    ] = None,
+    shadow: Annotated[
+        bool, typer.Option("--shadow", help="First unseen: its answers are computed and not shown.")
+    ] = False,
+    why: WhyOption = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version its line's champion, or try it out beside the champion; servers change to it."""
+    if canary is not None and shadow:
+        raise UsageError(
+            "a version is tried out in one way at a time", got="--canary and --shadow", wanted="one of them"
+        )
+    share = _share(canary) if canary is not None else None
+    facts: dict[str, Any]
     with open_home(home) as store:
-        version = store.registry.promote(name, who=_who(), why=why)
-        facts = {"promoted": version.name, "version": version.to_json(), "generation": store.registry.generation()}
-    emit(facts, as_json, f"{version.name} is the champion of {version.line}.")
+        if canary is None and not shadow:
+            version = store.registry.promote(name, who=_who(), why=why)
+            facts = {"promoted": version.name, "version": version.to_json()}
+            text = f"{version.name} is the champion of {version.line}."
+        else:
+            trial = store.registry.try_out(name, share, who=_who(), why=why)
+            facts = {"trial": trial.to_json(), "version": trial.version.to_json()}
+            shown = "its answers are shown to nobody" if share is None else f"{share:.4g} of the users get its answers"
+            text = f"{trial.version.name} is tried out as a {trial.kind}: {shown}."
+        facts["generation"] = store.registry.generation()
+    emit(facts, as_json, text)
 
 
 @app.command()
@@ -111,15 +139,48 @@ def rollback(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the champion before the present one champion again."""
+    """Undo the last change of a line: end a trial, else make the champion before the present one champion again."""
     with open_home(home) as store:
+        trial = store.registry.trial(line)
         version = store.registry.rollback(line, who=_who(), why=why)
         facts = {"champion": version.name, "version": version.to_json(), "generation": store.registry.generation()}
-    emit(facts, as_json, f"{version.name} is the champion of {version.line} again.")
+    facts["ended"] = trial.to_json() if trial is not None else None
+    again = f"{version.name} is the champion of {version.line} again."
+    ended = f"The trial of {trial.version.name} is over, {version.name} stays champion." if trial is not None else again
+    emit(facts, as_json, ended)
+
+
+@app.command()
+def history(
+    line: Annotated[str, typer.Argument(metavar="LINE", help="spark or spark:poet")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every promotion, rollback and trial of a line: when, who and why."""
+    with open_home(home) as store:
+        events = [event.to_json() for event in store.registry.history(line)]
+    rows = [(when(e["created"]), e["action"], f"{line}@{e['number']}", e["who"] or "", e["why"] or "") for e in events]
+    emit({"line": line, "history": events}, as_json, lambda: table(("WHEN", "WHAT", "VERSION", "WHO", "WHY"), rows))
 
 
 app.command("export")(export)
 app.command("import")(import_model)
+
+
+def _role(version: dict[str, Any], line: dict[str, Any]) -> str:
+    """What a version is to its line."""
+    trial = line["trial"]
+    if trial is not None and trial["version"] == version["name"]:
+        return "shadow" if trial["share"] is None else f"canary {trial['share']:.4g}"
+    return "champion" if version["number"] == line["champion"] else ""
+
+
+def _share(text: str) -> float:
+    """ "10%" or "0.1" -> 0.1. Raises UsageError."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise UsageError("a share is not a number", got=repr(text), wanted="10% or 0.1") from None
 
 
 def figures_text(figures: dict[str, Any]) -> str:

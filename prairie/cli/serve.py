@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
@@ -37,6 +38,9 @@ def serve(
     ] = 512,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 8,
     grace_s: Annotated[float, typer.Option(min=0, help="How long a stop waits for running answers.")] = 30.0,
+    no_guard: Annotated[
+        bool, typer.Option("--no-guard", help="Do not take back a trial or a promotion that goes badly.")
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -54,9 +58,9 @@ def serve(
 
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("prairie").setLevel(logging.INFO)
-        settings = Settings(max_pending=max_pending, max_body_bytes=max_body_mb * 2**20)
+        settings = Settings(max_pending=max_pending, max_body_bytes=max_body_mb * 2**20, guard=not no_guard)
         if _is_loopback(host):
-            settings = Settings(settings.max_pending, settings.max_body_bytes, loopback_names(host))
+            settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
         packed = {"quantize": quantize.value} if quantize else {}
         app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **packed)

@@ -51,7 +51,7 @@ def publish(work: Work) -> dict[str, Any]:
     config: Publish = work.config
     registry = Registry(work.context.home)
     version = register(registry, config.line, work.model(config.model), work.context)
-    if not any(entry.number == version.number for entry in registry.history(config.line)):
+    if not any(entry.number == version.number and entry.action == "promote" for entry in registry.history(config.line)):
         registry.promote(version, why=f"published by recipe {work.context.recipe.name}")
     return {"line": config.line, "version": version.number, "artifact": version.artifact_id}
 

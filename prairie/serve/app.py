@@ -29,6 +29,7 @@ from prairie.errors import BusyError, RequestError
 from prairie.serve import errors
 from prairie.serve.choices import Caller, Desk
 from prairie.serve.gate import Gate
+from prairie.serve.guard import Guard
 from prairie.serve.metrics import CONTENT_TYPE, Metrics
 from prairie.serve.models import Models
 from prairie.serve.records import feedback_of
@@ -59,6 +60,8 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     host_allowed: Callable[[str], bool] = lambda host: True
     """Which Host headers are answered as long as there is no API key."""
+    guard: bool = True
+    """Trials and promotions that go badly are taken back."""
 
 
 class Service:
@@ -73,7 +76,8 @@ class Service:
         self.models = Models(home, self.worker, self.metrics, names, detect, **engine)
         self.worker.on_fault = self.models.drop_engine
         self.keys = Keys(home)
-        self.watcher = Watcher(home, self.models, self.keys)
+        guard = Guard(home, self.metrics) if settings.guard else None
+        self.watcher = Watcher(home, self.models, self.keys, guard=guard)
         self.desk = Desk(self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending)
         self.failure: Exception | None = None
         """Why the first load failed."""

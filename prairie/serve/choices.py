@@ -30,7 +30,7 @@ from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
 from prairie.serve.schema import ChatRequest, CompletionRequest, Demand, EmbeddingRequest, Sampling
 from prairie.serve.scoring import Score, score
-from prairie.serve.worker import EngineFault, Worker
+from prairie.serve.worker import EngineFault, Stopping, Worker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,12 @@ class Caller:
     purpose: str = "chat"
     tenant: str = ""
     """Name of the API key."""
+
+    @property
+    def somebody(self) -> str:
+        """Who gets the same version each time while one is on trial: the user, else the holder of the key. Judges of a
+        gate ask for what they are to judge."""
+        return (self.user or self.tenant) if self.purpose == "chat" else ""
 
 
 @dataclass(eq=False)
@@ -212,14 +218,8 @@ class Desk:
         self._admit(count)
         resident: Resident | None = None
         try:
-            resident = await self.models.acquire(body.model)
-            id = f"{prefix}-{secrets.token_hex(12)}"
-            order = replace(order, form=await self._form(resident, order))
-            choices = await self.do(_choices, resident, body, order, id, caller.tenant)
-            if order.scored:
-                await self._score(resident, choices, order.top or 0)
-            head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
-            answer = Answer(self, resident, head, choices, order, caller, arrived)
+            resident = await self.models.acquire(body.model, caller.somebody)
+            answer = await self._answer(resident, body, caller, order, prefix, arrived)
         except BaseException:
             self.pending -= count
             if resident is not None:
@@ -231,6 +231,9 @@ class Desk:
         except BaseException:
             await answer.close()
             raise
+        shadow = self.models.acquire_shadow(body.model) if caller.purpose == "chat" else None
+        if shadow is not None:
+            self.keep(self._shadow(shadow, body, caller, order))
         return answer
 
     async def _form(self, resident: Resident, order: Order) -> Constraint | None:
@@ -250,6 +253,46 @@ class Desk:
                 "the form of the answer takes too long to prepare", wanted=f"at most {COMPILE_S:.0f} s",
                 mend="make it simpler",
             ) from None  # fmt: skip
+
+    async def _answer(
+        self, resident: Resident, body: Sampling, caller: Caller, order: Order, prefix: str, arrived: float
+    ) -> Answer:
+        id = f"{prefix}-{secrets.token_hex(12)}"
+        order = replace(order, form=await self._form(resident, order))
+        choices = await self.do(_choices, resident, body, order, id, caller.tenant)
+        if order.scored:
+            await self._score(resident, choices, order.top or 0)
+        head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
+        return Answer(self, resident, head, choices, order, caller, arrived)
+
+    async def _shadow(self, resident: Resident, body: Sampling, caller: Caller, order: Order) -> None:
+        """The same request, answered by the version on trial, recorded and shown to nobody. It takes no place that a
+        user needs: with half of the places taken it is skipped. What goes wrong is counted and reaches nobody."""
+        arrived, count, line = time.perf_counter(), len(order.prompts) * order.n, resident.source.line
+        end = self.metrics.shadows.labels
+        if self.pending + count > self.max_pending // 2:
+            self.models.release(resident)
+            end(line, "skipped").inc()
+            return
+        self.pending += count
+        try:
+            order = replace(order, scored=False)
+            answer = await self._answer(resident, body, replace(caller, purpose="shadow"), order, "shadow", arrived)
+        except Exception as error:
+            self.pending -= count
+            self.models.release(resident)
+            end(line, "failed").inc()
+            log.warning("%s could not be asked in the shadow: %s", resident.source.name, error)
+            return
+        try:
+            await answer.start(body)
+            await answer.finished()
+            end(line, "done").inc()
+        except Exception as error:
+            end(line, "failed").inc()
+            log.warning("%s failed in the shadow: %s", resident.source.name, error)
+        finally:
+            await answer.close()
 
     async def _score(self, resident: Resident, choices: Sequence[Choice], top: int) -> None:
         """Each prompt once, between two steps of the engine, so that running answers go on."""
@@ -301,6 +344,8 @@ class Answer:
         """The rows of all choices are on disk, or (`_start_failure`) are not."""
         self._start_failure: Exception | None = None
         self._first_token_at: dict[str, float] = {}
+        self._faulty: set[str] = set()
+        """Ids of choices that the model or its engine could not end."""
         self._given_back = False
         self._closed = False
 
@@ -337,6 +382,7 @@ class Answer:
             ))  # fmt: skip
             return
         if output.finish_reason not in ("stop", "length"):
+            self._faulty.add(choice.id)
             self._news.put_nowait(EngineFault(
                 "the model gave no usable probabilities", got=output.finish_reason, mend="promote another version"
             ))  # fmt: skip
@@ -345,6 +391,8 @@ class Answer:
         self._close_row(choice, output.text_delta, before)
 
     def fail(self, request_id: str, error: Exception) -> None:
+        if isinstance(error, EngineFault) and not isinstance(error, Stopping):
+            self._faulty.add(request_id)
         self._news.put_nowait(error)
 
     # -- the reader
@@ -462,14 +510,17 @@ class Answer:
 
     def _abort(self, choice: Choice) -> None:
         """An answer that ended early; a store that cannot take it now is only logged, the client has its error."""
+        from prairie.store.feedback import FAULT
+
         choice.done = True
+        reason = FAULT if choice.id in self._faulty else "cancelled"
         try:
             self.desk.feedback.abort_response(
-                choice.id, choice.token_ids, choice.logprobs, choice.text, "cancelled", self._latency_ms()
+                choice.id, choice.token_ids, choice.logprobs, choice.text, reason, self._latency_ms()
             )
         except PrairieError as error:
             log.warning("the end of %s was not recorded: %s", choice.id, error)
-        self.desk.metrics.choices.labels(self.resident.source.line, "cancelled").inc()
+        self.desk.metrics.choices.labels(self.resident.source.line, reason).inc()
 
     def _latency_ms(self) -> float:
         return round((time.perf_counter() - self.arrived) * 1000, 3)

@@ -49,6 +49,10 @@ class Metrics:
         )
         self.votes = Counter("prairie_votes", "Votes on disk", ["kind"], registry=r)
         self.swaps = Counter("prairie_swaps", "Champions that changed while serving", ["model"], registry=r)
+        self.taken_back = Counter(
+            "prairie_taken_back", "Trials ended and promotions taken back by the guard", ["model"], registry=r
+        )
+        self.shadows = Counter("prairie_shadow_answers", "done, failed, skipped", ["model", "end"], registry=r)
         self.load_failures = Counter("prairie_load_failures", "Versions that could not be loaded", registry=r)
         self.load_seconds = Histogram(
             "prairie_load_seconds", "Bringing a version into memory", ["kind"], buckets=LATENCY_S, registry=r

@@ -3,7 +3,9 @@
 A base model is loaded once (an engine); every version that is an adapter on it adds only its adapter. A name ("spark",
 "spark:poet") points at its line's champion; a refresh moves all pointers at once, and a request keeps the version it
 was given at its start until its end. A version leaves memory when no name points at it and nobody uses it; one that was
-asked for by number or id ("spark@3") may stay for a while, so that a candidate that is judged is read once.
+asked for by number or id ("spark@3") may stay for a while, so that a candidate that is judged is read once. A version
+on trial is in memory as its champion is: it answers a share of the users (a canary), always the same ones, or everybody
+and is not shown (a shadow).
 Not here: when to look for new champions (`reload`), computing (`worker`).
 """
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from prairie.runtime import Runtime
     from prairie.serve.worker import Worker
     from prairie.store.home import Home
-    from prairie.store.registry import Version
+    from prairie.store.registry import Trial, Version
 
 log = logging.getLogger("prairie.serve")
 
@@ -187,6 +189,8 @@ class Models:
         self._residents: dict[str, Resident] = {}
         self._pointers: dict[str, str] = {}
         """Name -> name of the resident that answers to it: lines, and what was named at the start."""
+        self._trials: dict[str, Trial] = {}
+        """Line -> its version on trial, which is in memory."""
         self._by_version: dict[str, str] = {}
         """ "spark@9af3" -> "spark@3": names with a version in them, which never change."""
         self._folders: dict[str, Source] = {}
@@ -200,9 +204,10 @@ class Models:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    async def acquire(self, name: str) -> Resident:
-        """The version that answers to `name`, in memory until `release`; loads it if need be. Raises ModelNotFound."""
-        resident = self._take(name)
+    async def acquire(self, name: str, user: str = "") -> Resident:
+        """The version that answers to `name`, in memory until `release`; loads it if need be. A line's name is answered
+        by its canary if this `user` is one of its share; without a user by the champion. Raises ModelNotFound."""
+        resident = self._take(name, user)
         if resident is not None:
             return resident
         source = await asyncio.to_thread(self._source, name)
@@ -224,13 +229,26 @@ class Models:
         if leaving:
             self.sweep()
 
+    def acquire_shadow(self, name: str) -> Resident | None:
+        """The version that shall answer to a line's name beside the champion and unseen, until `release`."""
+        with self._lock:
+            trial = self._trials.get(name)
+            resident = self._residents.get(trial.version.name) if trial is not None and trial.share is None else None
+            if resident is not None:
+                resident.in_use += 1
+            return resident
+
     def _release_loaded(self, loading: asyncio.Future[Resident]) -> None:
         if not loading.cancelled() and loading.exception() is None:
             self.release(loading.result())
 
-    def _take(self, name: str) -> Resident | None:
+    def _take(self, name: str, user: str = "") -> Resident | None:
         with self._lock:
-            resident = self._residents.get(self._pointers.get(name) or self._by_version.get(name, ""))
+            trial = self._trials.get(name)
+            if trial is not None and trial.share is not None and is_canary(trial.version.name, user, trial.share):
+                resident = self._residents.get(trial.version.name)
+            else:
+                resident = self._residents.get(self._pointers.get(name) or self._by_version.get(name, ""))
             if resident is not None:
                 resident.in_use += 1
             return resident
@@ -304,6 +322,10 @@ class Models:
         }
         return {line: champion for line, champion in champions.items() if champion is not None}
 
+    def lines(self) -> list[str]:
+        """The lines that are served."""
+        return list(self._champions())
+
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def load_first(self) -> Future[None]:
@@ -323,7 +345,7 @@ class Models:
         self.ready = True
 
     def refresh(self) -> tuple[list[str], list[Exception]]:
-        """Brings every line's name to its champion: loads first, then moves all names at once.
+        """Brings every line's name to its champion, and trials to theirs: loads first, then moves all names at once.
 
         Returns the names that moved, and why some could not: these go on with the version they had.
         """
@@ -339,18 +361,37 @@ class Models:
                 failed.append(error)
                 self.metrics.load_failures.inc()
                 log.error("%s cannot be loaded, %s stays as it is: %s", champion.name, line, error)
+        trials = self._load_trials(loaded)
         with self._lock:
             before = dict(self._pointers)
             self._pointers.update({line: resident.source.name for line, resident in loaded.items()})
+            self._trials = {line: trial for line, (trial, _) in trials.items()}
         moved = [line for line, resident in loaded.items() if before.get(line) != resident.source.name]
         for line in moved:
             log.info("%s is now %s", line, loaded[line].source.name)
             if line in before:
                 self.metrics.swaps.labels(line).inc()
-        for resident in loaded.values():
+        for resident in (*loaded.values(), *(resident for _, resident in trials.values())):
             self.release(resident)
         self.sweep()
         return moved, failed
+
+    def _load_trials(self, champions: dict[str, Resident]) -> dict[str, tuple[Trial, Resident]]:
+        """Line -> its trial and the version in memory. A trial whose version cannot be loaded ends."""
+        found = {}
+        for line in champions:
+            trial = self.home.registry.trial(line)
+            if trial is None:
+                continue
+            try:
+                resident = self._load(self._registered(trial.version))
+                resident.engine, resident.template  # noqa: B018 - a version that writes nothing cannot answer
+                found[line] = trial, resident
+            except Exception as error:
+                self.metrics.load_failures.inc()
+                log.error("%s cannot be loaded, its trial is over: %s", trial.version.name, error)
+                self.home.registry.end_trial(trial, who="prairie serve", why=f"it cannot be loaded: {error}")
+        return found
 
     def _load(self, source: Source) -> Resident:
         """In the loader's thread: the resident of `source`, from memory or disk; counted as in use until `release`."""
@@ -426,7 +467,7 @@ class Models:
     def sweep(self) -> None:
         """Frees what no name points at and nobody uses, but for a few versions that were asked for lately."""
         with self._lock:
-            pointed = set(self._pointers.values())
+            pointed = {*self._pointers.values(), *(trial.version.name for trial in self._trials.values())}
             idle = [r for name, r in self._residents.items() if name not in pointed and r.in_use == 0]
             if not idle:
                 return
@@ -480,8 +521,12 @@ class Models:
         """OpenAI's model objects: names first, then versions in memory that were asked for by number or id."""
         with self._lock:
             named = {name: self._residents.get(key) for name, key in sorted(self._pointers.items())}
+            trials = {line: trial.to_json() for line, trial in self._trials.items()}
             named |= {name: r for name, r in sorted(self._residents.items()) if r.spare and name not in named}
-        return [resident.model_object(name) for name, resident in named.items() if resident is not None]
+        found = {name: resident.model_object(name) for name, resident in named.items() if resident is not None}
+        for name in found.keys() & trials.keys():
+            found[name]["prairie"]["trial"] = trials[name]
+        return list(found.values())
 
     def describe(self, name: str) -> dict[str, Any]:
         """One model object, without loading it. Raises ModelNotFound."""
@@ -503,6 +548,13 @@ class Models:
     def close(self) -> None:
         """Ends the loader's thread. A first load under way is not waited for: it cannot be interrupted."""
         self._loader.shutdown(wait=self.ready, cancel_futures=True)
+
+
+def is_canary(version: str, user: str, share: float) -> bool:
+    """Is this user one of the `share` who get a version's answers? By a hash: the same ones at every server and time, a
+    larger share adds to a smaller one, another version has others. Nobody without a name is."""
+    digest = hashlib.sha256(f"canary:{version}:{user}".encode()).digest()
+    return bool(user) and int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
 def _family(name: str) -> str:

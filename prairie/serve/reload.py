@@ -1,7 +1,7 @@
 """The watcher: looks at the registry's generation five times a second and brings the server to what it says.
 
-It also sees the first API key that is made. Loading happens off the hot path (`models`); an unreadable store is waited
-out, the versions in memory go on serving.
+It also sees the first API key that is made, and lets the guard look at what is new (`guard`). Loading happens off the
+hot path (`models`); an unreadable store is waited out, the versions in memory go on serving.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prairie.errors import AuthError, PrairieError
+from prairie.serve.guard import Guard
 from prairie.serve.models import Models
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ log = logging.getLogger("prairie.serve")
 POLL_S = 0.2
 RETRY_S = 5.0
 SWEEP_S = 30.0
+GUARD_S = 2.0
 BELIEVED_S = 1.0
 
 
@@ -61,13 +63,19 @@ class Watcher:
     """A thread that polls until `stop`."""
 
     def __init__(
-        self, home: Home, models: Models, keys: Keys, on_swap: Callable[[list[str]], None] | None = None
+        self,
+        home: Home,
+        models: Models,
+        keys: Keys,
+        on_swap: Callable[[list[str]], None] | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        self.home, self.models, self.keys, self.on_swap = home, models, keys, on_swap
+        self.home, self.models, self.keys, self.on_swap, self.guard = home, models, keys, on_swap, guard
         self._stopped = threading.Event()
         self._seen: int | None = None
         self._retry_at = float("inf")
         self._sweep_at = time.monotonic() + SWEEP_S
+        self._guard_at = time.monotonic() + GUARD_S
         self._thread = threading.Thread(target=self._run, name="prairie-watcher", daemon=True)
 
     def start(self) -> None:
@@ -105,3 +113,6 @@ class Watcher:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
             self.models.sweep()
+        if self.guard is not None and now >= self._guard_at:
+            self._guard_at = now + GUARD_S
+            self.guard.look(self.models.lines())

@@ -32,6 +32,13 @@ class EngineFault(PrairieError):
     code = "engine_error"
 
 
+class Stopping(EngineFault):
+    """The server ends; no fault of a model's."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping", mend="ask again in a moment")
+
+
 class Sink(Protocol):
     """Who waits for the outputs of a request; called on the event loop."""
 
@@ -139,13 +146,13 @@ class Worker:
     def _stop(self) -> None:
         self._stopping = True
         for engine in list(self._sinks):
-            self._fail_all(engine, EngineFault("the server is stopping", mend="ask again in a moment"))
+            self._fail_all(engine, Stopping())
 
     def _add(self, engine: Engine, requests: Sequence[Request], sink: Sink) -> None:
         for request in requests:
             try:
                 if self._stopping:
-                    raise EngineFault("the server is stopping", mend="ask again in a moment")
+                    raise Stopping()
                 engine.add(request)
             except Exception as error:
                 self._fail(sink, request.id, error)

@@ -37,6 +37,8 @@ TEXT_LIMIT = 100_000
 NAME_LIMIT = 200
 CHOICE_LIMIT = 32
 CRASHED = "crashed"
+FAULT = "error"
+"""finish_reason of an answer that the model or its engine could not end."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Response:
     user: str | None = None
     surface: str | None = None
     purpose: str = "chat"
-    """chat or gate: votes of a gate judge and are not learned from."""
+    """chat; gate: votes of a gate judge and are not learned from; shadow: by a version on trial, shown to nobody."""
     latency_ms: float | None = None
     created: float = field(default_factory=time.time)
     """UNIX seconds."""

@@ -2,7 +2,9 @@
 
 A line is `spark`, or `spark:poet` for a vertical (an adapter that stands on a base). A version is an artifact under a
 number. `promote` and `rollback` are one transaction each and append to the history; nothing else changes the champion.
-`generation()` grows with each of them, so that servers watch one number. Not here: whether a candidate deserves it.
+Beside the champion one version of a line may be on trial (`try_out`): its answers are computed and not shown (shadow),
+or a share of the users gets them (canary), until it is promoted or the trial ends. `generation()` grows with each
+change, so that servers watch one number. Not here: whether a candidate deserves it, which users a share is (`serve`).
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, delete, func, select, update
 
 from prairie.errors import ConflictError, NotFoundError, RequestError
 from prairie.store.home import Home
-from prairie.store.schema import LINES, REGISTRY_EVENTS, TURNS, VERSIONS
+from prairie.store.schema import LINES, REGISTRY_EVENTS, TRIALS, TURNS, VERSIONS
 
 LINE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}(:[a-z0-9][a-z0-9._-]{0,99})?")
 
@@ -51,14 +53,14 @@ class Version:
 
 @dataclass(frozen=True)
 class RegistryEvent:
-    """One change of a champion."""
+    """One change of a champion, or the beginning or end of a trial."""
 
     id: int
     line: str
     action: str
-    """promote or rollback"""
+    """promote or rollback; shadow or canary, and end, of a trial"""
     number: int
-    """The champion afterwards."""
+    """The champion afterwards; of a trial the version that is tried out."""
     previous: int | None
     who: str | None
     why: str | None
@@ -67,6 +69,26 @@ class RegistryEvent:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A version that is tried out beside its line's champion."""
+
+    version: Version
+    share: float | None
+    """Of the users who get its answers; None: a shadow, nobody does."""
+    event: int
+    """Id of the registry event that began it, by which this trial is told from another of the same version."""
+    created: float
+    """UNIX seconds."""
+
+    @property
+    def kind(self) -> str:
+        return "shadow" if self.share is None else "canary"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": self.version.name, "kind": self.kind, "share": self.share, "created": self.created}
 
 
 @dataclass(frozen=True)
@@ -155,7 +177,8 @@ class Registry:
         who: str | None = None,
         why: str | None = None,
     ) -> Version:
-        """Makes a version its line's champion. Promoting the champion again changes nothing and is not recorded."""
+        """Makes a version its line's champion, which ends a trial of the line. Promoting the champion again changes
+        nothing and is not recorded."""
         chosen = self.resolve(version) if isinstance(version, str) else version
 
         def run(connection: Connection) -> Version:
@@ -167,13 +190,23 @@ class Registry:
 
         return self.home.database.write(run)
 
-    def rollback(self, line: str, *, who: str | None = None, why: str | None = None) -> Version:
-        """Makes the champion before the present one champion again; twice goes two back. NotFoundError if none."""
+    def rollback(
+        self, line: str, *, who: str | None = None, why: str | None = None, only: int | None = None
+    ) -> Version:
+        """Undoes the last change: ends a trial, if there is one, else makes the champion before the present one
+        champion again; twice goes two back. Returns the champion. NotFoundError if there is nothing to undo.
+
+        `only`: nothing but that champion is rolled back, ConflictError if it is champion no more.
+        """
 
         def run(connection: Connection) -> Version:
             present = _champion_number(connection, line, to_change=True)
             if present is None:
                 raise NotFoundError(f"line {line} has no champion to roll back")
+            if only is None and _end_trial(connection, line, present, who, why):
+                return _version(_one(connection, line, present))
+            if only not in (None, present):
+                raise ConflictError(f"{line}@{only} is champion no more", got=f"{line}@{present}")
             throne = _succession(connection, line)
             if len(throne) < 2:
                 raise NotFoundError(
@@ -184,6 +217,56 @@ class Registry:
             return _version(_one(connection, line, throne[-2]))
 
         return self.home.database.write(run)
+
+    def try_out(
+        self,
+        version: Version | str,
+        share: float | None = None,
+        *,
+        who: str | None = None,
+        why: str | None = None,
+    ) -> Trial:
+        """Puts a version on trial beside its line's champion, in place of another that was: as a canary for a `share`
+        of the users, without one as a shadow. The same again changes nothing.
+
+        Raises RequestError for a share that is none or for the champion itself, NotFoundError without a champion.
+        """
+        chosen = self.resolve(version) if isinstance(version, str) else version
+        if share is not None and not 0 < share < 1:
+            raise RequestError("a canary's share of the users is impossible", got=share, wanted="above 0%, below 100%")
+
+        def run(connection: Connection) -> Trial:
+            line, present = chosen.line, _champion_number(connection, chosen.line, to_change=True)
+            if present is None:
+                raise NotFoundError(f"line {line} has no champion beside which {chosen.name} could be tried out")
+            if present == chosen.number:
+                raise RequestError(f"{chosen.name} is the champion already, there is nothing to try out")
+            running = _trial(connection, line)
+            if running is None or (running.version.number, running.share) != (chosen.number, share):
+                _end_trial(connection, line, present, who, f"{chosen.name} is tried out instead")
+                action = "shadow" if share is None else "canary"
+                event = _record(connection, line, action, chosen.number, present, who, why, None)
+                row = {"line": line, "number": chosen.number, "share": share, "event": event, "created": time.time()}
+                connection.execute(TRIALS.insert().values(row))
+            found = _trial(connection, line)
+            assert found is not None
+            return found
+
+        return self.home.database.write(run)
+
+    def end_trial(self, trial: Trial, *, who: str | None = None, why: str | None = None) -> bool:
+        """Ends just this trial; False when it is over already."""
+
+        def run(connection: Connection) -> bool:
+            line, present = trial.version.line, _champion_number(connection, trial.version.line, to_change=True)
+            return _end_trial(connection, line, present, who, why, event=trial.event)
+
+        return self.home.database.write(run)
+
+    def trial(self, line: str) -> Trial | None:
+        """The version that is tried out beside the line's champion, None when none is."""
+        with self.home.database.read() as connection:
+            return _trial(connection, line)
 
     def champion(self, line: str) -> Version | None:
         """The version served under the line's name, None when none was promoted. NotFoundError: no such line."""
@@ -239,14 +322,14 @@ class Registry:
             return [_version(row) for row in rows]
 
     def history(self, line: str) -> list[RegistryEvent]:
-        """Every promotion and rollback of a line, oldest first. Raises NotFoundError."""
+        """Every promotion, rollback and trial of a line, oldest first. Raises NotFoundError."""
         with self.home.database.read() as connection:
             _champion_number(connection, line)
             query = select(REGISTRY_EVENTS).where(REGISTRY_EVENTS.c.line == line).order_by(REGISTRY_EVENTS.c.id)
             return [RegistryEvent(**row) for row in connection.execute(query).mappings()]
 
     def generation(self) -> int:
-        """A number that grows whenever any line's champion changes; one indexed read."""
+        """A number that grows whenever any line's champion or trial changes; one indexed read."""
         with self.home.database.read() as connection:
             return connection.execute(select(func.max(REGISTRY_EVENTS.c.id))).scalar() or 0
 
@@ -368,6 +451,45 @@ def _champion_number(connection: Connection, line: str, to_change: bool = False)
     return row.champion
 
 
+def _trial(connection: Connection, line: str) -> Trial | None:
+    row = connection.execute(select(TRIALS).where(TRIALS.c.line == line)).mappings().first()
+    if row is None:
+        return None
+    return Trial(_version(_one(connection, line, row["number"])), row["share"], row["event"], row["created"])
+
+
+def _end_trial(
+    connection: Connection, line: str, champion: int | None, who: str | None, why: str | None, event: int | None = None
+) -> bool:
+    """Takes the trial's row away and says so in the history; False when there is none (or not this one)."""
+    trial = _trial(connection, line)
+    if trial is None or event not in (None, trial.event):
+        return False
+    connection.execute(delete(TRIALS).where(TRIALS.c.line == line))
+    _record(connection, line, "end", trial.version.number, champion, who, why, None)
+    return True
+
+
+def _record(
+    connection: Connection,
+    line: str,
+    action: str,
+    number: int,
+    previous: int | None,
+    who: str | None,
+    why: str | None,
+    verdict: Mapping[str, Any] | None,
+) -> int:
+    """Appends to the history; returns the event's id."""
+    row = {
+        "line": line, "action": action, "number": number, "previous": previous, "who": who, "why": why,
+        "verdict": dict(verdict) if verdict is not None else None, "created": time.time(),
+    }  # fmt: skip
+    added = connection.execute(REGISTRY_EVENTS.insert().values(row)).inserted_primary_key
+    assert added is not None
+    return int(added[0])
+
+
 def _set_champion(
     connection: Connection,
     line: str,
@@ -378,14 +500,10 @@ def _set_champion(
     why: str | None,
     verdict: Mapping[str, Any] | None,
 ) -> None:
-    """The champion's row and the history's row; both in the caller's transaction or neither."""
+    """The champion's row, the history's row and the end of a trial; all in the caller's transaction or none."""
+    _end_trial(connection, line, previous, who, f"{line}@{number} became champion")
     connection.execute(update(LINES).where(LINES.c.name == line).values(champion=number))
-    connection.execute(
-        REGISTRY_EVENTS.insert().values(
-            line=line, action=action, number=number, previous=previous, who=who, why=why,
-            verdict=dict(verdict) if verdict is not None else None, created=time.time(),
-        )
-    )  # fmt: skip
+    _record(connection, line, action, number, previous, who, why, verdict)
 
 
 def _promote_after_turn(connection: Connection, turn: Mapping[str, Any]) -> None:
@@ -413,7 +531,7 @@ def _succession(connection: Connection, line: str) -> list[int]:
     for action, number in connection.execute(query.order_by(REGISTRY_EVENTS.c.id)):
         if action == "promote":
             throne.append(number)
-        else:
+        elif action == "rollback":
             throne.pop()
     return throne
 

@@ -67,8 +67,8 @@ REGISTRY_EVENTS = Table(
     METADATA,
     Column("id", _Serial, primary_key=True, autoincrement=True),
     Column("line", String(200), ForeignKey("lines.name"), nullable=False),
-    Column("action", String(20), nullable=False, comment="promote or rollback"),
-    Column("number", Integer, nullable=False, comment="the champion afterwards"),
+    Column("action", String(20), nullable=False, comment="promote or rollback; shadow, canary or end of a trial"),
+    Column("number", Integer, nullable=False, comment="the champion afterwards; of a trial its version"),
     Column("previous", Integer, nullable=True, comment="the champion before"),
     Column("who", Text, nullable=True),
     Column("why", Text, nullable=True),
@@ -144,6 +144,16 @@ FORGOTTEN_EVENTS = Table(
     Column("forgotten", Float, nullable=False),
 )
 
+TRIALS = Table(
+    "trials",
+    METADATA,
+    Column("line", String(200), ForeignKey("lines.name"), primary_key=True),
+    Column("number", Integer, nullable=False, comment="of the version on trial"),
+    Column("share", Float, nullable=True, comment="of the users who get its answers; NULL: shadow, nobody does"),
+    Column("event", BigInteger, nullable=False, comment="id of the registry event that began it"),
+    Column("created", Float, nullable=False),
+)
+
 API_KEYS = Table(
     "api_keys",
     METADATA,
@@ -156,10 +166,17 @@ API_KEYS = Table(
 
 
 def _first_tables(connection: Connection) -> None:
-    METADATA.create_all(connection, checkfirst=False)
+    METADATA.create_all(
+        connection, [table for table in METADATA.sorted_tables if table is not TRIALS], checkfirst=False
+    )
+
+
+def _trials(connection: Connection) -> None:
+    METADATA.create_all(connection, [TRIALS], checkfirst=False)
 
 
 MIGRATIONS: tuple[tuple[int, str, Callable[[Connection], None]], ...] = (
     (1, "registry, turns, responses, feedback, keys", _first_tables),
+    (2, "versions on trial", _trials),
 )
 LATEST = MIGRATIONS[-1][0]

@@ -53,6 +53,23 @@ def test_models_lineage(call, ask, filled):
     assert "base: model base" in call("models", "lineage", "spark:poet@1")[1]
 
 
+def test_models_are_tried_out_beside_the_champion(call, ask, filled):
+    tried = ask("models", "promote", "spark@1", "--canary", "10%", "--why", "to see")
+    assert (tried["trial"]["version"], tried["trial"]["kind"], tried["trial"]["share"]) == ("spark@1", "canary", 0.1)
+    assert "canary 0.1" in call("models", "list")[1] and ask("models", "list")["lines"][0]["champion"] == 2
+    assert ask("models", "promote", "spark@1", "--shadow")["trial"]["kind"] == "shadow"
+    ended = ask("models", "rollback", "spark")
+    assert (ended["champion"], ended["ended"]["version"]) == ("spark@2", "spark@1")
+    history = [event["action"] for event in ask("models", "history", "spark")["history"]]
+    assert history == ["promote", "promote", "canary", "end", "shadow", "end"]
+    assert "to see" in call("models", "history", "spark")[1]
+    assert call("models", "promote", "spark@1", "--shadow", "--canary", "10%")[0] == 2
+    assert call("models", "promote", "spark@1", "--canary", "many") == (
+        2, "", "error: a share is not a number: got 'many', wanted 10% or 0.1.\n",
+    )  # fmt: skip
+    assert "share of the users is impossible" in call("models", "promote", "spark@1", "--canary", "100%")[2]
+
+
 def test_models_promote_and_rollback(call, ask, filled, root):
     before = ask("models", "list")["generation"]
     assert ask("models", "rollback", "spark", "--why", "it lies")["champion"] == "spark@1"

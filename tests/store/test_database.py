@@ -19,7 +19,7 @@ from prairie.store import schema
 from prairie.store.database import Database, _Work
 from prairie.store.schema import API_KEYS
 
-GOLDEN = Path(__file__).parent / "schema_1.sql"
+GOLDEN = {1: Path(__file__).parent / "schema_1.sql", 2: Path(__file__).parent / "schema_2.sql"}
 
 
 def key_row(name):
@@ -60,10 +60,26 @@ def test_from_empty_to_latest_and_again(path):
         assert steps == list(range(1, schema.LATEST + 1))
 
 
-def test_the_first_schema_is_frozen(path):
-    """Homes with these tables exist: a change is a new step in MIGRATIONS, not another first step."""
+@pytest.mark.parametrize("step", GOLDEN)
+def test_a_schema_that_was_released_is_frozen(path, step, monkeypatch):
+    """Homes with these tables exist: a change is a new step in MIGRATIONS, not another one of that number."""
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:step])
+        patch.setattr(schema, "LATEST", step)
+        Database(path).close()
+    assert dump(path) == GOLDEN[step].read_text()
+
+
+def test_a_home_of_the_first_schema_gets_the_rest_and_keeps_its_rows(path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        patch.setattr(schema, "LATEST", 1)
+        database = Database(path)
+        database.write(insert("kept"))
+        database.close()
     Database(path).close()
-    assert dump(path) == GOLDEN.read_text()
+    assert dump(path) == GOLDEN[schema.LATEST].read_text()
+    assert names(path) == {"kept"}
 
 
 def test_a_home_from_the_future_is_refused_and_untouched(path):
@@ -109,7 +125,7 @@ def test_a_failed_step_leaves_nothing_and_a_backup_stands(path, monkeypatch):
     connection.close()
     assert not tables & {"extra", "more"}
     assert last == schema.LATEST - 2
-    assert names(path.with_name("prairie.db.schema-1")) == {"kept"}
+    assert names(path.with_name(f"prairie.db.schema-{schema.LATEST - 2}")) == {"kept"}
 
 
 def test_a_missing_step_is_made_up(path, monkeypatch):

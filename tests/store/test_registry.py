@@ -77,6 +77,49 @@ def test_promote_roll_back_and_the_generation(home, line):
     assert (registry.history("spark")[0].verdict, registry.history("spark")[0].why) == ({"better": True}, "because")
 
 
+def test_a_trial_beside_the_champion(home, line):
+    registry = home.registry
+    with pytest.raises(NotFoundError, match="no champion beside which spark@2 could be tried out"):
+        registry.try_out("spark@2")
+    registry.promote("spark@1")
+    for share in (0, 1, -0.5, 10):
+        with pytest.raises(RequestError, match="share of the users is impossible"):
+            registry.try_out("spark@2", share)
+    with pytest.raises(RequestError, match="spark@1 is the champion already"):
+        registry.try_out("spark@1")
+    before = registry.generation()
+    shadow = registry.try_out("spark@2", who="me")
+    assert (shadow.kind, shadow.version.name, registry.trial("spark")) == ("shadow", "spark@2", shadow)
+    canary = registry.try_out("spark@2", 0.1)
+    assert (canary.kind, canary.share, registry.try_out("spark@2", 0.1)) == ("canary", 0.1, canary)
+    assert registry.generation() > before and registry.champion("spark").number == 1
+    assert not registry.end_trial(shadow), "that one is over already"
+    assert registry.trial("spark") == canary
+    assert registry.rollback("spark", why="no").number == 1, "the last change was the trial"
+    assert registry.trial("spark") is None
+    with pytest.raises(NotFoundError, match="no champion before"):
+        registry.rollback("spark")
+    registry.promote(registry.try_out("spark@3", 0.5).version)
+    assert registry.trial("spark") is None and registry.champion("spark").number == 3
+    with pytest.raises(ConflictError, match="spark@1 is champion no more"):
+        registry.rollback("spark", only=1)
+    assert registry.rollback("spark", only=3).number == 1
+    assert [(e.action, e.number) for e in registry.history("spark")] == [
+        ("promote", 1), ("shadow", 2), ("end", 2), ("canary", 2), ("end", 2), ("canary", 3), ("end", 3),
+        ("promote", 3), ("rollback", 1),
+    ]  # fmt: skip
+
+
+def test_a_trial_ends_in_the_transaction_that_changes_the_champion(home, line):
+    registry = home.registry
+    registry.promote("spark@1")
+    trial = registry.try_out("spark@2", 0.2)
+    sabotage(home, "throne", "before update on lines")
+    with pytest.raises(StoreError, match="no throne"):
+        registry.promote("spark@2")
+    assert registry.trial("spark") == trial and registry.history("spark")[-1].action == "canary"
+
+
 def sabotage(home, name, when):
     """From now on the database refuses such a write, saying `no NAME`."""
     steps = [f"create trigger {name} {when} begin select raise(abort, 'no {name}'); end"]
