@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import socket
+import sys
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
@@ -36,7 +39,21 @@ def serve(
     max_pending: Annotated[
         int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")
     ] = 512,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of each API key; more are told to come back (429).")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of each API key, prompts and answers together.")
+    ] = None,
+    max_adapters: Annotated[
+        int, typer.Option(min=0, help="Adapters loaded by name that stay in memory although nobody uses them.")
+    ] = 16,
     max_body_mb: Annotated[int, typer.Option(min=1, help="Largest request body.")] = 8,
+    remote: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=URL[#MODEL]", help="A model of another OpenAI-compatible server; may be repeated."),
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Server processes behind the port, on one home.")] = 1,
     grace_s: Annotated[float, typer.Option(min=0, help="How long a stop waits for running answers.")] = 30.0,
     no_guard: Annotated[
         bool, typer.Option("--no-guard", help="Do not take back a trial or a promotion that goes badly.")
@@ -45,11 +62,17 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """Serve models over OpenAI's HTTP API, with a chat page at / and votes that the next version learns from."""
+    from prairie.engine.remote import Remote
+    from prairie.serve.replicas import inherited_socket
     from prairie.serve.server import bind, serve_on, url_of
 
+    remotes = [Remote.parse(text, os.environ.get("PRAIRIE_REMOTE_KEY")) for text in remote or ()]
     # Before anything is loaded: a taken port is said at once.
-    listening = bind(host, port)
-    with listening, open_home(home, make=bool(names)) as store:
+    listening = inherited_socket() or bind(host, port)
+    if replicas > 1:
+        _serve_replicas(listening, replicas, grace_s, as_json)
+        return
+    with listening, open_home(home, make=bool(names or remotes)) as store:
         import logging
 
         from prairie.runtime import Runtime
@@ -58,7 +81,11 @@ def serve(
 
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("prairie").setLevel(logging.INFO)
-        settings = Settings(max_pending=max_pending, max_body_bytes=max_body_mb * 2**20, guard=not no_guard)
+        settings = Settings(
+            max_pending=max_pending, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
+            remotes=remotes, max_adapters=max_adapters, admin_without_key=_is_loopback(host),
+            max_body_bytes=max_body_mb * 2**20, guard=not no_guard,
+        )  # fmt: skip
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
@@ -67,6 +94,7 @@ def serve(
 
         def ready() -> None:
             served = [model["id"] for model in app.state.service.models.listing()]
+            served += [each.name for each in remotes]
             url = url_of(listening)
             say(f"{', '.join(served)} on {url}   chat page: {url}/   Ctrl-C ends.")
             emit({"url": url, "pid": os.getpid(), "models": served}, as_json)
@@ -76,6 +104,22 @@ def serve(
             # Stopped while it was loading: that thread cannot be interrupted, and nothing depends on it.
             store.close()
             os._exit(0)
+
+
+def _serve_replicas(listening: socket.socket, count: int, grace_s: float, as_json: bool) -> None:
+    """The same command line again for each child, as one server with --json."""
+    from prairie.serve.replicas import Replicas
+
+    command = [argument for argument in sys.argv[1:] if argument != "--json"]
+    # Of an option that comes twice the last counts.
+    command += ["--replicas", "1", "--json"]
+
+    def ready(line: str) -> None:
+        told = json.loads(line)
+        say(f"{', '.join(told['models'])} on {told['url']}   {count} processes   Ctrl-C ends.")
+        emit({"url": told["url"], "pid": os.getpid(), "models": told["models"], "replicas": count}, as_json)
+
+    Replicas(listening, command, count).run(ready, grace_s)
 
 
 def _is_loopback(host: str) -> bool:

@@ -106,6 +106,8 @@ class Request:
     """Requests share cached prefixes only with requests of the same salt: set it per tenant (CVE-2025-46570)."""
     stream: bool = True
     """False: `Output.text_delta` stays empty until the end, which saves work when nobody reads along."""
+    owner: str = ""
+    """Who asks: when requests have to wait, owners are served in turn."""
 
 
 @dataclass(frozen=True, slots=True)

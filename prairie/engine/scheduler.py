@@ -9,7 +9,6 @@ Not here: blocks (`kv_cache`), arithmetic (`runner`).
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import groupby
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prairie.engine.fair_queue import FairQueue
 from prairie.engine.kv_cache import KVCache
 from prairie.engine.request import Sequence
 
@@ -44,7 +44,7 @@ class Scheduler:
     def __init__(self, cache: KVCache, max_batch: int, step_tokens: int) -> None:
         self.cache = cache
         self.step_tokens = max(step_tokens, max_batch)
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._free_rows = list(range(max_batch))
@@ -89,7 +89,7 @@ class Scheduler:
         self.cache.pool.forget_all()
 
     def _admit(self, budget: int) -> list[Sequence]:
-        """Seats waiting sequences, first come first served, while there are rows, blocks and tokens left."""
+        """Seats waiting sequences, as their owners are due, while there are rows, blocks and tokens left."""
         seated: list[Sequence] = []
         pool = self.cache.pool
         while self.waiting and self._free_rows and budget > 0:

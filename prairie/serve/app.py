@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,18 +28,31 @@ from starlette.exceptions import HTTPException
 from prairie import __version__
 from prairie.errors import BusyError, RequestError
 from prairie.serve import errors
+from prairie.serve.adapters import Adapters
 from prairie.serve.choices import Caller, Desk
-from prairie.serve.gate import Gate
+from prairie.serve.gate import Gate, NotAdmin, is_admin
 from prairie.serve.guard import Guard
+from prairie.serve.limits import Limits
 from prairie.serve.metrics import CONTENT_TYPE, Metrics
-from prairie.serve.models import Models
+from prairie.serve.models import MAX_ADAPTERS, Models
 from prairie.serve.records import feedback_of
 from prairie.serve.reload import Keys, Watcher
-from prairie.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, ErrorBody, FeedbackRequest
+from prairie.serve.remote import Remotes
+from prairie.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ErrorBody,
+    FeedbackRequest,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from prairie.serve.stream import Chat, EventStream, Text, Whole
 from prairie.serve.worker import Worker
+from prairie.store.audit import record
 
 if TYPE_CHECKING:
+    from prairie.engine.remote import Remote
     from prairie.runtime import Runtime
     from prairie.store.home import Home
 
@@ -57,6 +71,15 @@ class Settings:
 
     max_pending: int = 512
     """Answers under way or queued; more are refused with 429."""
+    requests_per_minute: int | None = None
+    """Of each API key; None does not limit."""
+    tokens_per_minute: int | None = None
+    max_adapters: int = MAX_ADAPTERS
+    """Adapters loaded by name that stay in memory although nobody uses them."""
+    remotes: Sequence[Remote] = ()
+    """Models that other servers answer for."""
+    admin_without_key: bool = True
+    """Whether what is served may be changed as long as there is no API key: only where nobody else can reach it."""
     max_body_bytes: int = 8 * 2**20
     host_allowed: Callable[[str], bool] = lambda host: True
     """Which Host headers are answered as long as there is no API key."""
@@ -73,12 +96,19 @@ class Service:
         self.home, self.settings = home, settings
         self.metrics = Metrics()
         self.worker = Worker()
+        engine = {"may_be_empty": bool(settings.remotes), **engine}
         self.models = Models(home, self.worker, self.metrics, names, detect, **engine)
         self.worker.on_fault = self.models.drop_engine
+        self.models.max_adapters = settings.max_adapters
+        self.adapters = Adapters(self.models)
         self.keys = Keys(home)
         guard = Guard(home, self.metrics) if settings.guard else None
         self.watcher = Watcher(home, self.models, self.keys, guard=guard)
-        self.desk = Desk(self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending)
+        limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        self.desk = Desk(
+            self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending, limits=limits
+        )
+        self.remotes = Remotes(settings.remotes, self.desk)
         self.failure: Exception | None = None
         """Why the first load failed."""
         self.on_ready: Callable[[], None] = lambda: None
@@ -125,6 +155,7 @@ class Service:
         await asyncio.to_thread(self.watcher.stop)
         await asyncio.to_thread(self.models.close)
         await self.desk.drain()
+        await self.remotes.close()
         await asyncio.to_thread(self.worker.stop)
         self.desk.close()
         self._only_server.close()
@@ -174,6 +205,7 @@ def create_app(
     _completions(app, service)
     _embeddings(app, service)
     _models(app, service)
+    _adapters(app, service)
     _feedback(app, service)
     _operations(app, service)
     _web(app)
@@ -201,7 +233,10 @@ def _completions(app: FastAPI, service: Service) -> None:
         body: ChatRequest, request: Request, surface: SurfaceHeader = None, purpose: PurposeHeader = None
     ) -> Response:
         """An answer to a conversation; `stream` for server-sent events."""
-        answer = await service.desk.chat(body, _caller(request, body.user, surface, purpose))
+        caller = _caller(request, body.user, surface, purpose)
+        if body.model in service.remotes.of:
+            return service.remotes.chat(body, caller)
+        answer = await service.desk.chat(body, caller)
         form = Chat(answer)
         return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
 
@@ -210,27 +245,59 @@ def _completions(app: FastAPI, service: Service) -> None:
         body: CompletionRequest, request: Request, surface: SurfaceHeader = None, purpose: PurposeHeader = None
     ) -> Response:
         """Raw text continued; `echo` with `logprobs` scores the prompt, `max_tokens` 0 only that."""
-        answer = await service.desk.complete(body, _caller(request, body.user, surface, purpose))
+        caller = _caller(request, body.user, surface, purpose)
+        if body.model in service.remotes.of:
+            return service.remotes.complete(body, caller)
+        answer = await service.desk.complete(body, caller)
         form = Text(answer, bool(body.echo))
         return EventStream(answer, form, body.wants_usage()) if body.stream else Whole(answer, form)
 
 
 def _embeddings(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", tags=["openai"])
-    async def embeddings(body: EmbeddingRequest) -> Response:
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """A vector of each text, from an encoder or a language model."""
-        return Response(await service.desk.embed(body), media_type="application/json")
+        return Response(await service.desk.embed(body, request.state.tenant), media_type="application/json")
 
 
 def _models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["openai"])
     async def list_models() -> dict[str, Any]:
         """Every name that is served, with the version that answers to it."""
-        return {"object": "list", "data": service.models.listing()}
+        return {"object": "list", "data": [*service.models.listing(), *service.remotes.listing()]}
 
     @app.get("/v1/models/{model}", tags=["openai"])
     async def get_model(model: str) -> dict[str, Any]:
-        return await service.desk.do(service.models.describe, model)
+        remote = [each for each in service.remotes.listing() if each["id"] == model]
+        return remote[0] if remote else await service.desk.do(service.models.describe, model)
+
+
+def _adapters(app: FastAPI, service: Service) -> None:
+    def admit(request: Request) -> str:
+        """Who it is. Raises NotAdmin: changing what is served is not for everybody who may ask."""
+        name: str = request.state.tenant
+        if is_admin(name) if service.keys.required else service.settings.admin_without_key:
+            return name or "no key"
+        raise NotAdmin(
+            "this changes what is served", got=f"the key `{name}`" if name else "no key",
+            wanted="an administrator's key", mend="make one with `prairie keys create admin`",
+        )  # fmt: skip
+
+    @app.post("/v1/load_lora_adapter", tags=["admin"])
+    async def load_lora_adapter(body: LoadAdapter, request: Request) -> dict[str, Any]:
+        """An adapter folder of this machine answers to a name from now on."""
+        facts = {"name": body.lora_name, "path": body.lora_path, "request_id": request.state.request_id}
+        await service.desk.do(functools.partial(record, service.home.root, admit(request), "load adapter", **facts))
+        path = Path(body.lora_path)
+        return await service.desk.do(service.adapters.load, body.lora_name, path, body.base_model_name)
+
+    @app.post("/v1/unload_lora_adapter", tags=["admin"])
+    async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> dict[str, Any]:
+        """The name is free again; answers under way end with the adapter."""
+        facts = {"name": body.lora_name, "request_id": request.state.request_id}
+        await service.desk.do(functools.partial(record, service.home.root, admit(request), "unload adapter", **facts))
+        await service.desk.do(service.adapters.unload, body.lora_name)
+        return {"id": body.lora_name, "object": "model", "deleted": True}
 
 
 def _feedback(app: FastAPI, service: Service) -> None:

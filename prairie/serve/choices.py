@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prairie.data.records import Message, Tools
 from prairie.data.tool_calls import CallFormat
 from prairie.engine.constraint import Constraint, ConstraintError
-from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError
+from prairie.errors import ContextLengthError, OverloadedError, PrairieError, RequestError, StorageFullError
 from prairie.serve.answers import Head, TokenText
 from prairie.serve.embedding import embedding_list, pieces, token_rows, vectors_of
 from prairie.serve.forms import call_form
+from prairie.serve.limits import Limits
 from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
 from prairie.serve.schema import ChatRequest, CompletionRequest, Demand, EmbeddingRequest, Sampling
@@ -46,12 +47,21 @@ DEFAULT_MAX_TOKENS = 1024
 DEFAULT_TEXT_TOKENS = 16
 """Of a text completion, as OpenAI's."""
 RETRY_AFTER_S = 2
+FULL_RETRY_S = 30
 COMPILE_S = 5.0
 """How long a request waits for its schema to become a grammar."""
 
 
 class QueueFull(OverloadedError):
     retry_after_s = RETRY_AFTER_S
+
+
+class RecordsFull(OverloadedError):
+    """The disk under the records is full: new work is refused until there is space, reads go on."""
+
+    http_status = 503
+    code = "storage_full"
+    retry_after_s = FULL_RETRY_S
 
 
 Prompt = tuple[Message, ...] | str | list[int]
@@ -100,6 +110,11 @@ class Caller:
         gate ask for what they are to judge."""
         return (self.user or self.tenant) if self.purpose == "chat" else ""
 
+    @property
+    def owner(self) -> str:
+        """Whose requests wait together: a key's, and within it a user's."""
+        return f"{self.tenant}/{self.user or ''}"
+
 
 @dataclass(eq=False)
 class Choice:
@@ -145,11 +160,19 @@ class Desk:
     """Where requests come in: it knows the models, the worker and the records, and how much is under way."""
 
     def __init__(
-        self, models: Models, worker: Worker, feedback: FeedbackStore, metrics: Metrics, *, max_pending: int
+        self,
+        models: Models,
+        worker: Worker,
+        feedback: FeedbackStore,
+        metrics: Metrics,
+        *,
+        max_pending: int,
+        limits: Limits | None = None,
     ) -> None:
-        """`max_pending`: choices that may be under way or queued, over all models."""
+        """`max_pending`: choices that may be under way or queued, over all models; `limits`: of each API key."""
         self.models, self.worker, self.feedback, self.metrics = models, worker, feedback, metrics
         self.max_pending = max_pending
+        self.limits = limits or Limits()
         self.pending = 0
         self.threads = ThreadPoolExecutor(16, "prairie-records")
         """Enough that writes of many requests meet in one commit."""
@@ -193,13 +216,14 @@ class Desk:
         order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored, form=body.form())
         return await self._open(body, caller, order, "cmpl")
 
-    async def embed(self, body: EmbeddingRequest) -> bytes:
+    async def embed(self, body: EmbeddingRequest, tenant: str = "") -> bytes:
         """The vectors of some texts, as JSON. Nothing is recorded: nobody votes on a vector."""
-        self._admit(1)
+        self.admit(1, tenant)
         resident: Resident | None = None
         try:
             resident = await self.models.acquire(body.model)
             rows = await self.do(token_rows, resident, body)
+            self.limits.charge(tenant, sum(map(len, rows)))
             vectors: list[Tensor] = []
             # Piece by piece, each between two steps of the engines, so that running answers go on.
             for part in pieces(rows):
@@ -215,7 +239,7 @@ class Desk:
     async def _open(self, body: Sampling, caller: Caller, order: Order, prefix: str) -> Answer:
         arrived = time.perf_counter()
         count = order.n * len(order.prompts)
-        self._admit(count)
+        self.admit(count, caller.tenant)
         resident: Resident | None = None
         try:
             resident = await self.models.acquire(body.model, caller.somebody)
@@ -259,7 +283,9 @@ class Desk:
     ) -> Answer:
         id = f"{prefix}-{secrets.token_hex(12)}"
         order = replace(order, form=await self._form(resident, order))
-        choices = await self.do(_choices, resident, body, order, id, caller.tenant)
+        choices = await self.do(_choices, resident, body, order, id, caller)
+        if caller.purpose != "shadow":
+            self.limits.charge(caller.tenant, sum(len(choice.prompt_ids) for choice in choices[:: order.n]))
         if order.scored:
             await self._score(resident, choices, order.top or 0)
         head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
@@ -304,7 +330,8 @@ class Desk:
                 scores[key] = await asyncio.wrap_future(self.worker.call(work))
             choice.score = scores[key]
 
-    def _admit(self, choices: int) -> None:
+    def admit(self, choices: int, tenant: str) -> None:
+        """Raises RateLimited for a key that has used up its share, QueueFull when the server has."""
         # One request that is larger than the limit is still served when nothing else runs.
         if self.pending and self.pending + choices > self.max_pending:
             self.metrics.refused.inc()
@@ -312,6 +339,7 @@ class Desk:
                 "the server has as many requests as it takes", got=self.pending, wanted=f"at most {self.max_pending}",
                 mend=f"try again in {RETRY_AFTER_S} s",
             )  # fmt: skip
+        self.limits.admit(tenant)
         self.pending += choices
 
     def close(self) -> None:
@@ -448,6 +476,10 @@ class Answer:
     async def _start_rows(self, rows: Sequence[Response]) -> None:
         try:
             await self.desk.do(self.desk.feedback.start_responses, rows)
+        except StorageFullError as error:
+            self._start_failure = RecordsFull(
+                "no new answer can be recorded", got=error.what, mend=f"free some space; try again in {FULL_RETRY_S} s"
+            )
         except Exception as error:
             self._start_failure = error
         finally:
@@ -531,6 +563,8 @@ class Answer:
         metrics.tokens.labels(line, "prompt").inc(len(choice.prompt_ids))
         metrics.tokens.labels(line, "cached").inc(choice.cached_tokens)
         metrics.tokens.labels(line, "completion").inc(len(choice.token_ids))
+        if self.caller.purpose != "shadow":
+            self.desk.limits.charge(self.caller.tenant, len(choice.token_ids))
         first = self._first_token_at.get(choice.id)
         if first is not None and choice.request is not None and choice.request.stream:
             metrics.first_token.labels(line).observe(first - self.arrived)
@@ -577,7 +611,7 @@ def _no_calls() -> RequestError:
     )  # fmt: skip
 
 
-def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: str) -> list[Choice]:
+def _choices(resident: Resident, body: Sampling, order: Order, id: str, caller: Caller) -> list[Choice]:
     """In a thread: prompts rendered and tokenised, a Choice for each answer. RequestError, ContextLengthError."""
     from prairie.engine.request import Request
 
@@ -592,7 +626,9 @@ def _choices(resident: Resident, body: Sampling, order: Order, id: str, salt: st
             params = _params(resident, body, order, seed + index, chat=isinstance(prompt, tuple))
             request = None
             if params is not None:
-                request = Request(choice_id, prompt_ids, params, resident.adapter_hash, salt, stream=bool(body.stream))
+                request = Request(
+                    choice_id, prompt_ids, params, resident.adapter_hash, caller.tenant, bool(body.stream), caller.owner
+                )
             choices.append(Choice(index, choice_id, record, request, prompt_ids))
     return choices
 

@@ -23,6 +23,8 @@ def error_body(status: int, message: str, code: str | None, param: str | None = 
 
 def body_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """(HTTP status, error object). What is not a PrairieError is a fault of ours: its text stays in the log."""
+    if isinstance(body := getattr(error, "body", None), dict) and isinstance(error, PrairieError):
+        return error.http_status, body  # the words of another server
     if isinstance(error, PrairieError):
         return error.http_status, error_body(error.http_status, str(error), error.code, error.param)
     return 500, error_body(500, "the server met an error of its own; its log says which", "internal_error")

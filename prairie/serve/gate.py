@@ -53,6 +53,18 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
 
 
+class NotAdmin(PrairieError):
+    """The key is good, and not for this."""
+
+    http_status = 403
+    code = "permission_denied"
+
+
+def is_admin(name: str) -> bool:
+    """Keys named `admin` or `admin-...` may change what is served."""
+    return name == "admin" or name.startswith("admin-")
+
+
 class Gate:
     """ASGI middleware; see the module's text."""
 

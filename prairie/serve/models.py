@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prairie.errors import AdapterError, ModelError, NotFoundError, RequestError
+from prairie.serve.memory import check_fits
 from prairie.serve.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ log = logging.getLogger("prairie.serve")
 SPARE_VERSIONS = 2
 """Versions asked for by number or id that stay in memory although nobody uses them."""
 SPARE_S = 600.0
+MAX_ADAPTERS = 16
+"""Adapters loaded at run time that stay in memory although nobody uses them."""
 
 
 class ModelNotFound(NotFoundError):
@@ -68,6 +71,18 @@ class Source:
     @property
     def kind(self) -> str:
         return "model" if self.folder == self.base_folder else "adapter"
+
+    def model_object(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object of a version that is not in memory."""
+        about = {"line": self.line, "version": self.number, "artifact_id": self.artifact_id}
+        more = {"kind": self.kind, "resident": False, "figures": self.figures}
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self.created),
+            "owned_by": "prairie",
+            "prairie": about | more,
+        }
 
 
 @dataclass(eq=False)
@@ -171,6 +186,7 @@ class Models:
         metrics: Metrics,
         names: Sequence[str] = (),
         detect: Callable[[], Runtime] | None = None,
+        may_be_empty: bool = False,
         **engine_settings: Any,
     ) -> None:
         """`names`: what to serve (lines, versions, model folders); none: every line of the registry. `detect` looks at
@@ -194,9 +210,12 @@ class Models:
         self._by_version: dict[str, str] = {}
         """ "spark@9af3" -> "spark@3": names with a version in them, which never change."""
         self._folders: dict[str, Source] = {}
+        self.added: dict[str, Source] = {}
+        """Adapters that were loaded by name while the server ran (`adapters`)."""
+        self.max_adapters = MAX_ADAPTERS
         self._named = [self._declare(name) for name in names]
         self._lines = {_family(name) for name in self._named if name not in self._folders}
-        if not names and not self._champions():
+        if not names and not may_be_empty and not self._champions():
             raise NotFoundError(
                 f"there is no model to serve in {home.root}",
                 mend="make one with `prairie demo` or `prairie run RECIPE`, or name a folder: `prairie serve DIR`",
@@ -326,6 +345,40 @@ class Models:
         """The lines that are served."""
         return list(self._champions())
 
+    # -- adapters that come and go (`adapters`) ---------------------------------------------------------------------
+
+    def is_served(self, name: str) -> bool:
+        """Whether the name already stands for a line, a vertical or a folder."""
+        return name in self._folders or name in self._pointers or _family(name) in self.home.registry.lines()
+
+    def base_folders(self, name: str | None = None) -> list[tuple[str, Path]]:
+        """(hash of the weights, folder) of each base in memory that writes; with a name only the one it stands on."""
+        with self._lock:
+            residents = [r for r in self._residents.values() if r.base.model.engine is not None]
+            if name is not None:
+                residents = [r for r in residents if r.source.name in (name, self._pointers.get(name))]
+            return sorted({(r.weights_hash, r.source.base_folder) for r in residents})
+
+    def add(self, name: str, source: Source) -> None:
+        """Loads an adapter and makes it known under a name. Raises what makes it unusable; then nothing has changed."""
+        resident = self._loader.submit(self._load, source).result()
+        with self._lock:
+            resident.spare = True
+            self.added[name] = self._folders[name] = source
+            self._by_version[name] = source.name
+        self.release(resident)
+
+    def remove(self, name: str) -> None:
+        """The name is unknown from now on; the adapter leaves memory when its last request has ended."""
+        with self._lock:
+            source = self.added.pop(name)
+            del self._folders[name]
+            self._by_version.pop(name, None)
+            resident = self._residents.get(source.name)
+            if resident is not None:
+                resident.spare = False
+        self.sweep()
+
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def load_first(self) -> Future[None]:
@@ -429,6 +482,7 @@ class Models:
             base = self._bases.get(promised)
         if base is not None:
             return base
+        check_fits(folder)
         if self._runtime is None and self._detect is not None:
             self._runtime = self._detect()
         model = load(folder, runtime=self._runtime, **self._engine_settings)
@@ -472,7 +526,10 @@ class Models:
             if not idle:
                 return
             fresh = [r for r in idle if r.spare and time.monotonic() - r.last_used < SPARE_S]
-            spared = sorted(fresh, key=lambda r: r.last_used)[-SPARE_VERSIONS:]
+            added = {source.name for source in self.added.values()}
+            adapters = sorted((r for r in idle if r.source.name in added), key=lambda r: r.last_used)
+            spared = sorted((r for r in fresh if r.source.name not in added), key=lambda r: r.last_used)
+            spared = [*spared[-SPARE_VERSIONS:], *adapters[max(0, len(adapters) - self.max_adapters) :]]
             leaving = [r for r in idle if r not in spared]
             engines = sum(self._forget(resident) for resident in leaving)
         if leaving:
@@ -521,11 +578,15 @@ class Models:
         """OpenAI's model objects: names first, then versions in memory that were asked for by number or id."""
         with self._lock:
             named = {name: self._residents.get(key) for name, key in sorted(self._pointers.items())}
+            named |= {name: self._residents.get(source.name) for name, source in sorted(self.added.items())}
+            shown = {r.source.name for r in named.values() if r is not None}
+            named |= {name: r for name, r in sorted(self._residents.items()) if r.spare and name not in shown}
+            away = {name: source for name, source in self.added.items() if named.get(name) is None}
             trials = {line: trial.to_json() for line, trial in self._trials.items()}
-            named |= {name: r for name, r in sorted(self._residents.items()) if r.spare and name not in named}
         found = {name: resident.model_object(name) for name, resident in named.items() if resident is not None}
         for name in found.keys() & trials.keys():
             found[name]["prairie"]["trial"] = trials[name]
+        found |= {name: source.model_object(name) for name, source in sorted(away.items())}
         return list(found.values())
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -534,16 +595,7 @@ class Models:
         if resident is not None:
             self.release(resident)
             return resident.model_object(name)
-        source = self._source(name)
-        about = {"line": source.line, "version": source.number, "artifact_id": source.artifact_id}
-        more = {"kind": source.kind, "resident": False, "figures": source.figures}
-        return {
-            "id": name,
-            "object": "model",
-            "created": int(source.created),
-            "owned_by": "prairie",
-            "prairie": about | more,
-        }
+        return self._source(name).model_object(name)
 
     def close(self) -> None:
         """Ends the loader's thread. A first load under way is not waited for: it cannot be interrupted."""

@@ -328,6 +328,24 @@ class FeedbackRequest(Request):
     user: str | None = Field(None, max_length=200)
 
 
+class LoadAdapter(Request):
+    """POST /v1/load_lora_adapter, as vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str = Field(min_length=1, max_length=200)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    base_model_name: str | None = Field(None, max_length=300)
+
+
+class UnloadAdapter(Request):
+    """POST /v1/unload_lora_adapter, as vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    lora_name: str = Field(min_length=1, max_length=200)
+
+
 class ErrorFacts(BaseModel):
     message: str
     type: str

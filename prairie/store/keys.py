@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select, update
 
 from prairie.errors import AuthError, ConflictError, NotFoundError, RequestError
+from prairie.store.audit import record
 from prairie.store.home import Home
 from prairie.store.schema import API_KEYS
 
@@ -53,6 +54,7 @@ class KeyStore:
                 )
             connection.execute(API_KEYS.insert().values(**row))
 
+        record(self.home.root, "prairie keys", "create key", name=name, id=row["id"])
         self.home.database.write(run)
         return secret
 
@@ -70,6 +72,7 @@ class KeyStore:
             row = connection.execute(_valid(name)).first()
             if row is None:
                 raise NotFoundError(f"no valid key is called `{name}`", mend="see `prairie keys list`")
+            record(self.home.root, "prairie keys", "revoke key", name=name, id=row.id)
             connection.execute(update(API_KEYS).where(API_KEYS.c.id == row.id).values(revoked=time.time()))
 
         self.home.database.write(run)

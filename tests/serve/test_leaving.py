@@ -180,9 +180,9 @@ def test_an_answer_that_cannot_be_recorded_is_not_given(home, monkeypatch):
 
         monkeypatch.setattr(home.feedback, "start_responses", refuse)
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30)
-        assert answer.status_code == 507 and answer.json()["error"]["code"] == "storage_full"
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "storage_full"
         stream = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark", stream=True), timeout=30)
-        assert stream.status_code == 507
+        assert stream.status_code == 503
         monkeypatch.undo()
         monkeypatch.setattr(home.feedback, "finish_response", refuse)
         assert httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30).status_code == 507

@@ -1,0 +1,123 @@
+"""A model of another server: the same answers, with our ids, records and votes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from tiny_server import Home, Settings, ask, bind, events, running, url_of
+
+from prairie.engine.remote import Remote
+from prairie.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def front(server, tmp_path_factory):
+    """A server without a model of its own, before `server`."""
+    remotes = [Remote.parse(f"far={server.url}#spark"), Remote("gone", "http://127.0.0.1:9/v1", "x")]
+    with Home(tmp_path_factory.mktemp("front") / "home") as home, running(home, (), Settings(remotes=remotes)) as front:
+        yield front
+
+
+def test_answers_are_those_of_the_other_server(front, server):
+    with openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", max_retries=0) as client:
+        near = client.chat.completions.create(**ask("far", n=2))
+        there = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30).json()
+        assert near.choices[0].message.content == there["choices"][0]["message"]["content"]
+        assert near.model == "far" and near.prairie["remote"]["model"] == "spark"
+        assert near.prairie["remote"]["prairie"] == there["prairie"], "who wrote it is known to the version"
+        chunks = list(client.chat.completions.create(**ask("far"), stream=True, stream_options={"include_usage": True}))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == near.choices[0].message.content and chunks[-1].usage.completion_tokens == 12
+        assert {c.id for c in chunks} == {chunks[0].id} and chunks[0].id != near.id
+        said = client.completions.create(model="far", prompt=["草原", "fox"], max_tokens=5, temperature=0)
+        assert len(said.choices) == 2 and said.choices[0].text
+        assert "far" in [model.id for model in client.models.list()]
+        assert client.models.retrieve("far").prairie["kind"] == "remote"
+    rows = [front.home.feedback.get_response(choice.response_id) for choice in near.choices]
+    assert [row.text for row in rows] == [choice.message.content for choice in near.choices]
+    assert rows[0].prompt[0].content == "草原 fox" and rows[0].line == "far" and rows[0].status == "done"
+    assert rows[0].weights_hash == there["prairie"]["weights_hash"]
+    assert rows[0].sampling["remote"]["url"].startswith(server.url) and rows[0].sampling["max_tokens"] == 12
+    vote = {"response_id": rows[0].id, "kind": "thumb", "value": "up"}
+    assert httpx.post(f"{front.url}/v1/feedback", json=vote).status_code == 201
+
+
+def test_refusals_are_its_own_words(front):
+    answer = httpx.post(f"{front.url}/v1/chat/completions", json=ask("far", guided_regex="("), timeout=30)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_constraint"
+    for stream in (False, True):
+        answer = httpx.post(f"{front.url}/v1/chat/completions", json=ask("gone", stream=stream), timeout=30)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "remote_error"
+        assert answer.headers["retry-after"]
+    front.idle()
+    assert front.service.desk.pending == 0
+
+
+def test_who_leaves_is_recorded_and_ends_it_there_too(front, server):
+    with httpx.stream(
+        "POST", f"{front.url}/v1/chat/completions", json=ask("far", stream=True, max_tokens=140)
+    ) as answer:
+        id = json.loads(next(answer.iter_lines()).removeprefix("data: "))["id"]
+    front.idle()
+    server.idle()
+    assert front.home.feedback.get_response(id).status in ("aborted", "done")
+    assert server.kv_blocks_held() == 0 and front.service.desk.pending == 0
+
+
+def test_how_remotes_are_told():
+    assert Remote.parse("a=http://h:1") == Remote("a", "http://h:1/v1", "a")
+    assert Remote.parse("a=https://h/v1/#b") == Remote("a", "https://h/v1", "b")
+    for wrong in ("a", "=http://h", "a=h:1", "a=ftp://h"):
+        with pytest.raises(UsageError):
+            Remote.parse(wrong)
+    assert "secret" not in repr(Remote("a", "u", "m", "secret"))
+
+
+LLAMA = Path(__file__).parents[2] / ".peers" / "llama" / "bin" / "python"
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K-hf"
+
+
+@pytest.mark.slow
+def test_llama_cpp_answers_behind_prairie(tmp_path):
+    """llama.cpp's own server in Python, with a GGUF of the small real model."""
+    if not LLAMA.is_file() or not STORIES.is_dir():
+        pytest.skip("llama.cpp (`make peers`) or the small real model in ../shared/data is missing")
+    if subprocess.run([LLAMA, "-c", "import llama_cpp.server.app"], capture_output=True).returncode:
+        pytest.skip("llama-cpp-python is there without its extra `server`")
+    subprocess.run(
+        [sys.executable, "-m", "prairie", "export", str(STORIES), "--to", "gguf", "--out", str(tmp_path / "m.gguf")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    with bind("127.0.0.1", 0) as probe:
+        url = url_of(probe)
+    command = [LLAMA, "-m", "llama_cpp.server", "--model", str(tmp_path / "m.gguf"), "--port", url.rpartition(":")[2]]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                httpx.get(f"{url}/v1/models")
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline and process.poll() is None, "llama.cpp's server does not start"
+                time.sleep(0.2)
+        with (
+            Home(tmp_path / "home") as home,
+            running(home, (), Settings(remotes=[Remote.parse(f"llama={url}")])) as front,
+        ):
+            body = {"model": "llama", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+            whole = httpx.post(f"{front.url}/v1/completions", json=body, timeout=60).json()
+            text = whole["choices"][0]["text"]
+            assert "there was" in text, text
+            stream = httpx.post(f"{front.url}/v1/completions", json={**body, "stream": True}, timeout=60).text
+            assert "".join(e["choices"][0]["text"] for e in events(stream) if e["choices"]) == text
+            assert home.feedback.get_response(whole["id"]).text == text
+    finally:
+        process.terminate()
+        process.wait(20)
