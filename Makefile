@@ -26,7 +26,7 @@ check: .venv/.dev  ## ruff, mypy, the floors
 	$(BIN)/python -m pytest tests/test_floors.py
 
 bench: .venv/.dev  ## every benchmark, one JSON object each
-	for name in ops pretrain sft adapters dpo startup flywheel swap; do $(BIN)/python -m benchmarks.$$name --json; done
+	for name in ops pretrain sft adapters dpo startup flywheel swap serving; do $(BIN)/python -m benchmarks.$$name --json; done
 
 peers: .peers/llama/.made  ## programs to compare with, each in an environment of its own
 
@@ -46,7 +46,7 @@ docs: .venv/.dev  ## checks that every command and recipe in the docs exists
 # Built from source: half a gigabyte and some minutes of compiling.
 .peers/llama/.made:
 	test -x .peers/llama/bin/python || $(PYTHON) -m venv .peers/llama
-	.peers/llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python numpy
+	.peers/llama/bin/python -m pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]' numpy
 	touch $@
 
 clean:

@@ -38,6 +38,8 @@ class Case:
     ours: Callable[[bool], Found]
     peer: Callable[[bool], Found]
     lower_is_better: bool = False
+    required: float | None = None
+    """The ratio that was promised; None where nothing was."""
 
 
 def run(benchmark: str, cases: Sequence[Case], repeats: int = 3) -> None:
@@ -130,6 +132,7 @@ def _row(module: str, case: Case, quick: bool, repeats: int) -> dict[str, Any]:
         "ours": _short(mine),
         "peer": _short(theirs),
         "ratio": round(theirs / mine if case.lower_is_better else mine / theirs, 3),
+        **({} if case.required is None else {"required": case.required}),
         "ours_rss_mb": round(max(one["rss_mb"] for one in found["ours"])),
         "peer_rss_mb": round(max(one["rss_mb"] for one in found["peer"])),
         "others_cpu": round(max(others), 3),

@@ -1,0 +1,448 @@
+"""Serving: tokens a second, time to first token, adapters and prefixes, against llama.cpp, transformers and ourselves.
+
+    python -m benchmarks.serving [--quick] [--case "mixed 8 llama.cpp"] --json
+
+Random models in the blocks' shape, the same weights and the same requests on both sides, two threads, greedy. `bf16`
+and `int8` are how the weights are kept: ours computes in float32 from them, llama.cpp as its files of that kind do
+(bf16, q8_0), transformers in float32 on the same rounded numbers, because torch multiplies bfloat16 at a sixtieth of
+that speed on a chip without instructions for it (`about.dtype`; where the chip has them it computes in bfloat16).
+`mixed`: prompts and answers lognormal from 16 to 256 tokens, the prompts inside the time. `single`: a prompt of 64,
+then 127 single tokens, without the prompt's time. llama.cpp's GGUF file is written by our own exporter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks import workloads
+from benchmarks.measure import Case, Found, forget_peak, peak_rss_mb, run
+
+LLAMA = Path(__file__).parents[1] / ".peers" / "llama" / "bin" / "python"
+THREADS = 2
+CONTEXT = 1024
+VOCABULARY = {"1m": 4096, "50m": 32768}
+ADAPTERS = 16
+CLIENTS, ASKED_TOKENS = 64, 16
+PREFIX = 400
+
+Ask = tuple[list[int], int]
+"""Token ids of a prompt, and how many tokens are wanted."""
+
+
+def requests(count: int, vocabulary: int, seed: int = 1) -> list[Ask]:
+    """Prompts and answers of mixed lengths."""
+    rng = random.Random(seed)
+
+    def length() -> int:
+        return int(min(256, max(16, math.exp(rng.gauss(math.log(64), 0.8)))))
+
+    lengths = [(length(), length()) for _ in range(count)]
+    return [([rng.randrange(300, vocabulary) for _ in range(prompt)], wanted) for prompt, wanted in lengths]
+
+
+def one_request(vocabulary: int, prompt: int = 64, wanted: int = 128) -> list[Ask]:
+    rng = random.Random(0)
+    return [([rng.randrange(300, vocabulary) for _ in range(prompt)], wanted)]
+
+
+# --- the model, once for both sides -----------------------------------------------------------------------------------
+
+
+def rounded_model(shape: str) -> Any:
+    """Seeded weights, rounded to bfloat16 so that both sides can keep them exactly."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    model = workloads.our_model(shape, VOCABULARY[shape]).requires_grad_(False).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def tokenizer(vocabulary: int) -> Any:
+    """A byte-level tokenizer with as many tokens as the model: text of plain letters is a token a letter."""
+    from prairie.data.tokenizer import Tokenizer
+
+    small = Tokenizer.train_bpe(["a b c d e f g"], 260)
+    spec = json.loads(json.dumps(small.spec))
+    known = set(spec["model"]["vocab"].values()) | {token["id"] for token in spec["added_tokens"]}
+    spec["model"]["vocab"] |= {f"<w{id}>": id for id in range(vocabulary) if id not in known}
+    return Tokenizer(spec, small.config)
+
+
+def template(words: Any) -> Any:
+    from prairie.data.chat_template import ChatTemplate
+
+    return ChatTemplate.builtin("chatml", words)
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def our_engine(shape: str, weights: str, **settings: Any) -> Any:
+    """An engine as `prairie serve` would build it, when what it compiles is ready."""
+    from prairie.engine.engine import Engine
+
+    model = rounded_model(shape)
+    words = tokenizer(VOCABULARY[shape])
+    engine = Engine(model, words, template(words), weights_hash="benchmark", max_context=CONTEXT, **settings)
+    forget_peak()
+    return engine
+
+
+def our_requests(asked: list[Ask], adapters: list[str] = []) -> list[Any]:  # noqa: B006 - is not changed
+    from prairie.engine.request import Request, SamplingParams
+
+    made = []
+    for i, (prompt, wanted) in enumerate(asked):
+        params = SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True)
+        made.append(Request(str(i), prompt, params, adapters[i % len(adapters)] if adapters else None, stream=False))
+    return made
+
+
+def answered(engine: Any, asked: list[Ask], adapters: list[str] = []) -> tuple[list[list[int]], list[float]]:  # noqa: B006
+    """The answers, and when each step ended."""
+    done, ended = {}, []
+    for request in our_requests(asked, adapters):
+        engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            if output.completion is not None:
+                done[output.request_id] = output.completion.token_ids
+        ended.append(time.perf_counter())
+    return [done[str(i)] for i in range(len(asked))], ended
+
+
+def warm_up(engine: Any, adapters: list[str] = []) -> None:  # noqa: B006
+    vocabulary = engine.model.config.vocab_size
+    answered(engine, [(prompt[:32], 4) for prompt, _ in requests(4, vocabulary, seed=9)], adapters)
+
+
+def ours(shape: str, weights: str, slots: int, asked: list[Ask], adapters: int = 0) -> Found:
+    engine = our_engine(shape, weights, max_batch=slots)
+    names = []
+    if adapters:
+        from prairie.models.lora import LoRA, LoRAConfig
+
+        for number in range(adapters):
+            lora = LoRA.create(engine.model, LoRAConfig(), seed=number).requires_grad_(False).eval()
+            for path in lora.paths:
+                lora.pair(path)[1].normal_(0, 0.02)
+            engine.add_adapter(lora.hash, lora)
+            names.append(lora.hash)
+    warm_up(engine, names)
+    began = time.perf_counter()
+    answers, ended = answered(engine, asked, names)
+    tokens, since = (len(ended) - 1, ended[0]) if slots == 1 else (sum(map(len, answers)), began)
+    rate = tokens / (ended[-1] - since)  # of one stream without its first step, the prompt's
+    first = round(1000 * (ended[0] - began), 1)
+    return {"rate": rate, "rss_mb": peak_rss_mb(), "first_token_ms": first, "begins": answers[0][:8]}
+
+
+def our_prefix(reuse: bool, quick: bool) -> Found:
+    """Seconds to the first token of a request whose first 400 tokens another one has brought before."""
+    engine = our_engine("50m", "bf16", max_batch=8, prefix_reuse=reuse)
+    warm_up(engine)
+    rng = random.Random(5)
+    shared = [rng.randrange(300, VOCABULARY["50m"]) for _ in range(PREFIX)]
+    seconds = []
+    for _ in range(3 if quick else 10):
+        own = [rng.randrange(300, VOCABULARY["50m"]) for _ in range(24)]
+        began = time.perf_counter()
+        answered(engine, [([*shared, *own], 1)])
+        seconds.append(time.perf_counter() - began)
+    return {"rate": statistics.median(seconds[1:]), "rss_mb": peak_rss_mb()}
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path, shape: str, dtype: str) -> None:
+    import gguf
+
+    from prairie.data.gguf_vocabulary import add_vocabulary
+    from prairie.models.gguf import add_model, architecture_of
+
+    model, words = rounded_model(shape), tokenizer(VOCABULARY[shape])
+    writer = gguf.GGUFWriter(path, architecture_of(model.config).name)
+    add_model(writer, model, dtype, "benchmark")
+    add_vocabulary(writer, words, template(words), model.config.vocab_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@contextmanager
+def gguf_file(shape: str, dtype: str) -> Iterator[Path]:
+    """Written by another process, whose memory is nobody's."""
+    if not LLAMA.exists():
+        raise SystemExit("no llama-cpp-python: `make peers` builds it")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        call = "from pathlib import Path; from benchmarks import serving; "
+        call += f"serving.write_gguf(Path({str(path)!r}), {shape!r}, {dtype!r})"
+        done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr.strip().splitlines()[-1])
+        yield path
+
+
+def llama(shape: str, dtype: str, slots: int, asked: list[Ask]) -> Found:
+    with gguf_file(shape, dtype) as path:
+        job = {
+            "path": str(path), "slots": slots, "threads": THREADS, "context": CONTEXT, "requests": asked,
+            "measure": "single" if slots == 1 else "mixed",
+        }  # fmt: skip
+        script = Path(__file__).with_name("llama_side.py")
+        done = subprocess.run([LLAMA, script], input=json.dumps(job), capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit((done.stderr.strip().splitlines() or ["llama.cpp gave no reason"])[-1])
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def peer_model(shape: str) -> tuple[Any, str]:
+    """The same weights in transformers, in the dtype that this machine multiplies faster."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from prairie.models.weights import save_model
+    from prairie.runtime import Runtime
+
+    dtype = Runtime.detect(threads=THREADS).best_dtype()
+    with TemporaryDirectory() as folder:
+        save_model(rounded_model(shape), Path(folder))
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.pad_token_id = 0
+    return model, dtype
+
+
+def transformers_generate(asked: list[Ask]) -> Found:
+    import torch
+
+    model, dtype = peer_model("1m")
+    ((prompt, wanted),) = asked
+    ids = torch.tensor([prompt])
+
+    def go(count: int) -> tuple[float, list[int]]:
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, do_sample=False
+            )
+        return time.perf_counter() - began, out[0, len(prompt) :].tolist()
+
+    go(8)
+    forget_peak()
+    first, _ = go(1)
+    whole, answer = go(wanted)
+    return {"rate": (wanted - 1) / (whole - first), "rss_mb": peak_rss_mb(), "dtype": dtype, "begins": answer[:8]}
+
+
+def transformers_batching(slots: int, asked: list[Ask]) -> Found:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model, dtype = peer_model("50m")
+    settings = ContinuousBatchingConfig(max_requests_per_batch=slots) if _takes_slots() else ContinuousBatchingConfig()
+    longest = max(wanted for _, wanted in asked)
+
+    def go(some: list[Ask]) -> tuple[float, list[int]]:
+        with model.continuous_batching_context_manager(
+            generation_config=GenerationConfig(
+                max_new_tokens=longest, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
+            continuous_batching_config=settings,
+        ) as manager:
+            began, left = time.perf_counter(), {}
+            for i, (prompt, wanted) in enumerate(some):
+                left[manager.add_request(prompt, request_id=str(i), max_new_tokens=wanted)] = i
+            begins: list[int] = []
+            while left:
+                output = manager.get_result(timeout=1)
+                if output is not None and output.is_finished() and left.pop(output.request_id) == 0:
+                    begins = output.generated_tokens[:8]
+            return time.perf_counter() - began, begins
+
+    go([(prompt[:16], 4) for prompt, _ in asked[:2]])
+    forget_peak()
+    seconds, begins = go(asked)
+    return {"rate": sum(n for _, n in asked) / seconds, "rss_mb": peak_rss_mb(), "dtype": dtype, "begins": begins}
+
+
+def _takes_slots() -> bool:
+    import inspect
+
+    from transformers import ContinuousBatchingConfig
+
+    return "max_requests_per_batch" in inspect.signature(ContinuousBatchingConfig).parameters
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+def our_server(quick: bool) -> Found:
+    with TemporaryDirectory() as folder:
+        call = "from pathlib import Path; from benchmarks import serving; "
+        call += f"serving.write_model(Path({folder!r}) / 'model')"
+        subprocess.run([sys.executable, "-c", call], check=True, capture_output=True)
+        return first_tokens(
+            [sys.executable, "-m", "prairie", "serve", f"{folder}/model", "--home", f"{folder}/home"], "model", quick
+        )
+
+
+def write_model(folder: Path) -> None:
+    from prairie.models.weights import save_model
+
+    words = tokenizer(VOCABULARY["50m"])
+    made = template(words)
+    save_model(rounded_model("50m"), folder, tokenizer_hash=words.hash, template_hash=made.hash)
+    words.save(folder)
+    made.save(folder)
+
+
+def llama_server(quick: bool) -> Found:
+    """llama-cpp-python's: it answers one request after the other. Its default would break off one for the next."""
+    with gguf_file("50m", "bf16") as path:
+        command = [str(LLAMA), "-m", "llama_cpp.server", "--model", str(path), "--n_ctx", str(CONTEXT)]
+        command += [
+            "--n_threads",
+            str(THREADS),
+            "--n_threads_batch",
+            str(THREADS),
+            "--verbose",
+            "false",
+            "--interrupt_requests",
+            "false",
+        ]
+        return first_tokens(command, "model", quick)
+
+
+def first_tokens(command: list[str], model: str, quick: bool) -> Found:
+    """Seconds from sending a request to its first token, 64 clients at once, each with a prompt of its own."""
+    port = 18000 + os.getpid() % 2000
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    server = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        seconds = asyncio.run(_clients(f"http://127.0.0.1:{port}", model, 8 if quick else CLIENTS, server))
+        status = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+        rss = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+    finally:
+        server.terminate()
+        server.wait(30)
+    p50, p99 = (seconds[min(len(seconds) - 1, int(share * len(seconds)))] for share in (0.5, 0.99))
+    return {"rate": p50, "p50_s": round(p50, 4), "p99_s": round(p99, 4), "rss_mb": rss}
+
+
+async def _clients(url: str, model: str, clients: int, server: subprocess.Popen[bytes]) -> list[float]:
+    import httpx
+
+    rng = random.Random(3)
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        for _ in range(600):
+            if server.poll() is not None:
+                raise SystemExit(f"the server ended with {server.returncode}")
+            try:
+                if (await http.get("/v1/models")).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            await asyncio.sleep(0.1)
+
+        async def first(prompt: str) -> float:
+            body = {"model": model, "prompt": prompt, "max_tokens": ASKED_TOKENS, "temperature": 0, "stream": True}
+            began = time.perf_counter()
+            found = 0.0
+            async with http.stream("POST", "/v1/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    raise SystemExit(f"the server said {answer.status_code}: {(await answer.aread())[:200]!r}")
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {") and not found:
+                        found = time.perf_counter() - began
+            return found
+
+        def prompt() -> str:
+            return "".join(rng.choice("abcdefgh ") for _ in range(64))
+
+        for _ in range(3):
+            await first(prompt())
+        return sorted(await asyncio.gather(*(first(prompt()) for _ in range(clients))))
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def mixed(slots: int, quick: bool) -> list[Ask]:
+    return requests(slots if quick else 3 * slots, VOCABULARY["50m"])
+
+
+def single(shape: str, quick: bool) -> list[Ask]:
+    return one_request(VOCABULARY[shape], wanted=32 if quick else 128)
+
+
+CASES = [
+    Case(
+        "mixed 8 llama.cpp", "llama.cpp bf16, 8 slots", "tokens/s",
+        lambda quick: ours("50m", "bf16", 8, mixed(8, quick)), lambda quick: llama("50m", "bf16", 8, mixed(8, quick)),
+        required=1.5,
+    ),
+    Case(
+        "mixed 32 llama.cpp", "llama.cpp bf16, 32 slots", "tokens/s",
+        lambda quick: ours("50m", "bf16", 32, mixed(32, quick)),
+        lambda quick: llama("50m", "bf16", 32, mixed(32, quick)), required=2.5,
+    ),
+    Case(
+        "mixed 8 transformers", "transformers continuous batching", "tokens/s",
+        lambda quick: ours("50m", "bf16", 8, mixed(8, quick)),
+        lambda quick: transformers_batching(8, mixed(8, quick)), required=3.0,
+    ),
+    Case(
+        "single bf16", "llama.cpp bf16", "tokens/s",
+        lambda quick: ours("50m", "bf16", 1, single("50m", quick)),
+        lambda quick: llama("50m", "bf16", 1, single("50m", quick)), required=0.8,
+    ),
+    Case(
+        "single int8", "llama.cpp q8_0", "tokens/s",
+        lambda quick: ours("50m", "int8", 1, single("50m", quick)),
+        lambda quick: llama("50m", "q8_0", 1, single("50m", quick)), required=0.8,
+    ),
+    Case(
+        "single 1m", "transformers generate", "tokens/s",
+        lambda quick: ours("1m", "float32", 1, single("1m", quick)),
+        lambda quick: transformers_generate(single("1m", quick)), required=8.0,
+    ),
+    Case(
+        "adapters 16", "our base alone", "tokens/s",
+        lambda quick: ours("50m", "bf16", 16, mixed(16, quick), ADAPTERS),
+        lambda quick: ours("50m", "bf16", 16, mixed(16, quick)), required=0.85,
+    ),
+    Case(
+        "ttft http", "llama_cpp.server", "s", our_server, llama_server, lower_is_better=True, required=1.0,
+    ),
+    Case(
+        "prefix", "our engine without reuse", "s",
+        lambda quick: our_prefix(True, quick), lambda quick: our_prefix(False, quick), lower_is_better=True,
+        required=4.0,
+    ),
+]  # fmt: skip
+
+if __name__ == "__main__":
+    run("serving", CASES)
