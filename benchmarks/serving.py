@@ -95,10 +95,14 @@ def template(words: Any) -> Any:
 def our_engine(shape: str, weights: str, **settings: Any) -> Any:
     """An engine as `prairie serve` would build it, when what it compiles is ready."""
     from prairie.engine.engine import Engine
+    from prairie.models.quantized import quantize
 
     model = rounded_model(shape)
+    if weights != "float32":
+        quantize(model, weights, [list(range(300, 332))], head=True)
     words = tokenizer(VOCABULARY[shape])
     engine = Engine(model, words, template(words), weights_hash="benchmark", max_context=CONTEXT, **settings)
+    engine.compile()
     forget_peak()
     return engine
 

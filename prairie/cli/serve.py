@@ -22,6 +22,7 @@ class Quantize(StrEnum):
     int8 = "int8"
     int4 = "int4"
     nf4 = "nf4"
+    bf16 = "bf16"
 
 
 def serve(
@@ -34,7 +35,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
     quantize: Annotated[
         Quantize | None,
-        typer.Option("--quantize", help="Keep the weights in int8, int4 or nf4; the log says what that changes."),
+        typer.Option("--quantize", help="Keep the weights in bf16, int8, int4 or nf4; the log says what that changes."),
     ] = None,
     max_pending: Annotated[
         int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from prairie.data.chat_template import ChatTemplate, Options
 from prairie.data.records import Message, Tools
 from prairie.data.tokenizer import Tokenizer
+from prairie.engine.compiled import CompiledDecoder, covers
 from prairie.engine.constraint import Grammars
 from prairie.engine.kv_cache import KVCache, root_hash
 from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 KV_BYTES = 512 << 20
 """Memory for keys and values unless `kv_tokens` says otherwise; on a CPU it is committed only as it is used."""
+
+
+COMPILE_AFTER = 32
+"""Steps before the compiled form is made: what answers one question and ends has nothing from it."""
 
 
 class Engine:
@@ -51,8 +56,12 @@ class Engine:
         step_tokens: int = 1024,
         block_size: int = 16,
         prefix_reuse: bool = True,
+        compiles: bool = True,
     ) -> None:
-        """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`)."""
+        """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`).
+
+        `compiles`: after the first steps the model's compiled form is made ready in the background, where it has one.
+        """
         config = model.config
         context = min(max_context or config.max_context, config.max_context)
         weight = model.head_weight
@@ -77,10 +86,12 @@ class Engine:
         self.max_context = min(context, self.cache.tokens)
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device))
+        compiled = CompiledDecoder(model, self.cache) if compiles and covers(model) else None
+        self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device), compiled)
         self._turns_by_length = depends_on_length(config)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._steps = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -170,6 +181,9 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return []
+        self._steps += 1
+        if self._steps == COMPILE_AFTER and self.runner.compiled is not None:
+            self.runner.compiled.start()
         try:
             ready, sampled = self.runner.run(step)
         except BaseException:
@@ -208,6 +222,11 @@ class Engine:
             for request_id in list(self._sequences):
                 self.cancel(request_id)
         return [done[request.id] for request in requests]
+
+    def compile(self) -> bool:
+        """Waits until the compiled form of the model is ready; False if it has none or cannot have one here."""
+        compiled = self.runner.compiled
+        return compiled is not None and compiled.compile()
 
     def figures(self) -> dict[str, int]:
         """Counts for a metrics page."""

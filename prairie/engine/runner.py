@@ -1,5 +1,7 @@
 """One forward pass: the tokens of many sequences, prompts and single tokens mixed, through the model and the sampler.
 
+A step goes through the compiled form of the model where there is one that covers it, else through torch; both compute
+the same from the same cache, so any step may go either way.
 Not here: which tokens (`scheduler`), what becomes of the sampled ones (`engine`).
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from prairie.engine.compiled import CompiledDecoder
 from prairie.engine.kv_cache import KVCache
 from prairie.engine.paged_attend import PagedAttend
 from prairie.engine.sampler import Sampled, Sampler
@@ -19,16 +22,16 @@ from prairie.models.transformer import Transformer
 class Runner:
     """Model, cache and sampler of one device."""
 
-    def __init__(self, model: Transformer, cache: KVCache, sampler: Sampler) -> None:
-        self.model, self.cache, self.sampler = model, cache, sampler
+    def __init__(
+        self, model: Transformer, cache: KVCache, sampler: Sampler, compiled: CompiledDecoder | None = None
+    ) -> None:
+        self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
 
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[list[int], Sampled | None]:
         """Computes a step. Returns which of its sequences got a token, and these tokens."""
         for sequence in step.seated:
             self.sampler.seat(sequence)
-        lengths = np.array([len(sequence.ids) for sequence in step.sequences], dtype=np.int64)
-        attend = PagedAttend(self.cache, step.rows, step.starts, step.counts, lengths)
         tokens: list[int] = []
         ready: list[int] = []
         for number, sequence in enumerate(step.sequences):
@@ -39,17 +42,48 @@ class Runner:
                 tokens.append(sequence.ids[sequence.computed])
             else:
                 tokens += sequence.ids[sequence.computed : end]
+        if self.compiled is not None and self.compiled.takes(step):
+            return ready, self._run_compiled(self.compiled, step, tokens, ready)
+        return ready, self._run_torch(step, tokens, ready)
+
+    def _run_compiled(
+        self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int]
+    ) -> Sampled | None:
+        if len(tokens) == len(step.sequences):
+            positions, of_row, last = step.starts, step.rows, np.arange(len(tokens))
+        else:
+            of = np.repeat(np.arange(len(step.counts)), step.counts)
+            last = np.cumsum(step.counts) - 1
+            positions = step.starts[of] + np.arange(len(of)) - (last + 1 - step.counts)[of]
+            of_row = step.rows[of]
+        hidden_ND = compiled.hidden(np.array(tokens, dtype=np.int64), positions, of_row, step.adapters)
+        if not ready:
+            return None
+        rows = step.rows if len(ready) == len(step.rows) else step.rows[ready]
+        logits_BV, best_B, norm_B = compiled.logits(hidden_ND, last[ready], self.sampler.vocab_size)
+        if self.sampler.only_best(rows):
+            return self.sampler.take_best(logits_BV, best_B, norm_B)
+        return self.sampler(torch.from_numpy(logits_BV), rows, _counters(step, ready))
+
+    def _run_torch(self, step: Step, tokens: list[int], ready: list[int]) -> Sampled | None:
+        lengths = np.array([len(sequence.ids) for sequence in step.sequences], dtype=np.int64)
+        attend = PagedAttend(self.cache, step.rows, step.starts, step.counts, lengths)
         tokens_N = torch.tensor(tokens, device=self.cache.device)
         adapters = [AdapterRows(lora, rows if rows != slice(0, len(tokens)) else None) for lora, rows in step.adapters]
         hidden_ND = self.model(tokens_N, attend, adapters)
         if not ready:
-            return ready, None
+            return None
         if len(ready) < len(tokens):
             last = (np.cumsum(step.counts) - 1)[ready]
             hidden_ND = hidden_ND.index_select(0, torch.from_numpy(last).to(self.cache.device))
             adapters = [AdapterRows(lora, _among(last, rows)) for lora, rows in step.adapters]
-        counters = np.array([step.sequences[number].generated for number in ready], dtype=np.int64)
-        return ready, self.sampler(self.model.logits(hidden_ND, adapters).float(), step.rows[ready], counters)
+        logits_BV = self.model.logits(hidden_ND, adapters).float()
+        return self.sampler(logits_BV, step.rows[ready], _counters(step, ready))
+
+
+def _counters(step: Step, ready: list[int]) -> np.ndarray:
+    """How many tokens each of these sequences has generated before."""
+    return np.array([step.sequences[number].generated for number in ready], dtype=np.int64)
 
 
 def _among(chosen: np.ndarray, rows: slice) -> slice:

@@ -94,6 +94,17 @@ class Sampler:
             generated = torch.tensor(sequence.ids[sequence.prompt_tokens :], dtype=torch.long, device=self.device)
             self._counts[row] = torch.bincount(generated, minlength=self.vocab_size)
 
+    def only_best(self, rows: np.ndarray) -> bool:
+        """Whether every row takes its likeliest token, as the logits have it, and wants to know no other."""
+        shaped = self._presence[rows].any() or self._frequency[rows].any() or self._biased[rows].any()
+        return not (shaped or self._temperature[rows].any() or self._tops[rows].any())
+
+    def take_best(self, logits_BV: np.ndarray, best_B: np.ndarray, norm_B: np.ndarray) -> Sampled:
+        """What `__call__` makes of such rows, whose likeliest tokens and log-normalisers are known."""
+        logprobs_B = logits_BV[np.arange(len(best_B)), best_B] - norm_B
+        finite = np.isfinite(norm_B)
+        return Sampled(best_B.tolist(), logprobs_B.tolist(), [], [] if finite.all() else (~finite).tolist())
+
     def __call__(self, logits_BV: Tensor, rows: np.ndarray, counters: np.ndarray) -> Sampled:
         """`counters` (B,): how many tokens each sequence has generated before."""
         norm_B = logits_BV.logsumexp(-1)

@@ -1,7 +1,7 @@
 """A model whose blocks' matrices are kept in fewer bits, and what that changes in its answers.
 
-Embedding, head, norms, biases and experts stay as they are. The weights can no longer be trained, merged or written;
-adapters stand on them as on the model itself, whose hash they keep.
+Norms, biases and experts stay as they are, and embedding and head unless they are asked for. The weights can no longer
+be trained, merged or written; adapters stand on them as on the model itself, whose hash they keep.
 Not here: the forms (`ops.packed`).
 """
 
@@ -38,6 +38,8 @@ class Quantization:
     bytes_before: int
     bytes_after: int
     """Of all weights, embeddings and norms included."""
+    head: bool = False
+    """Embedding and head hold only numbers that the packed form has, too."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,8 +52,9 @@ class Quantization:
         )
 
 
-def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]]) -> Quantization:
-    """Packs the matrices of the blocks in place and measures the change on the rows `sample` of token ids.
+def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], head: bool = False) -> Quantization:
+    """Packs the matrices of the blocks in place and measures the change on the rows `sample` of token ids. With `head`
+    embedding and head are rounded to what the packed form holds, so that a faster form of them may be packed.
 
     ModelError for a model that is quantised already, or a sample without tokens.
     """
@@ -68,6 +71,10 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]]) ->
             packed = PackedWeight(at.dense(), bits)
             delattr(block, at.group)
             setattr(block, at.group, packed)
+    if head:
+        with torch.no_grad():
+            for weight in (model.embed, *([] if model.head is None else [model.head])):
+                weight.copy_(PackedWeight(weight, bits).dense())
     after = _logits(model, rows)
     lost = before.log_softmax(-1)
     kl = (lost.exp() * (lost - after.log_softmax(-1))).sum(-1).mean()
@@ -79,6 +86,7 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]]) ->
         same_argmax=float((after.argmax(-1) == before.argmax(-1)).float().mean()),
         bytes_before=bytes_before,
         bytes_after=bytes_of(model),
+        head=head,
     )
     return model.quantization
 

@@ -1,4 +1,5 @@
-"""Frozen weights in fewer bits: 8 and 4 bits for serving, and the 4-bit normal floats of QLoRA (arXiv 2305.14314).
+"""Frozen weights in fewer bits: bfloat16, 8 and 4 bits for serving, and the 4-bit normal floats of QLoRA (arXiv
+2305.14314).
 
 A `PackedWeight` stands where a weight stands; `ops.linear.linear` takes either. Its numbers never change: what learns
 is an adapter beside it, and the gradient that passes through is exactly that of the dense weight, which is made anew
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Bits = Literal["int8", "int4", "nf4"]
+Bits = Literal["bf16", "int8", "int4", "nf4"]
 GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
 KERNEL_BLOCK = 32
@@ -36,8 +37,9 @@ def nf4_levels() -> tuple[float, ...]:
 
 
 class PackedWeight(nn.Module):
-    """An (O, I) weight as small numbers with scales. int8: one scale a row. int4: 16 even steps from the least to the
-    largest number of each group of a row. nf4: 16 normal quantiles times the largest magnitude of the group."""
+    """An (O, I) weight as small numbers with scales. bf16: the upper half of each number, no scale. int8: one scale a
+    row. int4: 16 even steps from the least to the largest number of each group of a row. nf4: 16 normal quantiles times
+    the largest magnitude of the group."""
 
     numbers: Tensor
     scales: Tensor
@@ -46,7 +48,8 @@ class PackedWeight(nn.Module):
     def __init__(self, weight_OI: Tensor, bits: Bits) -> None:
         super().__init__()
         self.bits, self.shape, self.dtype = bits, weight_OI.shape, weight_OI.dtype
-        numbers, scales, least = (_pack_int8 if bits == "int8" else _pack_4bit)(weight_OI.detach().float(), bits)
+        pack = {"bf16": _pack_bf16, "int8": _pack_int8}.get(bits, _pack_4bit)
+        numbers, scales, least = pack(weight_OI.detach().float(), bits)
         self.register_buffer("numbers", numbers)
         self.register_buffer("scales", scales)
         self.register_buffer("least", least)
@@ -61,6 +64,8 @@ class PackedWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """(O, I) the weight that is computed with, in the dtype that it was packed from."""
+        if self.bits == "bf16":
+            return self.numbers.to(self.dtype)
         if self.bits == "int8":
             return (self.numbers * self.scales[:, None]).to(self.dtype)
         codes_OI = torch.stack([self.numbers & 15, self.numbers >> 4], -1).flatten(1)
@@ -106,6 +111,10 @@ class _FrozenProduct(torch.autograd.Function):
 def dense(weight_OI: Tensor | PackedWeight) -> Tensor:
     """(O, I) the weight itself, however it is kept."""
     return weight_OI.dense() if isinstance(weight_OI, PackedWeight) else weight_OI
+
+
+def _pack_bf16(weight_OI: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
+    return weight_OI.bfloat16(), torch.empty(0), torch.empty(0)
 
 
 def _pack_int8(weight_OI: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,147 @@
+"""The compiled step against torch's and the naive loop: the same logits, the same tokens, the same cache."""
+
+from __future__ import annotations
+
+import copy
+
+import naive
+import pytest
+import torch
+from naive import engine, expected, prompts, request
+
+from prairie.engine.compiled import covers
+from prairie.models.config import ModelConfig, RopeScaling
+from prairie.models.lora import LoRA, LoRAConfig
+from prairie.models.quantized import quantize
+from prairie.models.transformer import Transformer
+
+SIZES = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "max_context": 96}
+KINDS = {
+    "llama": {},
+    "one kv head each": {"kv_heads": 4},
+    "tied": {"tie_embeddings": True},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head", "head_dim": 16},
+    "biases": {"o_bias": True, "mlp_bias": True, "qkv_bias": True},
+    "windows": {"windows": (5, 0)},
+    "offset norms, scaled embeddings": {"norm_offset": True, "embed_scale": 5.0, "attention_scale": 0.3},
+    "no positions in a layer": {"nope_layers": (1,)},
+    "half turned": {"rotary_dim": 4},
+    "stretched": {"rope_scaling": RopeScaling("llama3", 8.0, original_max_context=32)},
+    "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, original_max_context=32, magnitude=1.2)},
+}
+
+
+def model(**changes) -> Transformer:
+    config = ModelConfig(naive.tokenizer().vocab_size, **{**SIZES, "tie_embeddings": False, **changes})
+    made = Transformer(config).init_weights(1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return made.requires_grad_(False).eval()
+
+
+def compiled(**settings):
+    made = engine(**settings)
+    assert made.compile()
+    made.runner._run_torch = None  # whatever is not compiled fails
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_covered_kind_answers_as_the_naive_loop(kind):
+    subject = compiled(model=model(**KINDS[kind]), step_tokens=24, block_size=8)
+    asked = [request(f"r{i}", ids, max_tokens=8, ignore_eos=True) for i, ids in enumerate(prompts()[:9])]
+    for ids, answer in zip(prompts(), subject.generate(asked), strict=False):
+        whole = [*ids, *answer.token_ids]
+        logits_TV = naive.logits_of(whole, base=subject.model)[len(ids) - 1 : -1]
+        assert answer.token_ids == logits_TV[:, : naive.tokenizer().vocab_size].argmax(-1).tolist()
+        wanted = logits_TV.log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"step_tokens": 8, "max_batch": 4}, {"kv_tokens": 96, "block_size": 4}], ids=str
+)
+def test_batches_chunks_and_preemption(limits):
+    subject = compiled(**limits)
+    answers = subject.generate([request(f"r{i}", ids, max_tokens=9) for i, ids in enumerate(prompts())])
+    assert [tuple(a.token_ids) for a in answers] == [expected(i, 9) for i in range(len(answers))]
+    assert (subject.scheduler.preemptions > 0) == ("kv_tokens" in limits)
+
+
+@pytest.mark.parametrize("bits", ["bf16", "int8"])
+def test_packed_weights(bits):
+    packed = copy.deepcopy(naive.model())
+    quantize(packed, bits, [prompts()[5]], head=True)
+    plain = copy.deepcopy(naive.model())
+    with torch.no_grad():
+        for theirs, ours in zip(packed.linears(), plain.linears(), strict=True):
+            ours.dense().copy_(theirs.dense())
+    subject = compiled(model=packed)
+    answers = subject.generate([request(f"r{i}", ids, max_tokens=8) for i, ids in enumerate(prompts()[:12])])
+    for ids, answer in zip(prompts(), answers, strict=False):
+        assert answer.token_ids == naive.greedy(ids, 8, base=plain)
+
+
+def test_adapters_mixed_with_the_base():
+    subject = compiled()
+    for seed in (1, 2):
+        lora = naive.adapter(seed)
+        subject.add_adapter(f"hash{seed}", lora)
+    inside = LoRA.create(naive.model(), LoRAConfig(rank=4, targets="all-linear"), seed=3)
+    stacked = LoRA.create(naive.model(), LoRAConfig(rank=3, targets=["q_proj", "down_proj"]), seed=4, parent=inside)
+    for lora in (inside, stacked):
+        lora.requires_grad_(False).eval()
+        for path in lora.paths:
+            lora.pair(path)[1].normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+    subject.add_adapter("inside", inside)
+    subject.add_adapter("stacked", stacked)
+    which = [None, "inside", "stacked", "inside", None, "stacked"] * 4
+    asked = [request(f"r{i}", ids, w, max_tokens=6) for i, (ids, w) in enumerate(zip(prompts(), which, strict=True))]
+    loras = {None: None, "inside": inside, "stacked": stacked}
+    answers = subject.generate(asked)
+    for ids, w, answer in zip(prompts(), which, answers, strict=True):
+        assert answer.token_ids == naive.greedy(ids, 6, loras[w])
+    assert len({tuple(a.token_ids) for a in answers}) > 12
+
+
+def test_steps_may_go_either_way():
+    """What torch cached the compiled step reads, and the other way round: each step of an answer goes at random."""
+    subject = engine(block_size=4)
+    assert subject.compile()
+    runner, taken = subject.runner, []
+    takes = runner.compiled.takes
+    runner.compiled.takes = lambda step: bool(taken.append(len(taken)) or len(taken) % 3) and takes(step)
+    answers = subject.generate([request(f"r{i}", ids, max_tokens=12) for i, ids in enumerate(prompts())])
+    assert [tuple(a.token_ids) for a in answers] == [expected(i, 12) for i in range(len(answers))]
+    assert len(taken) > 12
+
+
+def test_sampling_and_penalties_draw_the_same():
+    kinds = [{"top_k": 5}, {"top_p": 0.8}, {}, {"frequency_penalty": 1.0}, {"logprobs": 3}, {"logit_bias": {7: 5.0}}]
+    asked = [
+        request(f"r{i}", prompts()[i], temperature=0.9 if i % 2 else 0.0, seed=i, max_tokens=8, **kinds[i % 6])
+        for i in range(18)
+    ]
+    ours, theirs = compiled().generate(asked), engine(compiles=False).generate(asked)
+    assert [a.token_ids for a in ours] == [a.token_ids for a in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_a_broken_model_is_told():
+    broken = model()
+    with torch.no_grad():
+        broken.layers[1].down[3, 2] = float("nan")
+    with pytest.raises(Exception, match="not finite"):
+        compiled(model=broken).generate([request("r", prompts()[3], max_tokens=3)])
+
+
+def test_what_is_not_covered_goes_through_torch():
+    for changes in ({"attention_softcap": 20.0}, {"activation": "gelu"}, {"norm_at": "both"}, {"ffn_dim": 44}):
+        subject = engine(model=model(**changes))
+        assert not covers(subject.model) and not subject.compile()
+        (answer,) = subject.generate([request("r", prompts()[2], max_tokens=4)])
+        assert answer.token_ids == naive.greedy(prompts()[2], 4, base=subject.model)
