@@ -395,7 +395,7 @@ async def _clients(url: str, model: str, clients: int, server: subprocess.Popen[
 
 
 def mixed(slots: int, quick: bool) -> list[Ask]:
-    return requests(slots if quick else 3 * slots, VOCABULARY["50m"])
+    return requests(slots if quick else max(24, 3 * slots // 2), VOCABULARY["50m"])
 
 
 def single(shape: str, quick: bool) -> list[Ask]:

@@ -246,7 +246,8 @@ class CompiledDecoder:
         of_row: np.ndarray = NOWHERE,
     ) -> tuple[Any, ...]:
         """What `decoder_step` takes, with room for `count` tokens in `scratch`."""
-        c, cache = self.config, self.cache
+        c, cache, decoder = self.config, self.cache, _kernels()
+        assert decoder is not None
         segments = np.zeros((len(adapters), 2), dtype=np.int64)
         pairs = np.zeros((len(adapters), c.layers, len(GROUPS), PARTS, 5), dtype=np.int64)
         width = LANES
@@ -267,17 +268,19 @@ class CompiledDecoder:
             plain[:] = self.plain_turn
         inner = _rows(scratch, f"inner {width}", count if adapters else 0, PARTS * width).reshape(-1, PARTS, width)
         return (
-            self.threads(), self.kind, self.weights, self.scales, self.norms, self.last_norm, self.qk_norms,
-            self.qkv_biases, self.out_biases, self.mlp_biases, self.down_biases, self.windows, np.float32(c.norm_eps),
-            np.float32(self.model.query_scale * c.head_dim**-0.5), turns, plain, self.turned, positions, of_row, slots,
-            cache.tables, cache.block_size, self.kv, c.heads, segments, pairs, x, y, qkv, mixed, gate_up, act, inner,
+            decoder.products.address, self.threads(), self.kind, self.weights, self.scales, self.norms, self.last_norm,
+            self.qk_norms, self.qkv_biases, self.out_biases, self.mlp_biases, self.down_biases, self.windows,
+            np.float32(c.norm_eps), np.float32(self.model.query_scale * c.head_dim**-0.5), turns, plain, self.turned,
+            positions, of_row, slots, cache.tables, cache.block_size, self.kv, c.heads, segments, pairs, x, y, qkv,
+            mixed, gate_up, act, inner,
         )  # fmt: skip
 
     def _head_arguments(self, scratch: dict[str, np.ndarray], count: int, sampled: int = 0) -> tuple[Any, ...]:
-        c, threads = self.config, self.threads()
+        c, threads, decoder = self.config, self.threads(), _kernels()
+        assert decoder is not None
         last, logits = _rows(scratch, "last", count, c.dim), _rows(scratch, "logits", count, c.vocab_size)
         best, found = np.zeros((threads, count), dtype=np.int64), np.zeros((threads, count, 2), dtype=np.float32)
-        return threads, self.head_kind, *self.head, last, logits, sampled, best, found
+        return decoder.products.address, threads, self.head_kind, *self.head, last, logits, sampled, best, found
 
     @staticmethod
     def threads() -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HOT_BYTES = 256 << 20
 """Memory for all layers and rows; longer contexts than fit are read from the pool."""
+JUST_SEATED = -1
 GATHERING = 2.5
 """What a key costs that is gathered from the pool and then read, in keys that are only read."""
 
@@ -35,7 +36,7 @@ class HotRows:
     def __init__(self, cache: KVCache, max_batch: int) -> None:
         self.cache = cache
         self.held = np.zeros(max_batch, dtype=np.int64)
-        """How many tokens of each row are here; 0 after another sequence took the row."""
+        """How many tokens of each row are here, JUST_SEATED until the first step of a sequence is over."""
         layers, _, _, size, heads, head_dim = cache.store.shape
         fits = HOT_BYTES // (2 * layers * max_batch * heads * head_dim * 4)
         usable = cache.store.dtype == torch.float32 and cache.device.type == "cpu"
@@ -48,8 +49,15 @@ class HotRows:
         """(S,) bool: which sequences, each with one new token and `context` tokens in all, should look in here.
 
         The view is as long as the longest chosen one and as high as the highest row, so a few long ones are left out
-        where that makes the whole cheaper.
+        where that makes the whole cheaper. A sequence is not chosen in its first step: the blocks that it shares may
+        be computed by another one in this very step, and rows are filled before it.
         """
+        known = self.held[rows] != JUST_SEATED
+        self.held[rows[~known]] = 0
+        if not known.all():
+            chosen = np.zeros(len(rows), dtype=bool)
+            chosen[known] = self.choose(rows[known], context[known])
+            return chosen
         if not len(rows) or self.most == 0:
             return np.zeros(len(rows), dtype=bool)
         by_length = np.sort(context)

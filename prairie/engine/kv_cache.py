@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prairie.engine.hot_rows import HotRows
+from prairie.engine.hot_rows import JUST_SEATED, HotRows
 from prairie.engine.request import Sequence
 
 
@@ -161,7 +161,7 @@ class KVCache:
     def seat(self, sequence: Sequence, row: int) -> None:
         """The sequence runs in `row` from now on."""
         sequence.row = row
-        self.hot.held[row] = 0
+        self.hot.held[row] = JUST_SEATED
         self.tables[row, : len(sequence.blocks)] = sequence.blocks
 
     def publish(self, sequence: Sequence, before: int, after: int) -> None:

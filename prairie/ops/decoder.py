@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -35,11 +35,12 @@ PARTS = 3
 _LOG2E = np.float32(math.log2(math.e))
 
 
-def _tile(kind: int, rows: int, tokens: int) -> Any:
+def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
     """An intrinsic: `rows` x `tokens` dot products of `length` numbers, all sums in registers.
 
     tile(w, w_step, scales, x, x_step, y, y_step, length, adds): addresses, and steps in numbers from one row to the
-    next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`.
+    next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`. Each product is kept
+    in so many `chains` of sums, which do not wait for each other.
     """
     i64, f32 = ir.IntType(64), ir.FloatType()
     element = {FLOAT32: f32, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}[kind]
@@ -61,20 +62,33 @@ def _tile(kind: int, rows: int, tokens: int) -> Any:
         w_rows = [address(w, b.mul(w_step, number(m)), size) for m in range(rows)]
         x_rows = [address(x, b.mul(x_step, number(n)), 4) for n in range(tokens)]
         zero = ir.Constant(vector, [0.0] * LANES)
-        sums = [[cgutils.alloca_once_value(b, zero) for _ in range(tokens)] for _ in range(rows)]
-        with cgutils.for_range_slice(b, number(0), length, number(LANES), i64) as (at, _):
-            values = [
-                _widened(b, kind, load(address(row, at, size), ir.VectorType(element, LANES), size)) for row in w_rows
-            ]
+        sums = [
+            [[cgutils.alloca_once_value(b, zero) for _ in range(chains)] for _ in range(tokens)] for _ in range(rows)
+        ]
+
+        def advance(at: Any, chain: int) -> None:
+            wide = ir.VectorType(element, LANES)
+            values = [_widened(b, kind, load(address(row, at, size), wide, size)) for row in w_rows]
             for n in range(tokens):  # weights before inputs: 12 sums, 3 weights and an input fill 16 registers
                 x_n = load(address(x_rows[n], at, 4), vector, 4)
                 for m in range(rows):
-                    product = b.fmul(values[m], x_n, flags=("fast",))
-                    b.store(b.fadd(b.load(sums[m][n]), product, flags=("fast",)), sums[m][n])
+                    kept = sums[m][n][chain]
+                    b.store(b.fadd(b.load(kept), b.fmul(values[m], x_n, flags=("fast",)), flags=("fast",)), kept)
+
+        whole = b.sub(length, b.srem(length, number(LANES * chains)))
+        with cgutils.for_range_slice(b, number(0), whole, number(LANES * chains), i64) as (at, _):
+            for chain in range(chains):
+                advance(b.add(at, number(chain * LANES)), chain)
+        if chains > 1:
+            with cgutils.for_range_slice(b, whole, length, number(LANES), i64) as (at, _):
+                advance(at, 0)
         for m in range(rows):
             scale = load(address(scales, number(m), 4), f32, 4) if kind == INT8 else None
             for n in range(tokens):
-                total = _sum_of(b, b.load(sums[m][n]))
+                total = b.load(sums[m][n][0])
+                for chain in sums[m][n][1:]:
+                    total = b.fadd(total, b.load(chain))
+                total = _sum_of(b, total)
                 if scale is not None:
                     total = b.fmul(total, scale)
                 place = address(y, b.add(b.mul(y_step, number(n)), number(m)), 4)
@@ -87,6 +101,26 @@ def _tile(kind: int, rows: int, tokens: int) -> Any:
         return types.void(*[types.int64] * 9), codegen
 
     return tile
+
+
+@intrinsic
+def _prefetch_line(typing: Any, address: Any) -> Any:
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        i32, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
+        name = b.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+        )
+        b.call(name, [b.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def _prefetch(address, size):
+    """Asks for `size` bytes that are read soon; rows are short, and the chip does not guess where the next begins."""
+    for at in range(0, size, 64):
+        _prefetch_line(address + at)
 
 
 def _widened(b: Any, kind: int, values: Any) -> Any:
@@ -113,57 +147,44 @@ def _products(kind: int) -> Any:
     """products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight
     of this kind with all tokens; addresses are those of row 0 and token 0."""
     size = np.int64({FLOAT32: 4, BFLOAT16: 2, INT8: 1}[kind])
-    tile41, tile42, tile43, tile34 = _tile(kind, 4, 1), _tile(kind, 4, 2), _tile(kind, 4, 3), _tile(kind, 3, 4)
-    tile11, tile12, tile13, tile14 = (_tile(kind, 1, tokens) for tokens in (1, 2, 3, 4))
+    tile11, tile21, tile22 = _tile(kind, 1, 1, 4), _tile(kind, 2, 1, 2), _tile(kind, 2, 2, 2)
+    tile12, tile14, tile34 = _tile(kind, 1, 2), _tile(kind, 1, 4), _tile(kind, 3, 4)
 
     @njit(nogil=True, error_model="numpy")
-    def narrow(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):  # type: ignore[no-untyped-def]
-        """Up to 3 tokens."""
-        row = low
-        while row + 4 <= high:
-            wr, sr, yr = w + row * w_step * size, scales + row * 4, y + row * 4
-            if tokens == 1:
-                tile41(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            elif tokens == 2:
-                tile42(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            else:
-                tile43(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            row += 4
-        while row < high:
-            wr, sr, yr = w + row * w_step * size, scales + row * 4, y + row * 4
-            if tokens == 1:
-                tile11(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            elif tokens == 2:
-                tile12(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            else:
-                tile13(wr, w_step, sr, x, x_step, yr, y_step, length, adds)
-            row += 1
-
-    @njit(nogil=True, error_model="numpy")
-    def wide(w, w_step, scales, x, x_step, y, y_step, length, low, high, fours, adds):  # type: ignore[no-untyped-def]
-        """So many times 4 tokens."""
-        row = low
-        while row < high:
-            wr, sr = w + row * w_step * size, scales + row * 4
-            whole = row + 3 <= high
-            for four in range(fours):
-                xr, yr = x + four * 4 * x_step * 4, y + (row + four * 4 * y_step) * 4
-                if whole:
-                    tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
-                else:
-                    tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
-            row += 3 if whole else 1
-
-    @njit(nogil=True, error_model="numpy")
-    def products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):  # type: ignore[no-untyped-def]
+    def products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
         for start in range(0, tokens, TOKENS_AT_ONCE):
             count = min(tokens - start, TOKENS_AT_ONCE)
             xs, ys, fours = x + start * x_step * 4, y + start * y_step * 4, count // 4
-            if fours:
-                wide(w, w_step, scales, xs, x_step, ys, y_step, length, low, high, fours, adds)
-            if count % 4:
-                xs, ys = xs + fours * 4 * x_step * 4, ys + fours * 4 * y_step * 4
-                narrow(w, w_step, scales, xs, x_step, ys, y_step, length, low, high, count % 4, adds)
+            row = low
+            while fours and row < high:
+                wr, sr, whole = w + row * w_step * size, scales + row * 4, row + 3 <= high
+                _prefetch(wr + 3 * w_step * size, 3 * w_step * size)
+                for four in range(fours):
+                    xr, yr = xs + four * 4 * x_step * 4, ys + (row + four * 4 * y_step) * 4
+                    if whole:
+                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
+                    else:
+                        tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
+                row += 3 if whole else 1
+            xs, ys = xs + fours * 4 * x_step * 4, ys + fours * 4 * y_step * 4
+            row = low
+            while count % 4 >= 2 and row < high:
+                wr, sr, yr, whole = w + row * w_step * size, scales + row * 4, ys + row * 4, row + 2 <= high
+                if whole:
+                    tile22(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
+                else:
+                    tile12(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
+                row += 2 if whole else 1
+            if count % 4 >= 2:
+                xs, ys = xs + 2 * x_step * 4, ys + 2 * y_step * 4
+            row = low
+            while count % 2 and row < high:
+                wr, sr, yr, whole = w + row * w_step * size, scales + row * 4, ys + row * 4, row + 2 <= high
+                if whole:
+                    tile21(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
+                else:
+                    tile11(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
+                row += 2 if whole else 1
 
     return products
 
@@ -171,16 +192,39 @@ def _products(kind: int) -> Any:
 _products_f32, _products_bf16, _products_int8 = _products(FLOAT32), _products(BFLOAT16), _products(INT8)
 
 
-@njit(nogil=True, error_model="numpy")
-def _product(kind, w, scales, x, y, low, high, tokens, adds):  # type: ignore[no-untyped-def]
-    """Rows low..high of y_NO = x_NI W^T (or += where `adds`), W by its address."""
-    length, x_at, y_at, o = x.shape[1], x.ctypes.data, y.ctypes.data, y.shape[1]
+@cfunc(types.void(*[types.int64] * 13), nopython=True, error_model="numpy", cache=True)
+def products(kind, w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
+    """`_products` of any kind behind one address: the loops below call it, and are not compiled with it inside."""
     if kind == FLOAT32:
-        _products_f32(w, length, scales, x_at, length, y_at, o, length, low, high, tokens, adds)
+        _products_f32(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
     elif kind == BFLOAT16:
-        _products_bf16(w, length, scales, x_at, length, y_at, o, length, low, high, tokens, adds)
+        _products_bf16(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
     else:
-        _products_int8(w, length, scales, x_at, length, y_at, o, length, low, high, tokens, adds)
+        _products_int8(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+
+
+@intrinsic
+def _call(typing: Any, address: Any, numbers: Any) -> Any:
+    """Calls `products` by its address with a tuple of 13 whole numbers."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        kind_of = ir.FunctionType(ir.VoidType(), [i64] * 13)
+        given = [b.extract_value(args[1], i) for i in range(13)]
+        b.call(b.inttoptr(args[0], ir.PointerType(kind_of)), given)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.UniTuple(types.int64, 13)), codegen
+
+
+@njit(nogil=True, error_model="numpy")
+def _product(call, kind, w, scales, x, y, low, high, tokens, adds):
+    """Rows low..high of y_NO = x_NI W^T (or += where `adds`), W by its address."""
+    length = x.shape[1]
+    _call(call, (
+        np.int64(kind), w, length, scales, np.int64(x.ctypes.data), length, np.int64(y.ctypes.data), y.shape[1], length,
+        low, high, tokens, np.int64(adds),
+    ))  # fmt: skip
 
 
 @intrinsic
@@ -189,7 +233,7 @@ def _float_of_bits(typing: Any, bits: Any) -> Any:
 
 
 @njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     """e^x in float32 to 2e-7 of itself, in operations that vectorise: 2^n times a polynomial of the rest."""
     t = max(min(x, np.float32(88.0)), np.float32(-87.0)) * _LOG2E
     n = np.floor(t + np.float32(0.5))
@@ -206,7 +250,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy")
-def _norm(x, weight, eps, out, count):  # type: ignore[no-untyped-def]
+def _norm(x, weight, eps, out, count):
     """RMS norm of the first `count` rows."""
     size = x.shape[1]
     for n in range(count):
@@ -220,7 +264,7 @@ def _norm(x, weight, eps, out, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy")
-def _place_heads(qkv, bias, norms, eps, turns, slots, kv, layer, head_dim, heads, kv_heads, scale, count):  # type: ignore[no-untyped-def]
+def _place_heads(qkv, bias, norms, eps, turns, slots, kv, layer, head_dim, heads, kv_heads, scale, count):
     """Bias, norm and rotation of queries and keys in place; keys and values of all tokens go into the cache.
 
     `norms` (2, E), or without rows where heads are not normed; `turns` (N, E): cosines, then sines, of each pair.
@@ -258,7 +302,7 @@ def _place_heads(qkv, bias, norms, eps, turns, slots, kv, layer, head_dim, heads
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
-def _attend(q, kv, layer, head, table, size, first, last, out):  # type: ignore[no-untyped-def]
+def _attend(call, q, kv, layer, head, table, size, first, last, out):
     """One token's G queries of one kv head over the keys first..last of its row: softmax(q k) v.
 
     `q`, `out` (G, E) contiguous; `table` the row's blocks of `size` slots.
@@ -266,15 +310,17 @@ def _attend(q, kv, layer, head, table, size, first, last, out):  # type: ignore[
     queries, head_dim = q.shape
     scores = np.empty((queries, last - first), dtype=np.float32)
     step = kv.shape[3] * head_dim
-    base, scores_at, q_at, keys = kv.ctypes.data, scores.ctypes.data, q.ctypes.data, last - first
+    base, scores_at, q_at = np.int64(kv.ctypes.data), np.int64(scores.ctypes.data), np.int64(q.ctypes.data)
+    keys = last - first
     t = first
     while t < last:
         until = min(last, (t // size + 1) * size)
         slot = table[t // size] * size + t % size
         at = base + (((layer * 2 * kv.shape[2]) + slot) * step + head * head_dim) * 4
-        _products_f32(
-            at, step, at, q_at, head_dim, scores_at + (t - first) * 4, keys, head_dim, 0, until - t, queries, 0
-        )
+        _call(call, (
+            np.int64(FLOAT32), at, step, at, q_at, head_dim, scores_at + (t - first) * 4, keys, head_dim, np.int64(0),
+            until - t, queries, np.int64(0),
+        ))  # fmt: skip
         t = until
     for g in range(queries):
         row, to = scores[g], out[g]
@@ -310,7 +356,7 @@ def _attend(q, kv, layer, head, table, size, first, last, out):  # type: ignore[
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
-def _gate(gate_up, bias, act, low, high, count):  # type: ignore[no-untyped-def]
+def _gate(gate_up, bias, act, low, high, count):
     """Columns low..high of act = silu(gate) * up."""
     size = act.shape[1]
     for n in range(count):
@@ -325,28 +371,29 @@ def _gate(gate_up, bias, act, low, high, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, error_model="numpy")
-def _bounds(part, parts, size):  # type: ignore[no-untyped-def]
+def _bounds(part, parts, size):
     """Where a part of `size` rows begins and ends, in whole tiles of 12."""
     each = ((size + parts - 1) // parts + 11) // 12 * 12
     return min(part * each, size), min((part + 1) * each, size)
 
 
 @njit(nogil=True, error_model="numpy")
-def _inner(segment, segments, pairs, layer, group, x, inner):  # type: ignore[no-untyped-def]
+def _inner(call, segment, segments, pairs, layer, group, x, inner):
     """What a segment's adapter reads of x, for each part of a layer: inner_N,part,r = A x."""
     start, count = segments[segment, 0], segments[segment, 1]
     width, length = inner.shape[2], x.shape[1]
     for part in range(PARTS):
         rank, a = pairs[segment, layer, group, part, 0], pairs[segment, layer, group, part, 1]
         if rank:
-            _products_f32(
-                a, length, a, x.ctypes.data + start * length * 4, length,
-                inner.ctypes.data + (start * PARTS + part) * width * 4, PARTS * width, length, 0, rank, count, 0,
-            )  # fmt: skip
+            to = np.int64(inner.ctypes.data) + (start * PARTS + part) * width * 4
+            _call(call, (
+                np.int64(FLOAT32), a, length, a, np.int64(x.ctypes.data) + start * length * 4, length, to,
+                PARTS * width, length, np.int64(0), rank, count, np.int64(0),
+            ))  # fmt: skip
 
 
 @njit(nogil=True, error_model="numpy")
-def _outer(segments, pairs, layer, group, inner, y, low, high):  # type: ignore[no-untyped-def]
+def _outer(call, segments, pairs, layer, group, inner, y, low, high):
     """Adds what the adapters write to the columns low..high of y: y += B inner."""
     width = inner.shape[2]
     for segment in range(segments.shape[0]):
@@ -356,15 +403,16 @@ def _outer(segments, pairs, layer, group, inner, y, low, high):  # type: ignore[
             first, last = pairs[segment, layer, group, part, 3], pairs[segment, layer, group, part, 4]
             begin, end = max(low, first), min(high, last)
             if rank and begin < end:
-                _products_f32(
-                    b, rank, b, inner.ctypes.data + (start * PARTS + part) * width * 4, PARTS * width,
-                    y.ctypes.data + (start * y.shape[1] + first) * 4, y.shape[1], rank, begin - first, end - first,
-                    count, 1,
-                )  # fmt: skip
+                read = np.int64(inner.ctypes.data) + (start * PARTS + part) * width * 4
+                to = np.int64(y.ctypes.data) + (start * y.shape[1] + first) * 4
+                _call(call, (
+                    np.int64(FLOAT32), b, rank, b, read, PARTS * width, to, y.shape[1], rank, begin - first,
+                    end - first, count, np.int64(1),
+                ))  # fmt: skip
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
-def _best(logits, low, high, best, found):  # type: ignore[no-untyped-def]
+def _best(logits, low, high, best, found):
     """Of each row's logits low..high the place of the largest, and found (R, 2): it, and the sum of e^(logit - it)."""
     for r in range(logits.shape[0]):
         row = logits[r, low:high]
@@ -385,18 +433,18 @@ def _best(logits, low, high, best, found):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
 def decoder_step(
-    threads, kind, weights, scales, norms, last_norm, qk_norms, qkv_biases, out_biases, mlp_biases, down_biases,
+    call, threads, kind, weights, scales, norms, last_norm, qk_norms, qkv_biases, out_biases, mlp_biases, down_biases,
     windows, eps, query_scale, turns, plain_turns, turned, positions, of_row, slots, tables, size, kv, heads, segments,
     pairs, x, y, qkv, mixed, gate_up, act, inner,
-):  # type: ignore[no-untyped-def] # fmt: skip
+):  # fmt: skip
     """All layers of N tokens: x (N, D) holds embeddings before and hidden states, not yet normed, afterwards.
 
-    `weights`, `scales` (L, 4) addresses, of QKV, OUT, GATE_UP, DOWN; `norms` (L, 2, D); `qk_norms` (L, 2 or 0, E);
-    biases (L, columns or 0). `windows` (L,) how many tokens a layer sees, 0 for all. `turns`, `plain_turns` (N, E)
-    cosines and sines for layers that turn and for those that do not (`turned` (L,)). `positions`, `of_row`, `slots`
-    (N,): where a token stands, in which row of `tables` its blocks are, its own slot. `kv` (L, 2, slots, K, E).
-    `segments` (S, 2): first token and count; `pairs` (S, L, 4, PARTS, 5): rank (whole vectors), addresses of A and B,
-    first and last column. The rest is scratch.
+    `call` is the address of `products`. `weights`, `scales` (L, 4) addresses, of QKV, OUT, GATE_UP, DOWN; `norms`
+    (L, 2, D); `qk_norms` (L, 2 or 0, E); biases (L, columns or 0). `windows` (L,) how many tokens a layer sees, 0 for
+    all. `turns`, `plain_turns` (N, E) cosines and sines for layers that turn and for those that do not (`turned` (L,)).
+    `positions`, `of_row`, `slots` (N,): where a token stands, in which row of `tables` its blocks are, its own slot.
+    `kv` (L, 2, slots, K, E). `segments` (S, 2): first token and count; `pairs` (S, L, 4, PARTS, 5): rank (whole
+    vectors), addresses of A and B, first and last column. The rest is scratch.
     """
     count, layers, kv_heads, head_dim = x.shape[0], norms.shape[0], kv.shape[3], kv.shape[4]
     groups = heads // kv_heads
@@ -405,12 +453,12 @@ def decoder_step(
         _norm(x, norms[layer, 0], eps, y, count)
         if adapted:
             for s in prange(adapted):
-                _inner(s, segments, pairs, layer, QKV, y, inner)
+                _inner(call, s, segments, pairs, layer, QKV, y, inner)
         for part in prange(threads):
             low, high = _bounds(part, threads, qkv.shape[1])
-            _product(kind, weights[layer, QKV], scales[layer, QKV], y, qkv, low, high, count, 0)
+            _product(call, kind, weights[layer, QKV], scales[layer, QKV], y, qkv, low, high, count, 0)
             if adapted:
-                _outer(segments, pairs, layer, QKV, inner, qkv, low, high)
+                _outer(call, segments, pairs, layer, QKV, inner, qkv, low, high)
         _place_heads(
             qkv, qkv_biases[layer], qk_norms[layer], eps, turns if turned[layer] else plain_turns, slots, kv, layer,
             head_dim, heads, kv_heads, query_scale, count,
@@ -421,40 +469,40 @@ def decoder_step(
             first = max(0, last - windows[layer]) if windows[layer] else 0
             own = qkv[n, head * groups * head_dim : (head + 1) * groups * head_dim].reshape(groups, head_dim)
             to = mixed[n, head * groups * head_dim : (head + 1) * groups * head_dim].reshape(groups, head_dim)
-            _attend(own, kv, layer, head, tables[of_row[n]], size, first, last, to)
+            _attend(call, own, kv, layer, head, tables[of_row[n]], size, first, last, to)
         if adapted:
             for s in prange(adapted):
-                _inner(s, segments, pairs, layer, OUT, mixed, inner)
+                _inner(call, s, segments, pairs, layer, OUT, mixed, inner)
         for part in prange(threads):
             low, high = _bounds(part, threads, x.shape[1])
-            _product(kind, weights[layer, OUT], scales[layer, OUT], mixed, x, low, high, count, 1)
+            _product(call, kind, weights[layer, OUT], scales[layer, OUT], mixed, x, low, high, count, 1)
             if adapted:
-                _outer(segments, pairs, layer, OUT, inner, x, low, high)
+                _outer(call, segments, pairs, layer, OUT, inner, x, low, high)
         if out_biases.shape[1]:
             for n in range(count):
                 x[n] += out_biases[layer]
         _norm(x, norms[layer, 1], eps, y, count)
         if adapted:
             for s in prange(adapted):
-                _inner(s, segments, pairs, layer, GATE_UP, y, inner)
+                _inner(call, s, segments, pairs, layer, GATE_UP, y, inner)
         for part in prange(threads):
             width = act.shape[1]
             low, high = _bounds(part, threads, width)
             w, s = weights[layer, GATE_UP], scales[layer, GATE_UP]
-            _product(kind, w, s, y, gate_up, low, high, count, 0)
-            _product(kind, w, s, y, gate_up, width + low, width + high, count, 0)
+            _product(call, kind, w, s, y, gate_up, low, high, count, 0)
+            _product(call, kind, w, s, y, gate_up, width + low, width + high, count, 0)
             if adapted:
-                _outer(segments, pairs, layer, GATE_UP, inner, gate_up, low, high)
-                _outer(segments, pairs, layer, GATE_UP, inner, gate_up, width + low, width + high)
+                _outer(call, segments, pairs, layer, GATE_UP, inner, gate_up, low, high)
+                _outer(call, segments, pairs, layer, GATE_UP, inner, gate_up, width + low, width + high)
             _gate(gate_up, mlp_biases[layer], act, low, high, count)
         if adapted:
             for s in prange(adapted):
-                _inner(s, segments, pairs, layer, DOWN, act, inner)
+                _inner(call, s, segments, pairs, layer, DOWN, act, inner)
         for part in prange(threads):
             low, high = _bounds(part, threads, x.shape[1])
-            _product(kind, weights[layer, DOWN], scales[layer, DOWN], act, x, low, high, count, 1)
+            _product(call, kind, weights[layer, DOWN], scales[layer, DOWN], act, x, low, high, count, 1)
             if adapted:
-                _outer(segments, pairs, layer, DOWN, inner, x, low, high)
+                _outer(call, segments, pairs, layer, DOWN, inner, x, low, high)
         if down_biases.shape[1]:
             for n in range(count):
                 x[n] += down_biases[layer]
@@ -462,7 +510,7 @@ def decoder_step(
 
 
 @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
-def head_step(threads, kind, weight, scales, hidden, logits, sampled, best, found):  # type: ignore[no-untyped-def]
+def head_step(call, threads, kind, weight, scales, hidden, logits, sampled, best, found):
     """Logits (R, V) of hidden states (R, D). Of the first `sampled` tokens each row's likeliest goes to best[0], and
     over all tokens found[0] (R, 2) is the largest logit and the sum of e^(logit - it).
 
@@ -472,7 +520,7 @@ def head_step(threads, kind, weight, scales, hidden, logits, sampled, best, foun
     elsewhere = np.empty((threads, logits.shape[0]), dtype=np.int64)
     for part in prange(threads):
         low, high = _bounds(part, threads, size)
-        _product(kind, weight, scales, hidden, logits, low, high, logits.shape[0], 0)
+        _product(call, kind, weight, scales, hidden, logits, low, high, logits.shape[0], 0)
         _best(logits, low, min(high, max(low, sampled)), best[part], within[part])
         _best(logits, low, high, elsewhere[part], found[part])
     for r in range(logits.shape[0]):

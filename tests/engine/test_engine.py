@@ -64,6 +64,21 @@ def test_one_step_shares_what_it_computes_itself():
     assert {tuple(a.token_ids) for a in answers} == {tuple(naive.greedy(ids, 4))}
 
 
+@pytest.mark.parametrize("compiles", [False, True], ids=["torch", "compiled"])
+def test_one_token_left_beside_the_one_who_computes_the_rest(compiles):
+    """The second of two equal prompts finds all blocks of the first and brings a single token: it must not look at
+    them before they are written, and what an earlier sequence left in them must not be seen."""
+    subject = engine(compiles=compiles, max_batch=4)
+    assert subject.compile() == compiles
+    other = [(7 * i) % 200 + 3 for i in range(60)]
+    subject.generate([request(f"o{i}", [i + 3, *other], max_tokens=20, ignore_eos=True) for i in range(8)])
+    for length in (17, 33):
+        ids = [(5 * i + length) % 200 + 3 for i in range(length)]
+        answers = subject.generate([request(f"r{i}", ids, max_tokens=6, ignore_eos=True) for i in range(3)])
+        assert [a.cached_tokens for a in answers] == [0, length - 1, length - 1]
+        assert {tuple(a.token_ids) for a in answers} == {tuple(naive.greedy(ids, 6, stops=False))}
+
+
 @pytest.mark.parametrize("limits", [{}, {"kv_tokens": 112, "block_size": 8}, {"step_tokens": 8}], ids=str)
 def test_adapters_mixed_in_one_batch(limits):
     subject = engine(**limits)
@@ -338,27 +353,30 @@ class AnyOrder(RuleBasedStateMachine):
     """Requests come, go and are computed in any order: no block is lost or shared wrongly, and answers stay right."""
 
     @initialize(
-        blocks=st.integers(3, 12), max_batch=st.integers(1, 6), step_tokens=st.integers(1, 40), reuse=st.booleans()
-    )
-    def start(self, blocks, max_batch, step_tokens, reuse):
+        blocks=st.integers(3, 12), max_batch=st.integers(1, 6), step_tokens=st.integers(1, 40), reuse=st.booleans(),
+        compiles=st.booleans(),
+    )  # fmt: skip
+    def start(self, blocks, max_batch, step_tokens, reuse, compiles):
         self.subject = engine(
             kv_tokens=32 * blocks, block_size=32 if blocks % 2 else 8, max_batch=max_batch, step_tokens=step_tokens,
-            prefix_reuse=reuse,
+            prefix_reuse=reuse, compiles=compiles,
         )  # fmt: skip
+        assert self.subject.compile() == compiles
         self.subject.add_adapter("one", naive.adapter(1))
         self.count = 0
         self.kinds = {}
 
-    @rule(place=st.integers(0, 23), tokens=st.sampled_from((1, 4, 12)), adapted=st.booleans())
-    def add(self, place, tokens, adapted):
+    @rule(place=st.integers(0, 23), tokens=st.sampled_from((1, 4, 12)), adapted=st.booleans(), times=st.integers(1, 3))
+    def add(self, place, tokens, adapted, times):
+        """The same prompt several times: one of them computes what the others share, in the same step."""
         if len(prompts()[place]) >= self.subject.max_context:
             return
-        id = f"r{self.count}"
-        self.count += 1
-        self.subject.add(
-            request(id, prompts()[place], adapter="one" if adapted else None, max_tokens=tokens, salt=str(place % 3))
-        )
-        self.kinds[id] = (place, tokens, adapted)
+        adapter = "one" if adapted else None
+        for _ in range(times):
+            id = f"r{self.count}"
+            self.count += 1
+            self.subject.add(request(id, prompts()[place], adapter=adapter, max_tokens=tokens, salt=str(place % 3)))
+            self.kinds[id] = (place, tokens, adapted)
 
     @rule(which=st.integers(0, 50))
     def cancel(self, which):
