@@ -235,9 +235,9 @@ def _float_of_bits(typing: Any, bits: Any) -> Any:
 @njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
 def _exp(x):
     """e^x in float32 to 2e-7 of itself, in operations that vectorise: 2^n times a polynomial of the rest."""
-    t = max(min(x, np.float32(88.0)), np.float32(-87.0)) * _LOG2E
-    n = np.floor(t + np.float32(0.5))
-    r = (t - n) * np.float32(0.6931471805599453)
+    x = max(min(x, np.float32(88.0)), np.float32(-87.0))
+    n = np.floor(x * _LOG2E + np.float32(0.5))
+    r = (x - n * np.float32(0.693145751953125)) - n * np.float32(1.42860677e-6)
     p = np.float32(1 / 5040)
     p = p * r + np.float32(1 / 720)
     p = p * r + np.float32(1 / 120)

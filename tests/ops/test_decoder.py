@@ -1,0 +1,51 @@
+"""The products of the compiled step against torch's, in every form and at sizes that fill no tile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from prairie.ops import decoder
+from prairie.ops.packed import PackedWeight
+
+
+@pytest.mark.parametrize("adds", [0, 1])
+@pytest.mark.parametrize("kind", [decoder.FLOAT32, decoder.BFLOAT16, decoder.INT8], ids=["float32", "bf16", "int8"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(50, 64), (7, 8), (24, 72), (1, 40)])
+def test_products(kind, outputs, inputs, adds):
+    generator = torch.Generator().manual_seed(0)
+    dense_OI = torch.randn(outputs, inputs, generator=generator)
+    numbers, scales = dense_OI, torch.ones(outputs)
+    if kind != decoder.FLOAT32:
+        packed = PackedWeight(dense_OI, "bf16" if kind == decoder.BFLOAT16 else "int8")
+        numbers, dense_OI = packed.numbers, packed.dense()
+        scales = packed.scales if kind == decoder.INT8 else scales
+    for tokens in (*range(1, 10), 35):
+        x_NI = torch.randn(tokens, inputs, generator=generator)
+        y_NO = torch.full((tokens, outputs), 3.0)
+        call = decoder.products.ctypes
+        for low, high in ((0, outputs // 2), (outputs // 2, outputs)):
+            call(
+                kind, numbers.data_ptr(), inputs, scales.data_ptr(), x_NI.data_ptr(), inputs, y_NO.data_ptr(), outputs,
+                inputs, low, high, tokens, adds,
+            )  # fmt: skip
+        torch.testing.assert_close(y_NO, x_NI @ dense_OI.T + 3.0 * adds, atol=1e-4, rtol=1e-4)
+
+
+def test_exp():
+    from numba import njit
+
+    exp = decoder._exp
+
+    @njit
+    def all_of(x, out):
+        for i in range(len(x)):
+            out[i] = exp(x[i])
+
+    x = np.concatenate([np.linspace(-86, 87, 20001), [0.0]]).astype(np.float32)
+    out = np.empty_like(x)
+    all_of(x, out)
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 1e-5
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1)[np.abs(x) < 20].max() < 2e-6
+    assert out[-1] == 1.0
