@@ -96,8 +96,10 @@ class Sampler:
 
     def only_best(self, rows: np.ndarray) -> bool:
         """Whether every row takes its likeliest token, as the logits have it, and wants to know no other."""
-        shaped = self._presence[rows].any() or self._frequency[rows].any() or self._biased[rows].any()
-        return not (shaped or self._temperature[rows].any() or self._tops[rows].any())
+        asked = (
+            self._temperature, self._presence, self._frequency, self._biased, self._constrained, self._tops
+        )  # fmt: skip
+        return not any(values[rows].any() for values in asked)
 
     def take_best(self, logits_BV: np.ndarray, best_B: np.ndarray, norm_B: np.ndarray) -> Sampled:
         """What `__call__` makes of such rows, whose likeliest tokens and log-normalisers are known."""

@@ -10,6 +10,7 @@ import torch
 from naive import engine, expected, prompts, request
 
 from prairie.engine.compiled import covers
+from prairie.engine.constraint import Constraint
 from prairie.models.config import ModelConfig, RopeScaling
 from prairie.models.lora import LoRA, LoRAConfig
 from prairie.models.quantized import quantize
@@ -120,13 +121,23 @@ def test_steps_may_go_either_way():
 
 
 def test_sampling_and_penalties_draw_the_same():
-    kinds = [{"top_k": 5}, {"top_p": 0.8}, {}, {"frequency_penalty": 1.0}, {"logprobs": 3}, {"logit_bias": {7: 5.0}}]
+    digits = {"constraint": Constraint.regex("[0-9]{4}")}
+    kinds = [
+        digits,
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {},
+        {"frequency_penalty": 1.0},
+        {"logprobs": 3},
+        {"logit_bias": {7: 5.0}},
+    ]
     asked = [
-        request(f"r{i}", prompts()[i], temperature=0.9 if i % 2 else 0.0, seed=i, max_tokens=8, **kinds[i % 6])
-        for i in range(18)
+        request(f"r{i}", prompts()[i], temperature=0.9 if i % 2 else 0.0, seed=i, max_tokens=8, **kinds[i % 7])
+        for i in range(21)
     ]
     ours, theirs = compiled().generate(asked), engine(compiles=False).generate(asked)
     assert [a.token_ids for a in ours] == [a.token_ids for a in theirs]
+    assert all(a.text.isdecimal() for a in ours[::7])
     for a, b in zip(ours, theirs, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
