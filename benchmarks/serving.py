@@ -305,9 +305,8 @@ def our_server(quick: bool) -> Found:
         call = "from pathlib import Path; from benchmarks import serving; "
         call += f"serving.write_model(Path({folder!r}) / 'model')"
         subprocess.run([sys.executable, "-c", call], check=True, capture_output=True)
-        return first_tokens(
-            [sys.executable, "-m", "prairie", "serve", f"{folder}/model", "--home", f"{folder}/home"], "model", quick
-        )
+        command = [sys.executable, "-m", "prairie", "serve", f"{folder}/model", "--home", f"{folder}/home"]
+        return first_tokens([*command, "--quantize", "bf16"], "model", quick)
 
 
 def write_model(folder: Path) -> None:
