@@ -97,9 +97,11 @@ class CompiledDecoder:
         for layer, block in enumerate(model.layers):
             for group, name in enumerate(GROUPS):
                 self.weights[layer, group], self.scales[layer, group] = self._addresses(getattr(block, name))
-        packed_head = model.quantization is not None and model.quantization.head
-        self.head_kind = self.kind if packed_head else 0
-        self.head = self._addresses(PackedWeight(model.head_weight, kind) if packed_head else model.head_weight)
+        packed = model.quantization
+        self.head_kind = self.kind if packed is not None and packed.head else 0
+        self.head = self._addresses(
+            PackedWeight(model.head_weight, packed.bits) if packed is not None and packed.head else model.head_weight
+        )
         self.embeddings = model.embed.detach().numpy()
 
         def stacked(name: str, width: int) -> np.ndarray:
@@ -111,6 +113,7 @@ class CompiledDecoder:
         offset = np.float32(1.0 if c.norm_offset else 0.0)
         norms = [stacked(name, c.dim) + offset for name in ("attention_norm", "mlp_norm")]
         self.norms = np.ascontiguousarray(np.stack(norms, 1))
+        assert model.norm is not None
         self.last_norm = model.norm.detach().float().numpy() + offset
         if c.qk_norm:
             self.qk_norms = np.stack([stacked(name, c.head_dim) + offset for name in ("q_norm", "k_norm")], 1)
@@ -299,4 +302,5 @@ def _use_threads() -> None:
     """As many as torch; numba's number is a setting of the calling thread."""
     import numba
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
+    numba.set_num_threads(min(torch.get_num_threads(), most))

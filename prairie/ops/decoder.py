@@ -192,7 +192,7 @@ def _products(kind: int) -> Any:
 _products_f32, _products_bf16, _products_int8 = _products(FLOAT32), _products(BFLOAT16), _products(INT8)
 
 
-@cfunc(types.void(*[types.int64] * 13), nopython=True, error_model="numpy", cache=True)
+@cfunc(types.void(*[types.int64] * 13), error_model="numpy", cache=True)
 def products(kind, w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
     """`_products` of any kind behind one address: the loops below call it, and are not compiled with it inside."""
     if kind == FLOAT32:
