@@ -80,7 +80,10 @@ def test_a_killed_server_loses_and_doubles_nothing(where, tmp_path, monkeypatch,
                     assert "started" not in {row.status for row in home.feedback.responses()}, "left open"
             for one in people:
                 one.start()
-            time.sleep(chance.uniform(0, 0.6))
+            wanted, until = chance.randrange(8), time.monotonic() + 20
+            while sum(len(one.votes) for one in people) < wanted and time.monotonic() < until:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.1))
             if life % 3 == 2:
                 with Home(root) as home:
                     home.registry.promote(chance.choice(["spark@1", "spark@2", "spark@3"]))

@@ -12,7 +12,6 @@ from tiny_server import ask, register_adapter, register_model, running
 
 from prairie.data.records import Message
 from prairie.engine.language_model import LanguageModel
-from prairie.serve.reload import POLL_S
 
 QUESTIONS = ["fox", "草原 fox", "the quick brown dog", "🐎", "13 lazy dogs", "naïve"]
 
@@ -210,7 +209,7 @@ def test_the_watcher_outlives_an_unreadable_store(home, monkeypatch):
             raise StoreError("the disk is gone")
 
         monkeypatch.setattr(home.registry, "generation", generation)
-        assert broken.wait(10 * POLL_S)
+        assert broken.wait(5)
         monkeypatch.setattr(home.registry, "generation", read)
         home.registry.promote("spark@2")
         wait_for(lambda: version_of(server, "spark") == 2)
