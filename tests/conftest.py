@@ -133,3 +133,42 @@ def postgres_url(_postgres):
     yield f"postgresql+psycopg://prairie@/{name}?host={_postgres}"
     with psycopg.connect(f"host={_postgres} user=prairie dbname=postgres", autocommit=True) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def judge_of():
+    """Starts a server that judges as `decide(first, second)` says; returns the judge that asks it."""
+    import json
+    import re
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from prairie.evals.judge import Judge
+
+    servers = []
+
+    def start(decide):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                text = body["messages"][0]["content"]
+                first, second = re.search(
+                    r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\nSay", text, re.DOTALL
+                ).groups()
+                raw = json.dumps({"choices": [{"message": {"content": decide(first, second)}}]}).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return Judge(f"http://127.0.0.1:{servers[-1].server_port}/v1", "judge")
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

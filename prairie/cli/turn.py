@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,11 @@ LEARN = {
 }  # fmt: skip
 """How a line learns from votes when its command says nothing else."""
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", metavar="URL", help="A model judges instead of people; $PRAIRIE_JUDGE_KEY is its key."),
+]
+JudgeModelOption = Annotated[str, typer.Option("--judge-model", help="The name of that model at its URL.")]
 TasksOption = Annotated[str, typer.Option(help="The suite that may not fall, joined by commas; default: all tasks.")]
 
 
@@ -24,13 +30,15 @@ def turn(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Learn and judge; record and promote nothing.")] = False,
     tasks: TasksOption = "",
     gold: GoldOption = None,
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = "default",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
     context = _context(line, home, threads, overrides or [], as_json)
-    wheel = _wheel(context, line, tasks, gold)
+    wheel = _wheel(context, line, tasks, gold, judge, judge_model)
     with context.home.lock("run"):
         turned = wheel.turn(dry=dry_run)
     found = {**turned.to_json(), "dry_run": dry_run}
@@ -41,16 +49,16 @@ def gate(
     candidate: Annotated[str, typer.Argument(help="The version that wants to be champion.")],
     champion: Annotated[str, typer.Argument(help="The version that it is compared with.")],
     tasks: TasksOption = "",
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = "default",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge whether one model is better than another by held-out people's votes; changes nothing."""
-    from prairie.flywheel.chat import ChatGate
+    """Judge whether one model is better than another by held-out people's votes, or a model's; changes nothing."""
     from prairie.store.registry import Registry
 
     context = _context("gate", home, threads, [], as_json)
-    config: Any = context.recipe.stages["turn"]
     registry = Registry(context.home)
     new, old = registry.resolve(candidate), registry.resolve(champion)
     if new.kind == "tower":
@@ -59,14 +67,26 @@ def gate(
 
         verdict = GoGate(context, GoMatch()).judge(new, old)
     else:
-        verdict = ChatGate(context, config.gate, _tasks(tasks)).judge(new, old)
+        verdict = _chat_gate(context, tasks, judge, judge_model).judge(new, old)
     found = {"candidate": new.name, "champion": old.name, "verdict": verdict.to_json()}
     emit(found, as_json, f"{new.name} against {old.name}\n{verdict.text()}")
 
 
-def _wheel(context: Any, line: str, tasks: str, gold: Path | None) -> Any:
+def _chat_gate(context: Any, tasks: str, judge: str | None, judge_model: str) -> Any:
+    """The gate of a line that talks: held-out people's votes, or a judge behind a URL."""
+    from prairie.evals.judge import Judge
+    from prairie.flywheel.chat import ChatGate, judged_vote
+
+    rules, names = context.recipe.stages["turn"].gate, _tasks(tasks)
+    if judge is None:
+        return ChatGate(context, rules, names)
+    asked = Judge(judge, judge_model, os.environ.get("PRAIRIE_JUDGE_KEY") or None)
+    return ChatGate(context, rules, names, judged_vote(context, asked, rules, names), units="questions")
+
+
+def _wheel(context: Any, line: str, tasks: str, gold: Path | None, judge: str | None, judge_model: str) -> Any:
     """The loop of a line: people's votes, or, for a line that plays Go, games."""
-    from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
+    from prairie.flywheel.chat import ChatActor, ChatLearner
     from prairie.flywheel.loop import Flywheel
     from prairie.recipe import GoTurns
     from prairie.store.registry import Registry
@@ -81,7 +101,7 @@ def _wheel(context: Any, line: str, tasks: str, gold: Path | None) -> Any:
         Registry(context.home),
         ChatActor(context, line, gold=read_gold(gold)),
         ChatLearner(context, config.learn, f"turn-{line}"),
-        ChatGate(context, config.gate, _tasks(tasks)),
+        _chat_gate(context, tasks, judge, judge_model),
     )
 
 

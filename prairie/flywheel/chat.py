@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from prairie.data.loader import TokenDataset
-from prairie.data.records import Preference
+from prairie.data.records import Message, Preference
 from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
+from prairie.evals.judge import Judge, length_controlled
 from prairie.flywheel.curate import curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
-from prairie.flywheel.probes import Ask, probes, sycophancy_probe
+from prairie.flywheel.probes import Ask, Probe, probes, sycophancy_probe
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
 from prairie.pipeline.context import Context, code_revision
@@ -169,6 +170,8 @@ class ChatGate:
     """A blind comparison of (candidate, champion) by people; None when nobody can be asked: then the votes of people
     who do not teach, cast before, are the judges."""
     max_tokens: int = 48
+    units: str = "people"
+    """What is independent in the votes: people, or the questions that one judge was asked."""
 
     def judge(self, candidate: Version, champion: Version) -> Verdict:
         store, runtime = self.context.home.artifacts, self.context.runtime
@@ -181,16 +184,21 @@ class ChatGate:
         itself = self.vote(champion, champion).shown_first if self.vote is not None else ()
         before, after = self._suites(new, old)
         said = compared or Compared([], [], before.items, after.answers, before.answers, TalkReport())
+        at_equal_length = [_at_equal_length(said)] if self.units == "questions" and said.comparisons else []
         contradicted = sycophancy_probe(before.items, before.answers, after.answers, self._asks(old), self._asks(new))
         return judge(
             comparisons,
             suite_before=before.tasks,
             suite_after=after.tasks,
-            probes=[*probes([item.prompt for item in said.items], said.answers_b, said.answers_a), contradicted],
+            probes=[
+                *probes([item.prompt for item in said.items], said.answers_b, said.answers_a), contradicted,
+                *at_equal_length,
+            ],
             margin=self.rules.margin,
             planned=required_sample_size(votes_per_user=self.rules.prompts),
             against_itself=itself,
-        )
+            units=self.units,
+        )  # fmt: skip
 
     def _asks(self, model: LanguageModel) -> Ask:
         """Greedy answers to conversations."""
@@ -265,6 +273,48 @@ def simulated_vote(
         return Compared.joined(found)
 
     return vote
+
+
+def judged_vote(
+    context: Context, judge: Judge, rules: GateRules, tasks: list[str], max_tokens: int = 48
+) -> Callable[[Version, Version], Compared]:
+    """A model judges instead of people: held-out questions, each of them one unit, answered by both versions as they
+    are served, until the verdict is certain or `rules.users` questions have been asked."""
+
+    def vote(candidate: Version, champion: Version) -> Compared:
+        itself = candidate.name == champion.name
+        asked = items(tasks, "held_out", -(-rules.users // len(tasks)), context.recipe.seed)[: rules.users]
+        asked = asked[:JUDGES_AT_ONCE] if itself else asked
+        store, found = context.home.artifacts, list[Compared]()
+        new, old = (load_language_model(store.get(v.artifact_id), context.runtime) for v in (candidate, champion))
+        for first in range(0, len(asked), JUDGES_AT_ONCE):
+            some = asked[first : first + JUDGES_AT_ONCE]
+            talks = [[Message("user", item.prompt)] for item in some]
+            a, b = (
+                [c.text for c in model.generate(
+                    talks, temperature=rules.temperature, max_tokens=max_tokens, seed=context.recipe.seed + first + side
+                )]
+                for model, side in ((new, 0), (old, 10**6))
+            )  # fmt: skip
+            opinions = judge.opinions([(i.prompt, x, y) for i, x, y in zip(some, a, b, strict=True)])
+            found.append(Compared(
+                [Comparison(item.id, item.id, o.outcome) for item, o in zip(some, opinions, strict=True)],
+                [Comparison(item.id, item.id, o.shown_first) for item, o in zip(some, opinions, strict=True)],
+                some, a, b, TalkReport(),
+            ))  # fmt: skip
+            said = [comparison for each in found for comparison in each.comparisons]
+            if not itself and vote_test(said).decision != "undecided":
+                break
+        return Compared.joined(found)
+
+    return vote
+
+
+def _at_equal_length(said: Compared) -> Probe:
+    """A judge who likes length is not believed: the candidate must also win as it would at equal length."""
+    lengths = [(len(a), len(b)) for a, b in zip(said.answers_a, said.answers_b, strict=True)]
+    won = length_controlled([comparison.outcome for comparison in said.comparisons], lengths)
+    return Probe("win rate at equal length", won, 0.5, 1.0)
 
 
 def _crowd(count: int, seed: int, users: Users, prefix: str, *, teaching: bool) -> list[SimulatedUser]:

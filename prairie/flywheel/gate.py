@@ -232,13 +232,15 @@ def judge(
     least_users: int = LEAST_USERS,
     planned: int | None = None,
     against_itself: Sequence[Comparison] = (),
+    units: str = "people",
 ) -> Verdict:
     """Weighs the votes, the suite (champion before, candidate after) and the probes by the rules at the top.
 
     `comparisons` stand in the order in which people came. `planned`: how many people the plan asked for, to be shown.
     `against_itself`: the same judges on two answers of the champion, outcome 1 when the one shown first won.
-    `margins` overrides `margin` for single tasks. Raises DataError for an outcome that is not 1, 1/2 or 0, or when one
-    user voted twice on one prompt (a repeat must not count as new evidence).
+    `margins` overrides `margin` for single tasks. `units`: what `Comparison.user` names, when it is not people. Raises
+    DataError for an outcome that is not 1, 1/2 or 0, or when one user voted twice on one prompt (a repeat must not
+    count as new evidence).
     """
     _check(comparisons)
     outcomes = [comparison.outcome for comparison in comparisons]
@@ -273,6 +275,7 @@ def judge(
         test=test,
         planned=planned,
         judge_noise=noise,
+        units=units,
     )
 
 

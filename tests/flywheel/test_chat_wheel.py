@@ -7,7 +7,7 @@ import pytest
 from prairie.data.sources import read_records
 from prairie.errors import DataError
 from prairie.flywheel import chat
-from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner, held_out_votes, learned_events
+from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner, held_out_votes, judged_vote, learned_events
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.loop import Flywheel
 from prairie.models.weights import read_manifest
@@ -132,6 +132,19 @@ def test_held_out_votes_judge_by_likelihood(context):
     assert {is_held_out(c.user) for c in held_out_votes(context, "spark", new, old)} == {True}
     worse = ChatGate(context, GateRules(items=5), ["numbers"], max_tokens=8).judge(champion, candidate)
     assert not worse.passed and "users prefer the champion" in " ".join(worse.reasons)
+
+
+def test_a_model_judges_instead_of_people(context, judge_of):
+    rules = GateRules(users=24, items=20)
+    turned = wheel(context).turn(dry=True)
+    judges = {True: judge_of(lambda a, b: "A" if len(a) < len(b) else "B"), False: judge_of(lambda a, b: "A")}
+    for fair, judge in judges.items():
+        vote = judged_vote(context, judge, rules, ["numbers"], max_tokens=8)
+        gate = ChatGate(context, rules, ["numbers"], vote, max_tokens=8, units="questions")
+        verdict = gate.judge(turned.candidate, turned.champion)
+        assert (verdict.units, verdict.users) == ("questions", 24) and verdict.judge_noise is not None
+        assert "win rate at equal length" in [probe.name for probe in verdict.probes]
+        assert any("judge is not fair" in reason for reason in verdict.reasons) != fair
 
 
 def test_without_judges_nobody_is_promoted(context):
