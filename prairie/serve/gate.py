@@ -137,13 +137,15 @@ class Gate:
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that counts the body and does not wait for ever for its rest."""
         seen, whole = 0, False
+        # For the whole body: one that drips a byte at a time would otherwise hold its place for ever.
+        until = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
 
         async def limited() -> Message:
             nonlocal seen, whole
             if whole:
                 return await receive()
             try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
+                async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"the request body did not come within {BODY_TIMEOUT_S:.0f} s") from None

@@ -7,6 +7,7 @@ requests end (up to `grace_s`), a second signal does not wait. Not here: the app
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import signal
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 BACKLOG = 1024
+HEAD_S = 20.0
+"""How long the head of a request may take; a client that drips it would hold its connection for ever (slow-loris)."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -66,8 +69,32 @@ def serve_on(
     `app.state.service.on_failure()`.
     """
     import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     service = app.state.service
+
+    class Impatient(H11Protocol):
+        """Closes a connection on which a head is begun and not ended within HEAD_S."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.last_cycle = self.cycle
+            self.head_timer = self.loop.call_later(HEAD_S, self.look_at_head, False)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.head_timer.cancel()
+            super().connection_lost(exc)
+
+        def look_at_head(self, waited: bool) -> None:
+            """`waited`: a head was begun at the last look too, and no request has come since."""
+            answering = self.cycle is not None and not self.cycle.response_complete
+            fresh = self.cycle is None
+            begun = not answering and (fresh or bool(self.conn.trailing_data[0]))
+            if begun and self.cycle is self.last_cycle and (fresh or waited):
+                self.transport.close()
+                return
+            self.last_cycle = self.cycle
+            self.head_timer = self.loop.call_later(HEAD_S, self.look_at_head, begun)
 
     class Server(uvicorn.Server):
         """Ends with exit code 0 after a drain, where uvicorn would end by the signal itself."""
@@ -93,7 +120,7 @@ def serve_on(
         uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=Impatient,
             ws="none",
             lifespan="on",
             log_config=None,

@@ -135,14 +135,12 @@ class Text:
         self._offsets = {choice.index: 0 for choice in answer.choices}
 
     def choice(self, choice: Choice) -> dict[str, Any]:
-        shown = choice.shown(self.answer.stop_ids)
         opening = next(self.opening(choice), None)
         text, logprobs = "", None
         if opening is not None:
             text, logprobs = opening["text"], opening["logprobs"]
-        said = self._logprobs(
-            choice, choice.token_ids[:shown], choice.logprobs[:shown], choice.tops[:shown], choice.text
-        )  # fmt: skip
+        # A stop token too: it is no text, and programs that score count one entry for each token that was drawn.
+        said = self._logprobs(choice, choice.token_ids, choice.logprobs, choice.tops, choice.text)
         return self._piece(choice, text + choice.text, _joined(logprobs, said), choice.finish_reason)
 
     def opening(self, choice: Choice) -> Iterator[dict[str, Any]]:
@@ -157,13 +155,9 @@ class Text:
         yield self._piece(choice, text, logprobs)
 
     def part(self, part: Part) -> Iterator[dict[str, Any]]:
-        tokens = part.token_ids
-        if part.last:
-            tokens = tokens[: len(tokens) - len(part.choice.token_ids) + part.choice.shown(self.answer.stop_ids)]
-        count = len(tokens)
         logprobs = None
-        if count:
-            logprobs = self._logprobs(part.choice, tokens, part.logprobs[:count], part.tops[:count], part.text)
+        if part.token_ids:
+            logprobs = self._logprobs(part.choice, part.token_ids, part.logprobs, part.tops, part.text)
         if part.text or logprobs is not None:
             yield self._piece(part.choice, part.text, logprobs)
         if part.last:

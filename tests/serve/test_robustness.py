@@ -1,0 +1,149 @@
+"""Clients that mean no good, and long days: drips, a thousand leavers, minutes under load with flat memory."""
+
+import json
+import os
+import random
+import socket
+import threading
+import time
+from urllib.parse import urlparse
+
+import httpx
+import pytest
+from tiny_server import ask, running
+
+from prairie.serve.metrics import resident_bytes
+
+
+def connect(server):
+    url = urlparse(server.url)
+    return socket.create_connection((url.hostname, url.port), timeout=20)
+
+
+def dripped(raw, data, every_s=0.05):
+    """Sends bytes one by one until the other side ends it; what it said."""
+    said = b""
+    raw.settimeout(every_s)
+    for byte in data:
+        try:
+            raw.sendall(bytes([byte]))
+            said += raw.recv(4096)
+        except TimeoutError:
+            continue
+        except OSError:
+            return said
+        if said or not raw.fileno():
+            break
+    raw.settimeout(2)
+    try:
+        while piece := raw.recv(4096):
+            said += piece
+    except OSError:
+        pass
+    return said
+
+
+def test_a_dripping_head_is_cut_off(home, monkeypatch):
+    monkeypatch.setattr("prairie.serve.server.HEAD_S", 0.4)
+    with running(home, ["spark"]) as server:
+        with connect(server) as raw:
+            started = time.monotonic()
+            dripped(raw, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200)
+            assert time.monotonic() - started < 5
+        with connect(server) as silent:
+            silent.settimeout(10)
+            assert silent.recv(10) == b"", "nor may one say nothing at all"
+        with httpx.Client(base_url=server.url, timeout=30) as http:
+            for _ in range(3):
+                assert http.get("/healthz").status_code == 200
+                time.sleep(0.5)
+            slow = http.post("/v1/chat/completions", json=ask("spark", max_tokens=100, ignore_eos=True))
+            assert slow.status_code == 200, "an answer may take longer than a head"
+
+
+def test_a_dripping_body_is_cut_off(home, monkeypatch):
+    monkeypatch.setattr("prairie.serve.gate.BODY_TIMEOUT_S", 0.5)
+    with running(home, ["spark"]) as server, connect(server) as raw:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 1000\r\n\r\n"
+        )
+        said = dripped(raw, b" " * 100)
+        assert b" 408 " in said.split(b"\r\n")[0], said[:200]
+        assert server.service.desk.pending == 0
+
+
+def leave(server, number, rng):
+    """Asks and goes away: at once, in the middle, while queued, after the first bytes."""
+    body = ask("spark", f"go {number}", stream=number % 2 == 0, n=1 + number % 3, max_tokens=60, ignore_eos=True)
+    data = json.dumps(body).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
+    with connect(server) as raw:
+        raw.sendall(head.encode() + data[: len(data) if number % 7 else len(data) // 2])
+        time.sleep(rng.random() * 0.05)
+
+
+@pytest.mark.slow
+def test_a_thousand_leavers_leak_nothing(home):
+    with running(home, ["spark"]) as server:
+        rng = random.Random(0)
+
+        def some(first):
+            for number in range(first, 1000, 8):
+                leave(server, number, rng)
+
+        threads = [threading.Thread(target=some, args=(first,)) for first in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        server.idle(60)
+        assert server.kv_blocks_held() == 0 and server.service.desk.pending == 0
+        engine = server.service.models._residents["spark@1"].engine
+        engine.cache.pool.check([])
+        assert not engine.has_work and all(r.in_use == 0 for r in server.service.models._residents.values())
+        assert not [row for row in home.feedback.responses() if row.status == "started"]
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_minutes_under_load_with_flat_memory(home):
+    """A soak: answers, streams, forms, leavers and votes, `PRAIRIE_SOAK_S` seconds of it (eight minutes)."""
+    lasts = float(os.environ.get("PRAIRIE_SOAK_S", 480))
+    with running(home, ["spark"]) as server:
+        until, failures, done = time.monotonic() + lasts, [], [0]
+
+        def talk(seed):
+            rng = random.Random(seed)
+            with httpx.Client(base_url=server.url, timeout=60) as http:
+                while time.monotonic() < until:
+                    form = {"guided_choice": ["yes", "no"]} if rng.random() < 0.2 else {}
+                    body = ask("spark", "x" * rng.randrange(1, 60), temperature=1, stream=rng.random() < 0.5, **form)
+                    if rng.random() < 0.1:
+                        leave(server, rng.randrange(100), rng)
+                    answer = http.post("/v1/chat/completions", json=body)
+                    if answer.status_code != 200:
+                        failures.append(answer.text)
+                        continue
+                    done[0] += 1
+                    if not body["stream"] and rng.random() < 0.3:
+                        vote = {"response_id": answer.json()["id"], "kind": "thumb", "value": "up"}
+                        http.post("/v1/feedback", json=vote)
+
+        threads = [threading.Thread(target=talk, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        levels = []
+        while time.monotonic() < until:
+            time.sleep(lasts / 24)
+            levels.append(resident_bytes())
+        for thread in threads:
+            thread.join()
+        server.idle(60)
+        assert not failures and done[0] > lasts, (failures[:2], done)
+        assert server.kv_blocks_held() == 0
+        # The first third warms up: caches, compiled grammars, threads.
+        early, late = levels[len(levels) // 3], levels[-1]
+        assert late - early < 0.03 * early + 8 * 2**20, [round(level / 2**20) for level in levels]
