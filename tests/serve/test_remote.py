@@ -1,16 +1,11 @@
 """A model of another server: the same answers, with our ids, records and votes."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from tiny_server import Home, Settings, ask, bind, events, running, url_of
+from tiny_server import Home, Settings, ask, running
 
 from prairie.engine.remote import Remote
 from prairie.errors import UsageError
@@ -77,47 +72,3 @@ def test_how_remotes_are_told():
         with pytest.raises(UsageError):
             Remote.parse(wrong)
     assert "secret" not in repr(Remote("a", "u", "m", "secret"))
-
-
-LLAMA = Path(__file__).parents[2] / ".peers" / "llama" / "bin" / "python"
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K-hf"
-
-
-@pytest.mark.slow
-def test_llama_cpp_answers_behind_prairie(tmp_path):
-    """llama.cpp's own server in Python, with a GGUF of the small real model."""
-    if not LLAMA.is_file() or not STORIES.is_dir():
-        pytest.skip("llama.cpp (`make peers`) or the small real model in ../shared/data is missing")
-    if subprocess.run([LLAMA, "-c", "import llama_cpp.server.app"], capture_output=True).returncode:
-        pytest.skip("llama-cpp-python is there without its extra `server`")
-    subprocess.run(
-        [sys.executable, "-m", "prairie", "export", str(STORIES), "--to", "gguf", "--out", str(tmp_path / "m.gguf")],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    with bind("127.0.0.1", 0) as probe:
-        url = url_of(probe)
-    command = [LLAMA, "-m", "llama_cpp.server", "--model", str(tmp_path / "m.gguf"), "--port", url.rpartition(":")[2]]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                httpx.get(f"{url}/v1/models")
-                break
-            except httpx.HTTPError:
-                assert time.monotonic() < deadline and process.poll() is None, "llama.cpp's server does not start"
-                time.sleep(0.2)
-        with (
-            Home(tmp_path / "home") as home,
-            running(home, (), Settings(remotes=[Remote.parse(f"llama={url}")])) as front,
-        ):
-            body = {"model": "llama", "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
-            whole = httpx.post(f"{front.url}/v1/completions", json=body, timeout=60).json()
-            text = whole["choices"][0]["text"]
-            assert "there was" in text, text
-            stream = httpx.post(f"{front.url}/v1/completions", json={**body, "stream": True}, timeout=60).text
-            assert "".join(e["choices"][0]["text"] for e in events(stream) if e["choices"]) == text
-            assert home.feedback.get_response(whole["id"]).text == text
-    finally:
-        process.terminate()
-        process.wait(20)
