@@ -50,7 +50,7 @@ LINES = ["Once upon a time, there was a little girl named Lily.", "One day, Tom 
 
 @pytest.mark.slow
 def test_lm_eval_gives_the_scores_of_its_own_backend(stories, tmp_path, monkeypatch):
-    """A choice of endings by local-completions as by its transformers backend; a generation by local-chat-completions."""
+    """Endings chosen by local-completions as by its transformers backend; a generation by local-chat-completions."""
     evaluator = pytest.importorskip("lm_eval.evaluator")
     from lm_eval.tasks import TaskManager
 
