@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from prairie.errors import NotFoundError
 from prairie.evals.sequential import paired_games, sequential_test
 from prairie.flywheel.gate import LEAST_USERS, Probe, Verdict, judge_games
 from prairie.flywheel.loop import Flywheel, Turned
-from prairie.games.duel import duel
+from prairie.games.curve import Step, learning_curve
+from prairie.games.duel import Dueled, duel
 from prairie.games.features import TowerJudge
 from prairie.games.kernels import FIGURES, PLANES
 from prairie.games.selfplay import Health, Played, SelfPlay, joined, play
 from prairie.games.sgf import read_sgf, write_sgf
+from prairie.games.side_by_side import Watch, side_by_side
 from prairie.models.tower import Tower, TowerConfig, load_tower, save_tower
 from prairie.pipeline.context import Context, Handler, Work, code_revision
 from prairie.pipeline.publishing import register
@@ -40,10 +44,10 @@ from prairie.train.trainer import Trainer
 
 PLAYING_CODE = ("games", "models/tower", "data/positions")
 LEARNING_CODE = (*PLAYING_CODE, "train", "flywheel/go")
-PART_GAMES = 192
-"""Games of self-play that are kept at a time: what a kill costs at most."""
-MATCH_PAIRS = 16
-"""Pairs of games of a match between two looks at the test."""
+PART_GAMES = 160
+"""Games of self-play that one thread plays and that are kept at a time: what a kill costs at most."""
+MATCH_PAIRS = 24
+"""Pairs of games of a match that one thread plays, between two looks at the test."""
 
 
 @dataclass
@@ -87,19 +91,31 @@ class GoActor:
             size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
             komi_spread=keys.komi_spread, temperature=keys.temperature,
         )  # fmt: skip
-        parts: list[Played] = []
-        with self.context.runtime.progress.bar("self-play", keys.games, "game") as bar:
-            for number, start in enumerate(range(0, keys.games, PART_GAMES)):
-                path, count = work / f"part-{number:04d}", min(PART_GAMES, keys.games - start)
+        lock = threading.Lock()
+
+        def part(number: int) -> Callable[[Watch], Played]:
+            """One part of the games; its seed is its number's."""
+            path, start = work / f"part-{number:04d}", number * PART_GAMES
+            seed = int(np.random.default_rng([config["seed"], config["turn"], number]).integers(2**31))
+            judge = TowerJudge(tower, device=self.context.runtime.device, seed=seed)
+
+            def played(watch: Watch) -> Played:
+                def over(games: int) -> None:
+                    watch.go_on()
+                    with lock:
+                        bar.update(games)
+
                 if not path.is_dir():
-                    seed = int(np.random.default_rng([config["seed"], config["turn"], number]).integers(2**31))
-                    judge = TowerJudge(tower, device=self.context.runtime.device, seed=seed)
-                    part = play(
-                        judge, settings, games=count, mean_score=config["mean_score"],
-                        seed=seed, on_game=bar.update,
-                    )  # fmt: skip
-                    _keep(part, path)
-                parts.append(_kept(path))
+                    games = min(PART_GAMES, keys.games - start)
+                    _keep(play(judge, settings, games=games, mean_score=config["mean_score"], seed=seed, on_game=over),
+                          path)  # fmt: skip
+                return _kept(path)
+
+            return played
+
+        with self.context.runtime.progress.bar("self-play", keys.games, "game") as bar:
+            jobs = [part(number) for number in range(math.ceil(keys.games / PART_GAMES))]
+            parts = list(side_by_side(jobs, self.context.runtime.threads))
         played = joined(parts)
         health = Health.of(played)
         health.check(size)
@@ -177,19 +193,28 @@ class GoGate:
         name = f"match-{candidate.artifact_id}-{champion.artifact_id}"
         path = home.work(name) / "outcomes.json"
         played = _outcomes(path, keys)
-        judges = [TowerJudge(tower, device=self.context.runtime.device, seed=None) for tower in towers]
-        with self.context.runtime.progress.bar("match", rules.games, "game", start=len(played["outcomes"])) as bar:
+        done = len(played["outcomes"])
+
+        def games_from(start: int) -> Callable[[Watch], Dueled]:
+            """Some pairs of the match; where they begin is their seed."""
+            judges = [TowerJudge(tower, device=self.context.runtime.device, seed=None) for tower in towers]
+            pairs = min(MATCH_PAIRS, (rules.games - start + 1) // 2)
+            return lambda watch: duel(
+                judges[0], judges[1], size=size, pairs=pairs, visits=rules.visits, komi=komi,
+                opening_moves=rules.opening_moves, seed=self.context.recipe.seed * 100_003 + start, on_step=watch.go_on,
+            )  # fmt: skip
+
+        jobs = [games_from(start) for start in range(done, rules.games, 2 * MATCH_PAIRS)]
+        with (
+            self.context.runtime.progress.bar("match", rules.games, "game", start=done) as bar,
+            closing(side_by_side(jobs, self.context.runtime.threads)) as found,
+        ):
             while len(played["outcomes"]) < rules.games and _undecided(played["outcomes"], rules.wanted):
-                done = len(played["outcomes"])
-                found = duel(
-                    judges[0], judges[1], size=size, pairs=min(MATCH_PAIRS, (rules.games - done + 1) // 2),
-                    visits=rules.visits, komi=komi, opening_moves=rules.opening_moves,
-                    seed=self.context.recipe.seed * 100_003 + done,
-                )  # fmt: skip
-                played["outcomes"] += found.outcomes
-                played["lengths"] += found.lengths
+                some = next(found)
+                played["outcomes"] += some.outcomes
+                played["lengths"] += some.lengths
                 _write(path, {"keys": keys, **played})
-                bar.update(len(found.outcomes))
+                bar.update(len(some.outcomes))
         length = float(np.mean(played["lengths"])) / size**2
         verdict = judge_games(
             played["outcomes"], probes=[Probe("moves a point", length, 0.3, 3.0)], wanted=rules.wanted,
@@ -257,11 +282,10 @@ def selfplay(work: Work) -> dict[str, Any]:
         turns.append(turning.turn(key=f"{work.identity}-{number}"))
         context.runtime.progress.say("    " + summary(turns[-1]))
     told = [_told(context, turned) for turned in turns]
-    cpu_s = [sum(float(row[part]) for part in ("play_s", "learn_s")) for row in told]
-    elo, curve = 0.0, []
-    for turned, seconds in zip(turns, np.cumsum(cpu_s).tolist(), strict=True):
-        elo += _elo(turned.verdict.win_rate) if turned.verdict.passed else 0.0
-        curve.append({"cpu_minutes": round(seconds / 60, 3), "elo": round(elo, 1)})
+    curve = [point.to_json() for point in learning_curve(
+        Step(float(row["play_s"]) + float(row["learn_s"]), turned.verdict.win_rate, turned.verdict.passed)
+        for row, turned in zip(told, turns, strict=True)
+    )]  # fmt: skip
     promoted = sum(turned.verdict.passed for turned in turns)
     return {
         "summary": f"{promoted} of {len(turns)} candidates promoted, {turns[-1].winner.name} is champion",
@@ -284,12 +308,6 @@ def _told(context: Context, turned: Turned) -> dict[str, Any]:
         "play_s": turned.records.figures["cpu_s"], "learn_s": candidate.figures["cpu_s"],
         "loss": candidate.figures.get("loss_last"), "verdict_text": turned.verdict.text(),
     }  # fmt: skip
-
-
-def _elo(share: float) -> float:
-    """Bounded: a match that was won whole says no more than its number of games allows."""
-    share = min(max(share, 0.02), 0.98)
-    return -400 * math.log10(1 / share - 1)
 
 
 def _undecided(outcomes: list[float], wanted: float) -> bool:

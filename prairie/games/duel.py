@@ -5,6 +5,7 @@ Not here: when to stop, what the outcomes mean (`prairie.flywheel.gate`), engine
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +26,10 @@ class Dueled:
 
 def duel(
     first: Judge, second: Judge, *, size: int, pairs: int, visits: int, komi: float, opening_moves: int, seed: int,
-    search: SearchSettings | None = None,
+    search: SearchSettings | None = None, on_step: Callable[[], None] = lambda: None,
 ) -> Dueled:  # fmt: skip
-    """`pairs` pairs of games without noise; the openings are random moves drawn from `seed`."""
+    """`pairs` pairs of games without noise; the openings are random moves drawn from `seed`. `on_step` may end it by
+    raising."""
     games, points = 2 * pairs, size * size
     longest = 3 * points
     search = search or SearchSettings()
@@ -57,6 +59,7 @@ def duel(
     for g in range(games):
         forests[owner(g)].begin(g, visits)
     while alive.any():
+        on_step()
         for forest in forests:
             if not (forest.target > 0).any():
                 continue

@@ -4,6 +4,8 @@ One file, because numba's cache on disk knows a kernel is stale by the date of t
 calls another file's kernel would go on running the old one. The rules here are those of `prairie.games.go.Position`,
 the plain form; `tests/games/test_go.py` holds the two together.
 
+What is called from outside lets go of Python's lock: several threads play at once.
+
 Legend: B boards; P points of a board (size x size, row by row from the top); M = P + 1 moves, the last one is the pass.
 A board is P + 1 int8: 0 empty, 1 black, 2 white, and 3 (the wall) in the last place, where every neighbour outside the
 board points. `past` holds the Zobrist keys of all positions so far. Not here: what a move is worth, files, networks.
@@ -183,7 +185,7 @@ def area(stones, neighbours, owner, stack):
     return total
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def legal_of_boards(stones, to_move, key, past, length, captured, neighbours, zobrist, legal):
     """`find_legal` of B boards: legal (B, M) uint8."""
     points = stones.shape[1] - 1
@@ -198,7 +200,7 @@ def legal_of_boards(stones, to_move, key, past, length, captured, neighbours, zo
         )  # fmt: skip
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def play_on_boards(which, moves, stones, to_move, key, past, length, captured, passes, recent, neighbours, zobrist):
     """Plays moves that are known to be legal on the boards `which`, in place."""
     points = stones.shape[1] - 1
@@ -219,7 +221,7 @@ def play_on_boards(which, moves, stones, to_move, key, past, length, captured, p
         to_move[b] = 3 - to_move[b]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def area_of_boards(stones, neighbours, owner):
     """`area` of B boards: scores (B,) int32, owner (B, P+1) int8."""
     stack = np.empty(stones.shape[1], np.int16)
@@ -282,7 +284,7 @@ def encode(stones, color, recent, legal, chain, liberties, komi, size, planes, f
     figures[6] = delta if delta < 0.5 else 1.0 - delta if delta < 1.5 else delta - 2.0
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def encode_boards(
     stones, to_move, key, past, length, captured, recent, komi, size, neighbours, zobrist, planes, figures
 ):
@@ -491,7 +493,7 @@ def descend(trees, games, g, rates, forced, considered, neighbours, zobrist, siz
     return node, LEAF
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def descend_all(trees, games, active, leaves, rates, forced, considered, neighbours, zobrist, size,
                 planes, figures, legal, leaf_game, leaf_node):  # fmt: skip
     """Up to `leaves` descents in each active game. Fills one row for each position to judge; returns how many."""
@@ -542,7 +544,7 @@ def descend_all(trees, games, active, leaves, rates, forced, considered, neighbo
     return rows
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def expand_all(trees, leaf_game, leaf_node, legal, logits, values):
     """What the net said of each leaf goes into its tree: softmax over what is allowed, and the value up to the root."""
     moves = trees.prior.shape[2]
@@ -569,7 +571,7 @@ def expand_all(trees, leaf_game, leaf_node, legal, logits, values):
         back_up(trees, g, node, np.float64(values[row]))
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def keep_subtree(trees, g, move, kept):
     """Makes the position after `move` the root and drops what does not stand below it. False if it is not in the tree.
 

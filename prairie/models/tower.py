@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prairie.errors import ModelError
 from prairie.models.weights import MANIFEST, WEIGHTS, not_written, read_json, read_manifest, weights_hash, write_json
@@ -64,12 +65,13 @@ class TowerConfig:
 
     @classmethod
     def small(cls, planes: int, figures: int, blocks: int, width: int, boards: tuple[int, ...] = ()) -> TowerConfig:
-        """`blocks` of `width` channels, every second one pooled, the rest derived."""
+        """`blocks` of `width` channels, every second one pooled, the rest derived; in eights, a CPU's vectors."""
         kinds = tuple("pooled" if k % 2 else "plain" for k in range(blocks))
         head = max(8, width // 2)
+        pooled = max(8, width // 32 * 8) if width > 8 else 4
         return cls(
-            planes, figures, kinds, width, pooled=max(4, width // 3), policy_width=head, value_width=head,
-            value_hidden=width, boards=boards,
+            planes, figures, kinds, width, pooled=pooled, policy_width=head, value_width=head, value_hidden=width,
+            boards=boards,
         )  # fmt: skip
 
     def flops_per_token(self, context: int = 1) -> float:
@@ -168,10 +170,22 @@ class PooledBlock(nn.Module):
         self.last = nn.Conv2d(width - pooled, width, 3, padding=1, bias=False)
 
     def forward(self, x_BCHW: Tensor, board: Board) -> Tensor:
-        active = self.before(x_BCHW, board)
-        pooled = board.pooled(self.pool_channels(self.pool(active), board))
-        inner = self.first(active) + self.pool_to_bias(pooled)[:, :, None, None]
+        stayed, pool = _both(self.first, self.pool, self.before(x_BCHW, board))
+        pooled = board.pooled(self.pool_channels(pool, board))
+        inner = stayed + self.pool_to_bias(pooled)[:, :, None, None]
         return x_BCHW + self.last(self.between(inner, board))
+
+
+def _both(one: nn.Conv2d, other: nn.Conv2d, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Two convolutions of one input as one, which takes little more time than one of them."""
+    weight = torch.cat([one.weight, other.weight])
+    both = F.conv2d(x_BCHW, weight, padding=one.padding)
+    return both[:, : one.out_channels], both[:, one.out_channels :]
+
+
+def _to_one(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """(B, H, W): a 1x1 convolution to one channel as a product, five times faster than torch's convolution."""
+    return x_BCHW.permute(0, 2, 3, 1) @ conv.weight.view(-1)
 
 
 class PolicyHead(nn.Module):
@@ -183,11 +197,11 @@ class PolicyHead(nn.Module):
         self.pass_move = nn.Linear(3 * head, 1, bias=False)
 
     def forward(self, x_BCHW: Tensor, board: Board) -> Tensor:
-        pooled = board.pooled(self.whole_channels(self.whole(x_BCHW), board))
-        active = self.channels(self.points(x_BCHW) + self.whole_to_bias(pooled)[:, :, None, None], board)
-        move = self.move(active)
+        points, whole = _both(self.points, self.whole, x_BCHW)
+        pooled = board.pooled(self.whole_channels(whole, board))
+        move = _to_one(self.move, self.channels(points + self.whole_to_bias(pooled)[:, :, None, None], board))
         if board.mask_B1HW is not None:
-            move = move - (1 - board.mask_B1HW) * 1e5
+            move = move - (1 - board.mask_B1HW[:, 0]) * 1e5
         return torch.cat([move.flatten(1), self.pass_move(pooled)], dim=1)
 
 
@@ -203,7 +217,7 @@ class ValueHead(nn.Module):
     def forward(self, x_BCHW: Tensor, board: Board) -> tuple[Tensor, Tensor, Tensor]:
         active = self.channels(self.conv(x_BCHW), board)
         hidden = torch.relu(self.hidden(board.pooled_for_value(active)))
-        return self.outcome(hidden), self.score(hidden), self.owner(active).squeeze(1)
+        return self.outcome(hidden), self.score(hidden), _to_one(self.owner, active)
 
 
 class Tower(nn.Module):
