@@ -375,6 +375,49 @@ class NewTower(_Stage):
     """Channels of the trunk."""
 
 
+class GoGames(_Stage):
+    """Games of others as positions: records in SGF, or an engine that plays itself over GTP."""
+
+    gives: ClassVar[str] = "positions"
+    kind: Literal["games"]
+    size: int = Field(ge=2, le=19)
+    """Lines of the board; games on others are left out, counted."""
+    path: str | None = None
+    """An SGF file, a folder or a zip of them."""
+    engine: str | None = None
+    """The command of an engine, as `gnugo --mode gtp --chinese-rules --never-resign`."""
+    games: int = Field(200, gt=0)
+    """engine: how many games."""
+    komi: float = 0.5
+    """engine: of each game."""
+    opening_moves: int = Field(3, ge=0)
+    """engine: random moves at the beginning, so that no two games are alike."""
+
+    @model_validator(mode="after")
+    def _origin(self) -> GoGames:
+        if (self.path is None) == (self.engine is None):
+            raise ValueError("give `path` or `engine`, one of them")
+        return self
+
+
+class Imitate(_Stage):
+    """A net that learns to play as recorded games were played: the start of a line that need not begin from nothing."""
+
+    gives: ClassVar[str] = "model"
+    kind: Literal["imitate"]
+    start: str
+    """The stage whose net is trained."""
+    games: list[str]
+    """Stages that give positions."""
+    epochs: float = Field(6.0, gt=0)
+    batch: int = Field(128, gt=0)
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.03, ge=0)
+
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.start, "model"), *((name, "positions") for name in self.games)]
+
+
 class GoPlay(_Strict):
     """How a net plays itself."""
 
@@ -458,6 +501,8 @@ Stage = Annotated[
     | Serve
     | Turn
     | NewTower
+    | GoGames
+    | Imitate
     | GoTurns
     | Report,
     Field(discriminator="kind"),
@@ -473,15 +518,20 @@ KINDS: dict[str, type[_Stage]] = {
     "serve": Serve,
     "turn": Turn,
     "tower": NewTower,
+    "games": GoGames,
+    "imitate": Imitate,
     "selfplay": GoTurns,
     "report": Report,
 }
 AnyStage = (
-    Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | NewTower | GoTurns | Report
-)
+    Prepare | TrainTokenizer | Import | Train | Sample | Evaluate | Publish | Serve | Turn | NewTower | GoGames
+    | Imitate | GoTurns | Report
+)  # fmt: skip
 
 
-_ARTICLES = {"rows": "rows", "tokenizer": "a tokenizer", "model": "a model", "server": "a server"}
+_ARTICLES = {
+    "rows": "rows", "tokenizer": "a tokenizer", "model": "a model", "positions": "positions", "server": "a server",
+}  # fmt: skip
 
 
 class Recipe(_Strict):

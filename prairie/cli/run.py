@@ -101,14 +101,15 @@ def run_recipe(
 
 def _go(context: Any) -> Any:
     """How the stages of Go are carried out, where the recipe has any: numba is loaded for those who play."""
-    if not {"tower", "selfplay"} & {stage.kind for stage in context.recipe.stages.values()}:
+    if not {"tower", "games", "imitate", "selfplay"} & {stage.kind for stage in context.recipe.stages.values()}:
         return {}
     from prairie.games import require
 
     require()
     from prairie.flywheel.go import HANDLERS
+    from prairie.flywheel.recorded import HANDLERS as RECORDED
 
-    return HANDLERS
+    return {**HANDLERS, **RECORDED}
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -20,6 +20,7 @@ from prairie.evals.harness import Evaluation
 from prairie.evals.judge import Judge, length_controlled
 from prairie.flywheel.curate import curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
+from prairie.flywheel.health import ChatHealth
 from prairie.flywheel.probes import Ask, Probe, probes, sycophancy_probe
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
@@ -61,7 +62,8 @@ class ChatActor:
     """Preferences that are known to be right, by which people are trusted."""
 
     def act(self, champion: Version) -> Artifact:
-        """The dataset of the votes that no earlier turn has used up. Raises DataError when they teach too little."""
+        """The dataset of the votes that no earlier turn has used up. Raises DataError when they teach too little, or a
+        collapse."""
         if self.meet is not None:
             self.report = self.meet(champion)
             if self.report.failed or self.report.lost_votes:
@@ -98,6 +100,8 @@ def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[P
             wanted=f"at least {LEAST_PAIRS}",
             mend="let people vote more: a choice, an edit, or a thumb up and one down on the same question",
         )
+    health = ChatHealth.of(curated.pairs)
+    health.check()
     store, code = context.home.artifacts, code_revision(("data/clean", "data/personal", "flywheel/curate"))
     config: dict[str, Any] = {"line": line, "events": curated.events}
     if gold:
@@ -112,6 +116,7 @@ def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[P
         "dropped": dict(curated.dropped),
         "masked": dict(curated.masked),
         "kind": "preference",
+        "health": health.to_json(),
     }
     with store.create("votes", f"votes-{line}", config, [], code, figures=figures, events=curated.events) as folder:
         write_records(folder / "train.jsonl", curated.pairs)
