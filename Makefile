@@ -26,7 +26,7 @@ check: .venv/.dev  ## ruff, mypy, the floors
 	$(BIN)/python -m pytest tests/test_floors.py
 
 bench: .venv/.dev  ## every benchmark, one JSON object each
-	for name in ops pretrain sft adapters dpo startup flywheel swap serving; do $(BIN)/python -m benchmarks.$$name --json; done
+	for name in ops pretrain sft adapters dpo startup flywheel swap serving selfplay; do $(BIN)/python -m benchmarks.$$name --json; done
 
 peers: .peers/llama/.made  ## programs to compare with, each in an environment of its own
 
