@@ -323,7 +323,7 @@ def test_every_recipe_that_is_named_exists(page: Path) -> None:
 
 def test_every_route_and_kind_of_feedback_is_documented() -> None:
     page = sections(ROOT / "docs" / "commands.md")["prairie serve"]
-    source = read(ROOT / "prairie" / "serve" / "app.py")
+    source = "".join(read(path) for path in sorted((ROOT / "prairie" / "serve").glob("*.py")))
     routes = {
         f"{method.upper()} {path}"
         for method, path, rest in re.findall(r'@app\.(get|post|put|delete)\("([^"]+)"(.*)\)', source)

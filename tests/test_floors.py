@@ -23,7 +23,7 @@ MAY = {
     "evals": EVALS,
     "pipeline": PIPELINE,
     "flywheel": f"{PIPELINE} pipeline games",
-    "serve": f"{ENGINE} engine store evals",
+    "serve": f"{ENGINE} engine store evals games",
     "apps": "errors",
     "web": "",
     "cli": f"{PIPELINE} pipeline flywheel serve games apps web",

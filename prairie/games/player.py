@@ -44,6 +44,18 @@ class Thought:
     candidates: tuple[Candidate, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the net itself says of a position, without any search."""
+
+    policy_M: np.ndarray
+    """Chance of each move that is legal, the pass last; sums to 1."""
+    owner_P: np.ndarray
+    """+1 black's .. -1 white's."""
+    lead: float
+    """Points ahead, for the player to move."""
+
+
 class Player:
     """Raises ModelError at `think` for a board that the net was not made for."""
 
@@ -63,14 +75,15 @@ class Player:
 
     def think(
         self, position: Position, komi: float, *, seconds: float = math.inf,
-        watch: Callable[[Thought], bool] | None = None, every_s: float = math.inf,
+        watch: Callable[[Thought], bool] | None = None, every_s: float = math.inf, visits: int | None = None,
     ) -> Thought:  # fmt: skip
-        """The best move of `position`. `watch` is shown the thought every `every_s` seconds and ends it by False."""
+        """The best move of `position`. `watch` is shown the thought every `every_s` seconds and ends it by False; until
+        then, or for `visits` visits, a search that is watched goes on."""
         self.judge.check(position.size)
         if position.over:  # a client may ask on after two passes
             position = replace(position, passes=0)
         forest = self._forest_at(position, komi)
-        visits = self.visits if watch is None else MOST_VISITS
+        visits = visits or (self.visits if watch is None else MOST_VISITS)
         forest.begin(0, max(visits, 2))
         deadline = time.monotonic() + min(self.seconds if watch is None else math.inf, seconds)
         shown = time.monotonic()
@@ -87,11 +100,19 @@ class Player:
 
     def owners(self, position: Position, komi: float) -> np.ndarray:
         """(P,): the net's guess of who will own each point, +1 black's .. -1 white's."""
+        return self.look(position, komi).owner_P
+
+    def look(self, position: Position, komi: float) -> Look:
+        """The net alone. Raises ModelError for a board that it was not made for."""
         import torch
 
-        planes, figures = encode(Boards.at([position]), np.array([komi]))
-        owner = torch.tanh(self.judge.judged(planes, figures).owner_BHW[0]).reshape(-1).cpu().numpy()
-        return owner if position.to_move == 1 else -owner
+        self.judge.check(position.size)
+        boards = Boards.at([position])
+        judged = self.judge.judged(*encode(boards, np.array([komi])))
+        owner = torch.tanh(judged.owner_BHW[0]).reshape(-1).cpu().numpy()
+        legal = torch.from_numpy(boards.legal()[0] == 1)
+        policy = judged.policy_BM[0].cpu().masked_fill(~legal, -torch.inf).softmax(-1).numpy()
+        return Look(policy, owner if position.to_move == 1 else -owner, float(judged.lead_B[0]))
 
     def _forest_at(self, position: Position, komi: float) -> Forest:
         """The tree of before, played on to this position, or a new one."""
@@ -102,7 +123,8 @@ class Player:
         if forest is not None and same and begun and new[: len(old)] == old and 0 <= len(new) - len(old) <= 2:
             for move in new[len(old) :]:
                 forest.play(0, move)
-            if tuple(forest.boards.stones[0, :-1]) == position.stones and forest.boards.to_move[0] == position.to_move:
+            now = (tuple(forest.boards.stones[0, :-1]), forest.boards.to_move[0], forest.boards.passes[0])
+            if now == (position.stones, position.to_move, position.passes):  # not the tree of a game that is over
                 self._moves = new
                 return forest
         boards = Boards.at([position])

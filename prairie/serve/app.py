@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 
 from prairie import __version__
 from prairie.errors import BusyError, RequestError
-from prairie.serve import errors
+from prairie.serve import board, errors, studio
 from prairie.serve.adapters import Adapters
 from prairie.serve.choices import Caller, Desk
 from prairie.serve.gate import Gate, NotAdmin, is_admin
@@ -109,6 +109,7 @@ class Service:
             self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending, limits=limits
         )
         self.remotes = Remotes(settings.remotes, self.desk)
+        self.board = board.BoardRoom(home, self.models)
         self.failure: Exception | None = None
         """Why the first load failed."""
         self.on_ready: Callable[[], None] = lambda: None
@@ -158,6 +159,7 @@ class Service:
         await self.remotes.close()
         await asyncio.to_thread(self.worker.stop)
         self.desk.close()
+        self.board.close()
         self._only_server.close()
 
     def health(self) -> str | None:
@@ -167,6 +169,16 @@ class Service:
         if self.worker.stuck_s() > STUCK_S:
             return f"the engine has not come round for {self.worker.stuck_s():.0f} s"
         return None
+
+    def admit(self, request: Request) -> str:
+        """Who it is. Raises NotAdmin: changing what is served is not for everybody who may ask."""
+        name: str = request.state.tenant
+        if is_admin(name) if self.keys.required else self.settings.admin_without_key:
+            return name or "no key"
+        raise NotAdmin(
+            "this changes what is served", got=f"the key `{name}`" if name else "no key",
+            wanted="an administrator's key", mend="make one with `prairie keys create admin`",
+        )  # fmt: skip
 
     def readiness(self) -> str | None:
         """None, or why requests should not be sent here now."""
@@ -207,6 +219,8 @@ def create_app(
     _models(app, service)
     _adapters(app, service)
     _feedback(app, service)
+    board.routes(app, service.board)
+    studio.routes(app, studio.Studio(home, service.desk), service.admit)
     _operations(app, service)
     _web(app)
     _describe(app)
@@ -273,21 +287,13 @@ def _models(app: FastAPI, service: Service) -> None:
 
 
 def _adapters(app: FastAPI, service: Service) -> None:
-    def admit(request: Request) -> str:
-        """Who it is. Raises NotAdmin: changing what is served is not for everybody who may ask."""
-        name: str = request.state.tenant
-        if is_admin(name) if service.keys.required else service.settings.admin_without_key:
-            return name or "no key"
-        raise NotAdmin(
-            "this changes what is served", got=f"the key `{name}`" if name else "no key",
-            wanted="an administrator's key", mend="make one with `prairie keys create admin`",
-        )  # fmt: skip
-
     @app.post("/v1/load_lora_adapter", tags=["admin"])
     async def load_lora_adapter(body: LoadAdapter, request: Request) -> dict[str, Any]:
         """An adapter folder of this machine answers to a name from now on."""
         facts = {"name": body.lora_name, "path": body.lora_path, "request_id": request.state.request_id}
-        await service.desk.do(functools.partial(record, service.home.root, admit(request), "load adapter", **facts))
+        await service.desk.do(
+            functools.partial(record, service.home.root, service.admit(request), "load adapter", **facts)
+        )
         path = Path(body.lora_path)
         return await service.desk.do(service.adapters.load, body.lora_name, path, body.base_model_name)
 
@@ -295,7 +301,9 @@ def _adapters(app: FastAPI, service: Service) -> None:
     async def unload_lora_adapter(body: UnloadAdapter, request: Request) -> dict[str, Any]:
         """The name is free again; answers under way end with the adapter."""
         facts = {"name": body.lora_name, "request_id": request.state.request_id}
-        await service.desk.do(functools.partial(record, service.home.root, admit(request), "unload adapter", **facts))
+        await service.desk.do(
+            functools.partial(record, service.home.root, service.admit(request), "unload adapter", **facts)
+        )
         await service.desk.do(service.adapters.unload, body.lora_name)
         return {"id": body.lora_name, "object": "model", "deleted": True}
 
@@ -362,6 +370,14 @@ def _web(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         return file(request, WEB / "index.html")
+
+    @app.get("/go", include_in_schema=False)
+    async def go_page(request: Request) -> Response:
+        return file(request, WEB / "go.html")
+
+    @app.get("/studio", include_in_schema=False)
+    async def studio_page(request: Request) -> Response:
+        return file(request, WEB / "studio.html")
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def favicon(request: Request) -> Response:

@@ -45,6 +45,8 @@ SPARE_VERSIONS = 2
 SPARE_S = 600.0
 MAX_ADAPTERS = 16
 """Adapters loaded at run time that stay in memory although nobody uses them."""
+PLAYS = "tower"
+"""The kind of a version that plays Go: `prairie.serve.board` answers for it."""
 
 
 class ModelNotFound(NotFoundError):
@@ -215,7 +217,7 @@ class Models:
         self.max_adapters = MAX_ADAPTERS
         self._named = [self._declare(name) for name in names]
         self._lines = {_family(name) for name in self._named if name not in self._folders}
-        if not names and not may_be_empty and not self._champions():
+        if not names and not may_be_empty and not self._champions() and not self._towers():
             raise NotFoundError(
                 f"there is no model to serve in {home.root}",
                 mend="make one with `prairie demo` or `prairie run RECIPE`, or name a folder: `prairie serve DIR`",
@@ -303,8 +305,11 @@ class Models:
         if name in self._folders:
             return self._folders[name]
         try:
-            if self._serves(name):
-                return self._registered(self.home.registry.resolve(name))
+            if self.serves(name):
+                version = self.home.registry.resolve(name)
+                if version.kind == PLAYS:
+                    raise NotFoundError(f"{version.name} plays Go and writes nothing", mend="POST /v1/go/think asks it")
+                return self._registered(version)
         except NotFoundError as error:
             raise ModelNotFound(
                 error.what, got=error.got, wanted=error.wanted, mend=error.mend, param="model"
@@ -316,7 +321,7 @@ class Models:
             mend="GET /v1/models lists them", param="model",
         )  # fmt: skip
 
-    def _serves(self, name: str) -> bool:
+    def serves(self, name: str) -> bool:
         """With names given at the start: their lines only, with all versions and verticals of these."""
         return not self._named or _family(name) in self._lines
 
@@ -335,10 +340,16 @@ class Models:
         )
 
     def _champions(self) -> dict[str, Version]:
-        """Line -> its champion, for the lines that are served."""
-        champions = {
-            line: self.home.registry.champion(line) for line in self.home.registry.lines() if self._serves(line)
-        }
+        """Line -> its champion, for the lines that are served and read or write text."""
+        return {line: one for line, one in self._all_champions().items() if one.kind != PLAYS}
+
+    def _towers(self) -> list[str]:
+        """The lines that are served and play."""
+        return [line for line, one in self._all_champions().items() if one.kind == PLAYS]
+
+    def _all_champions(self) -> dict[str, Version]:
+        lines = [line for line in self.home.registry.lines() if self.serves(line)]
+        champions = {line: self.home.registry.champion(line) for line in lines}
         return {line: champion for line, champion in champions.items() if champion is not None}
 
     def lines(self) -> list[str]:
@@ -387,6 +398,8 @@ class Models:
 
     def _load_first(self) -> None:
         for name in self._named:
+            if name not in self._folders and self.home.registry.resolve(name).kind == PLAYS:
+                continue
             source = self._source(name)
             resident = self._load(source)
             with self._lock:

@@ -114,3 +114,29 @@ export async function* events(stream) {
     reader.cancel().catch(() => {});
   }
 }
+
+// Go
+
+const post = (path, body, options = {}) =>
+  call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), ...options });
+
+export const goLines = async () => (await (await call("v1/go/lines")).json()).data;
+export const goCurve = async (line) => (await call(`v1/go/lines/${encodeURIComponent(line)}`)).json();
+export const askPosition = async (game) => (await post("v1/go/position", game)).json();
+
+/** The champion's thoughts as they grow; the last one has the move to play. Raises ApiError if the stream breaks off. */
+export async function think(question, signal, onThought) {
+  const response = await post("v1/go/think", question, { signal });
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return;
+    onThought(JSON.parse(data));
+  }
+  throw new ApiError("", { code: "broken" });
+}
+
+// The studio
+
+export const studio = async (what) => (await call(`v1/studio/${what}`)).json();
+export const promote = async (line, version) =>
+  (await post(`v1/studio/lines/${encodeURIComponent(line)}/promote`, { version })).json();
+export const rollBack = async (line) => (await post(`v1/studio/lines/${encodeURIComponent(line)}/rollback`, {})).json();

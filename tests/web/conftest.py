@@ -42,19 +42,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture
-def open_page(browser: Browser, site: Site) -> Iterator[Any]:
-    """`open_page(locale="zh-CN", ...)`: the page in a fresh profile. Its errors and requests elsewhere fail a test."""
+def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`open_page(locale="zh-CN", to="go", ...)`: a page in a fresh profile. Its errors, and requests elsewhere, fail a
+    test."""
     contexts, wrong = [], []
 
-    def open(at: Site = site, **options: Any) -> Page:
+    def open(at: Site | None = None, to: str = "", ready: str = MODELS_ARE_KNOWN, **options: Any) -> Page:
+        at = at or request.getfixturevalue("site")
         context = browser.new_context(**{"locale": "en-US", "viewport": DESK, **options})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: wrong.append(f"error on the page: {error}"))
         page.on("request", lambda request: request.url.startswith((at.url, "blob:")) or wrong.append(request.url))
-        page.goto(at.url + "/")
-        page.locator(MODELS_ARE_KNOWN).first.wait_for(state="attached")
+        page.goto(f"{at.url}/{to}")
+        page.locator(ready).first.wait_for(state="attached")
         return page
 
     yield open

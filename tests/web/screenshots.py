@@ -3,7 +3,8 @@
     python -m tests.web.screenshots --url http://127.0.0.1:8000 --out docs/images
 
 Asks real questions and gives real votes: use a home made for it. Written: chat-light, chat-dark-zh, vote, edit, source,
-compare-blind, compare-told, phone-en, phone-zh (.png).
+compare-blind, compare-told, phone-en, phone-zh; with `--go` go and go-dark, with `--studio` studio and
+studio-dark (.png).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ PHONE: dict[str, Any] = {
     "viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True,
 }  # fmt: skip
 ENGLISH = {"locale": "en-US", "color_scheme": "light"}
+DARK = {"locale": "en-US", "color_scheme": "dark"}
 CHINESE = {"locale": "zh-CN", "color_scheme": "dark"}
 
 QUESTIONS = ["Write 4072 in Chinese.", "Convert 35 km to m.", "What does math.sqrt do?"]
@@ -43,13 +45,13 @@ class Camera:
         self.browser, self.url, self.out, self.model = browser, url, out, model
 
     @contextmanager
-    def page(self, **look: Any) -> Iterator[Page]:
+    def page(self, to: str = "", ready: str = "#model option:not([value=''])", **look: Any) -> Iterator[Page]:
         context = self.browser.new_context(**look)
         page = context.new_page()
         page.set_default_timeout(180_000)
-        page.goto(self.url)
-        page.locator("#model option:not([value=''])").first.wait_for(state="attached")
-        if self.model:
+        page.goto(self.url.rstrip("/") + "/" + to)
+        page.locator(ready).first.wait_for(state="attached")
+        if self.model and not to:
             page.select_option("#model", self.model)
         yield page
         context.close()
@@ -115,6 +117,44 @@ def phone(camera: Camera, english: str, chinese: str) -> None:
         camera.shoot(page, "phone-zh")
 
 
+READY = "#pass:not(:disabled), body:has(.goban[data-over=true]) #turn"
+"""What stands on the Go page when nobody is thinking."""
+
+
+def advised(page: Page) -> str:
+    """Asks the champion for our move."""
+    page.click("#hint")
+    page.locator("#candidates td").first.wait_for()
+    page.locator(READY).first.wait_for()
+    return page.locator("#candidates td").first.inner_text()
+
+
+def go(camera: Camera) -> None:
+    """A game under way, with what the champion thinks of it; and one that is over."""
+    for name, look, moves in (("go", ENGLISH, 2), ("go-dark", DARK, 60)):
+        with camera.page("go", ".goban .spot", **DESK, **look) as page:
+            page.fill("#visits", "200")
+            page.click("#new-game")
+            for _ in range(moves):
+                page.locator(READY).first.wait_for()
+                if page.locator(".goban").get_attribute("data-over") == "true":
+                    break
+                move = advised(page)
+                page.click("#pass" if move == "pass" else f'.spot[data-move="{move}"]')
+            page.locator(READY).first.wait_for()
+            if page.locator(".goban").get_attribute("data-over") != "true":
+                advised(page)
+            camera.shoot(page, name)
+
+
+def studio(camera: Camera) -> None:
+    tall = {"viewport": {"width": 1280, "height": 1180}}
+    for name, look in (("studio", ENGLISH), ("studio-dark", DARK)):
+        with camera.page("studio", "#lines .card", **tall, **look) as page:
+            page.locator("#lineage .node").first.wait_for()
+            camera.shoot(page, name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--url", required=True)
@@ -122,6 +162,8 @@ def main() -> None:
     parser.add_argument("--model", help="name in the picker; default: the first one")
     parser.add_argument("--ask", nargs=3, metavar="QUESTION", default=QUESTIONS, help="three questions in English")
     parser.add_argument("--ask-zh", default=QUESTION_ZH, help="a question in Chinese")
+    parser.add_argument("--go", action="store_true", help="only the Go page; the server has a line that plays")
+    parser.add_argument("--studio", action="store_true", help="only the studio")
     given = parser.parse_args()
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
@@ -130,10 +172,15 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, headless=True, args=list(ARGUMENTS))
         camera = Camera(browser, given.url, given.out, given.model)
-        english(camera, given.ask)
-        compare(camera, given.ask[2])
-        chinese(camera, given.ask_zh)
-        phone(camera, given.ask[0], given.ask_zh)
+        if given.go:
+            go(camera)
+        if given.studio:
+            studio(camera)
+        if not given.go and not given.studio:
+            english(camera, given.ask)
+            compare(camera, given.ask[2])
+            chinese(camera, given.ask_zh)
+            phone(camera, given.ask[0], given.ask_zh)
         browser.close()
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import httpx
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
     from prairie.data.chat_template import ChatTemplate
     from prairie.data.tokenizer import Tokenizer
     from prairie.store.home import Home
@@ -91,6 +93,38 @@ def make_home(root: Path) -> Home:
         made = home.artifacts.id_of("model", {"texts": list(texts)}, [], "")
         home.registry.promote(home.registry.register(line, made, kind="model"))
     return home
+
+
+def go_home(root: Path) -> Home:
+    """A home whose line `go3` has been turned twice, on boards of 3 lines, in seconds."""
+    import io
+
+    from prairie.flywheel.go import HANDLERS as GO
+    from prairie.pipeline.context import Context
+    from prairie.pipeline.handlers import HANDLERS
+    from prairie.pipeline.run import run
+    from prairie.recipe import resolve_recipe
+    from prairie.runtime import Progress, Runtime
+    from prairie.store.home import Home
+
+    stages = {
+        "net": {"kind": "tower", "size": 3, "blocks": 2, "width": 16},
+        "publish": {"kind": "publish", "line": "go3", "model": "net"},
+        "turns": {
+            "kind": "selfplay", "line": "go3", "start": "publish", "turns": 2,
+            "play": {"games": 12, "visits": 12, "fast_visits": 4, "full_share": 0.5},
+            "learn": {"batch": 32, "passes": 2}, "match": {"games": 12, "visits": 4, "opening_moves": 2},
+        },
+    }  # fmt: skip
+    home = Home(root)
+    quiet = Runtime(threads=1, seed=1, progress=Progress(io.StringIO(), quiet=True))
+    run(Context(resolve_recipe({"name": "go3", "seed": 1, "stages": stages}), home, quiet), {**HANDLERS, **GO})
+    return home
+
+
+def follow_to(page: Page) -> None:
+    """Waits until the chat page has heard of its models."""
+    page.locator(MODELS_ARE_KNOWN).first.wait_for(state="attached")
 
 
 class Site:
