@@ -130,7 +130,9 @@ def turn_the_wheel(home: Home) -> str:
     """A whole turn on the votes in the store: DPO from the champion, judged by the people who do not teach."""
     recipe = resolve_recipe({"name": "t", "seed": 3, "stages": {"base": {"kind": "import", "path": "-"}}})
     context = Context(recipe, home, Runtime(threads=1, seed=3, progress=Progress(io.StringIO(), quiet=True)))
-    learn = Learning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
+    learn = Learning(
+        steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, sft_weight=0.2, adapter={"rank": 4}
+    )
     gate = ChatGate(context, GateRules(items=20), ["numbers"], max_tokens=16)
     return (
         Flywheel("spark", home.registry, ChatActor(context, "spark"), ChatLearner(context, learn), gate)
