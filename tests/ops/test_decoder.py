@@ -33,6 +33,13 @@ def test_products(kind, outputs, inputs, adds):
         torch.testing.assert_close(y_NO, x_NI @ dense_OI.T + 3.0 * adds, atol=1e-4, rtol=1e-4)
 
 
+def test_compiling_leaves_the_streams_of_the_program_alone():
+    """numba's way to colour messages swaps sys.stdout, in the thread that compiles."""
+    from numba.core import errors
+
+    assert type(errors.termcolor()).__name__ == "NOPColorScheme"
+
+
 def test_exp():
     from numba import njit
 
