@@ -26,15 +26,22 @@ def in_processes(function: Callable[[_C], _R], chunks: Iterable[_C], processes: 
     waiting = iter(chunks)
     first = list(islice(waiting, LEAST_CHUNKS))
     all_chunks = chain(first, waiting)
-    if len(first) < LEAST_CHUNKS or processes == 1:
+    if len(first) < LEAST_CHUNKS or (processes := processes or _cores()) == 1:
         yield from map(function, all_chunks)
         return
     # loky and not multiprocessing: it neither forks a process with threads nor imports the caller's script again.
-    from loky import ProcessPoolExecutor, cpu_count
+    from loky import ProcessPoolExecutor
 
     work = pickle.dumps(function)
-    with ProcessPoolExecutor(processes or cpu_count(), env={"TOKENIZERS_PARALLELISM": "false"}) as pool:
+    with ProcessPoolExecutor(processes, env={"TOKENIZERS_PARALLELISM": "false"}) as pool:
         yield from pool.map(_Call(work), all_chunks)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    import loky
+
+    return int(loky.cpu_count())
 
 
 class _Call:

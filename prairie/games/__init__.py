@@ -1,4 +1,4 @@
-"""Go: rules, records, search, self-play. What is compiled needs numba, the extra `games`."""
+"""Go: rules, records, search, self-play. What is compiled needs numba."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from prairie.serve.answers import DONE, event, to_json
 from prairie.serve.choices import Caller, Desk
 from prairie.serve.errors import body_of
 from prairie.serve.schema import ChatRequest, CompletionRequest
+from prairie.serve.stream import until_left
 
 if TYPE_CHECKING:
     from prairie.store.feedback import Response as Row
@@ -111,15 +112,9 @@ class RemoteAnswering(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._stream(send) if self.asked.stream else self._whole(send)
-        writing, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            await until_left(work, receive)
         finally:
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
             await asyncio.shield(self.desk.keep(self._close()))
 
     async def _whole(self, send: Send) -> None:
@@ -234,8 +229,3 @@ class RemoteAnswering(Response):
 
     def _latency_ms(self) -> float:
         return round((time.perf_counter() - self.arrived) * 1000, 3)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

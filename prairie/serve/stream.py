@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -216,16 +216,9 @@ class Answering(Response):
         self.init_headers({"Cache-Control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.create_task(self.write(send))
-        leaving = asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            await until_left(self.write(send), receive)
         finally:
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
             await self.answer.close()
 
     async def write(self, send: Send) -> None:
@@ -292,6 +285,19 @@ class EventStream(Answering):
 
     def _event(self, piece: dict[str, Any]) -> bytes:
         return self.before + b'"choices":[' + to_json(piece) + b"]" + self.after
+
+
+async def until_left(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Runs `work` until it ends or the client leaves, which cancels it. Raises what `work` raises."""
+    writing, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if writing.done():
+            writing.result()
+    finally:
+        for task in (writing, leaving):
+            task.cancel()
+        await asyncio.gather(writing, leaving, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:

@@ -540,3 +540,20 @@ def test_slow_saving_makes_saves_rarer(tmp_path):
     trainer._plan_save(cost_s=10.0)
     assert trainer._save_due_s == pytest.approx(now + 200, abs=1)
     assert full_trainer(tmp_path, tiny_config(save_every_s=None))._save_due_s == math.inf
+
+
+def test_a_signal_that_comes_while_the_ranks_meet_is_for_the_next_step(tmp_path):
+    trainer = full_trainer(tmp_path, tiny_config(save_every=0))
+    real, sent = trainer.ranks.most, []
+
+    def most(values):
+        answer = real(values)
+        if trainer.state.step == 4 and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    trainer.ranks.most = most
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    assert trainer.checkpoints.steps() == [5], "the step after the signal is saved, and the last"
