@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from prairie.store.audit import record
 
 if TYPE_CHECKING:
     from prairie.serve.choices import Desk
-    from prairie.store.feedback import FeedbackEvent, Response
+    from prairie.store.feedback import FeedbackEvent, Glimpse, Response
     from prairie.store.home import Home
     from prairie.store.registry import Registry, Turn
 
@@ -51,6 +50,7 @@ class Studio:
 
     def __init__(self, home: Home, desk: Desk) -> None:
         self.home, self.desk = home, desk
+        self._counted: tuple[tuple[int, int], dict[str, Any]] | None = None
 
     def lines(self) -> list[dict[str, Any]]:
         """Every line: its champion, its versions, when its champion changed."""
@@ -60,31 +60,36 @@ class Studio:
     def traffic(self, minutes: int = 60) -> dict[str, Any]:
         """Answers of the last hour in bars, and by version; the newest ones without their text."""
         now, store = time.time(), self.home.feedback
-        answers = store.responses(since=now - 60 * minutes)
-        votes = store.events(since=now - 60 * minutes)
-        width = 60 * minutes / BUCKETS
+        since = now - 60 * minutes
+        answers, width = store.glimpses(since), 60 * minutes / BUCKETS
         bars = [{"answers": 0, "aborted": 0, "votes": 0} for _ in range(BUCKETS)]
         for answer in answers:
             bar = bars[_bucket(now - answer.created, width)]
             bar["answers"] += 1
             bar["aborted"] += answer.status == "aborted"
-        for vote in votes:
-            bars[_bucket(now - vote.created, width)]["votes"] += 1
+        for said in store.said_at(since):
+            bars[_bucket(now - said, width)]["votes"] += 1
+        latest = store.responses(since=since, newest=LATEST)
         return {
             "pending": self.desk.pending, "minutes": minutes, "bars": bars, "versions": _by_version(answers),
-            "latest": [_told(answer) for answer in reversed(answers[-LATEST:])],
+            "latest": [_told(answer) for answer in reversed(latest)],
         }  # fmt: skip
 
     def votes(self) -> dict[str, Any]:
         """Counts of all votes, and the newest ones with what became of them."""
-        store = self.home.feedback
-        events = store.events()[-LATEST:]
+        events = self.home.feedback.events(newest=LATEST)
         fates = self._fates(events)
-        counts = store.stats(purpose="chat")
-        return {
-            **{key: counts[key] for key in ("events", "by_kind", "current", "thumbs", "users")},
-            "latest": [fates[event.id] for event in reversed(events)],
-        }
+        return {**self._counts(), "latest": [fates[event.id] for event in reversed(events)]}
+
+    def _counts(self) -> dict[str, Any]:
+        """Of all votes. Counting reads each of them, so it is done again only when there is another one."""
+        store = self.home.feedback
+        mark = store.mark()
+        if self._counted is None or self._counted[0] != mark:
+            counts = store.stats(purpose="chat")
+            keys = ("events", "by_kind", "current", "thumbs", "users")
+            self._counted = (mark, {key: counts[key] for key in keys})
+        return self._counted[1]
 
     def votes_of(self, user: str) -> list[dict[str, Any]]:
         """What became of one person's votes, newest first."""
@@ -139,7 +144,7 @@ class Studio:
 
     def _fates(self, events: Sequence[FeedbackEvent]) -> dict[str | None, dict[str, Any]]:
         """Event id -> the event without its text, and which turns learned from it."""
-        answers = {event.response_id: self.home.feedback.get_response(event.response_id) for event in events}
+        answers = self.home.feedback.responses_by_id(event.response_id for event in events)
         lines = {answer.line for answer in answers.values() if answer.line}
         known = set(self.home.registry.lines())
         turns = {line: self._learned(line) for line in lines if line in known}
@@ -189,14 +194,16 @@ def _line(registry: Registry, line: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_version(answers: Sequence[Response]) -> list[dict[str, Any]]:
+def _by_version(answers: Sequence[Glimpse]) -> list[dict[str, Any]]:
     """Counts and speed of each version, the busiest first."""
+    of: dict[tuple[str | None, str | None], list[Glimpse]] = {}
+    for answer in answers:
+        of.setdefault((answer.line, answer.version_id), []).append(answer)
     found = []
-    for (line, version), count in Counter((a.line, a.version_id) for a in answers).most_common():
-        mine = [a for a in answers if (a.line, a.version_id) == (line, version)]
+    for (line, version), mine in sorted(of.items(), key=lambda pair: -len(pair[1])):
         slow = [a.latency_ms for a in mine if a.latency_ms is not None]
         found.append({
-            "line": line, "artifact_id": version, "answers": count,
+            "line": line, "artifact_id": version, "answers": len(mine),
             "aborted": sum(a.status == "aborted" for a in mine),
             "median_ms": round(statistics.median(slow), 1) if slow else None,
         })  # fmt: skip

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, Select, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, delete, func, select, update
 
 from prairie.data.records import Message, messages_from_json
 from prairie.errors import ConflictError, NotFoundError, RequestError
@@ -125,6 +125,17 @@ class FeedbackEvent:
 
 
 @dataclass(frozen=True)
+class Glimpse:
+    """Of an answer what traffic is counted by: nothing that was asked or said."""
+
+    created: float
+    status: str
+    line: str | None
+    version_id: str | None
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
 class Vote:
     """An event of the current view together with the answers that it speaks of."""
 
@@ -211,12 +222,34 @@ class FeedbackStore:
             return _response(_response_row(connection, id))
 
     def responses(
-        self, *, line: str | None = None, purpose: str | None = None, since: float | None = None
+        self,
+        *,
+        line: str | None = None,
+        purpose: str | None = None,
+        since: float | None = None,
+        newest: int | None = None,
     ) -> list[Response]:
-        """Answers, oldest first. `since`: UNIX seconds."""
-        query = select(RESPONSES).order_by(RESPONSES.c.created, RESPONSES.c.id)
+        """Answers, oldest first. `since`: UNIX seconds; `newest`: only so many, the last ones."""
+        order = (RESPONSES.c.created, RESPONSES.c.id)
+        query = _narrow(select(RESPONSES), line, purpose, since)
         with self.home.database.read() as connection:
-            return [_response(row) for row in connection.execute(_narrow(query, line, purpose, since)).mappings()]
+            return [_response(row) for row in _last(connection, query, order, newest)]
+
+    def responses_by_id(self, ids: Iterable[str]) -> dict[str, Response]:
+        """Those of these answers that are there."""
+        with self.home.database.read() as connection:
+            return {
+                row["id"]: _response(row)
+                for some in _chunks(sorted(set(ids)), 500)
+                for row in connection.execute(select(RESPONSES).where(RESPONSES.c.id.in_(some))).mappings()
+            }
+
+    def glimpses(self, since: float) -> list[Glimpse]:
+        """Answers since then (UNIX seconds) without what they say, oldest first."""
+        columns = [RESPONSES.c[name] for name in Glimpse.__dataclass_fields__]
+        query = select(*columns).where(RESPONSES.c.created >= since).order_by(RESPONSES.c.created)
+        with self.home.database.read() as connection:
+            return [Glimpse(*row) for row in connection.execute(query)]
 
     # Feedback
 
@@ -274,10 +307,13 @@ class FeedbackStore:
         purpose: str | None = None,
         line: str | None = None,
         response_id: str | None = None,
+        newest: int | None = None,
     ) -> list[FeedbackEvent]:
-        """All that was said, in the order in which it came, retractions and second thoughts included."""
-        query = select(FEEDBACK_EVENTS).join(RESPONSES).order_by(FEEDBACK_EVENTS.c.seq)
-        query = _narrow(query, line, purpose, None)
+        """All that was said, in the order in which it came, retractions and second thoughts included.
+
+        `newest`: only so many, the last ones.
+        """
+        query = _narrow(select(FEEDBACK_EVENTS).join(RESPONSES), line, purpose, None)
         if kinds is not None:
             query = query.where(FEEDBACK_EVENTS.c.kind.in_(list(kinds)))
         if users is not None:
@@ -287,7 +323,19 @@ class FeedbackStore:
         if response_id is not None:
             query = query.where(FEEDBACK_EVENTS.c.response_id == response_id)
         with self.home.database.read() as connection:
-            return [_event(row) for row in connection.execute(query).mappings()]
+            return [_event(row) for row in _last(connection, query, (FEEDBACK_EVENTS.c.seq,), newest)]
+
+    def said_at(self, since: float) -> list[float]:
+        """When events came since then, UNIX seconds, in no order."""
+        with self.home.database.read() as connection:
+            query = select(FEEDBACK_EVENTS.c.created).where(FEEDBACK_EVENTS.c.created >= since)
+            return list(connection.execute(query).scalars())
+
+    def mark(self) -> tuple[int, int]:
+        """Changes whenever an event comes or is forgotten: (the last event's number, how many were forgotten)."""
+        with self.home.database.read() as connection:
+            last = connection.execute(select(func.max(FEEDBACK_EVENTS.c.seq))).scalar() or 0
+            return last, connection.execute(select(func.count()).select_from(FORGOTTEN_EVENTS)).scalar_one()
 
     def current(
         self, *, since: float | None = None, purpose: str | None = None, line: str | None = None
@@ -309,14 +357,8 @@ class FeedbackStore:
         events = [
             e for e in self.current(since=since, purpose=purpose, line=line) if wanted is None or e.kind in wanted
         ]
-        ids = {id for event in events for id in (event.response_id, *_others(event))}
-        with self.home.database.read() as connection:
-            answers = {
-                row["id"]: _response(row)
-                for some in _chunks(sorted(ids), 500)
-                for row in connection.execute(select(RESPONSES).where(RESPONSES.c.id.in_(some))).mappings()
-                if row["status"] != "forgotten"
-            }
+        found = self.responses_by_id(id for event in events for id in (event.response_id, *_others(event)))
+        answers = {id: answer for id, answer in found.items() if answer.status != "forgotten"}
         return [
             Vote(event, answers[event.response_id], tuple(answers[id] for id in _others(event)))
             for event in events
@@ -328,7 +370,8 @@ class FeedbackStore:
         with self.home.database.read() as connection:
             by_status = _narrow(select(RESPONSES.c.status, func.count()), line, purpose, None)
             statuses = {row[0]: row[1] for row in connection.execute(by_status.group_by(RESPONSES.c.status))}
-            made_by = _narrow(select(RESPONSES.c.id, RESPONSES.c.line, RESPONSES.c.version_id), line, purpose, None)
+            made_by = select(RESPONSES.c.id, RESPONSES.c.line, RESPONSES.c.version_id)
+            made_by = _narrow(made_by.join(FEEDBACK_EVENTS).distinct(), line, purpose, None)
             makers = {row.id: (row.line, row.version_id) for row in connection.execute(made_by)}
         events = self.events(line=line, purpose=purpose)
         counting = current_view(events)
@@ -642,6 +685,16 @@ def _narrow(query: Select[Any], line: str | None, purpose: str | None, since: fl
     if since is not None:
         query = query.where(RESPONSES.c.created >= since)
     return query
+
+
+def _last(
+    connection: Connection, query: Select[Any], order: Sequence[ColumnElement[Any]], newest: int | None
+) -> list[RowMapping]:
+    """The query's rows in this order: all, or so many of its end."""
+    if newest is None:
+        return list(connection.execute(query.order_by(*order)).mappings())
+    backwards = query.order_by(*(column.desc() for column in order)).limit(newest)
+    return list(connection.execute(backwards).mappings())[::-1]
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 METADATA = MetaData()
@@ -175,8 +176,14 @@ def _trials(connection: Connection) -> None:
     METADATA.create_all(connection, [TRIALS], checkfirst=False)
 
 
+def _by_time(connection: Connection) -> None:
+    for table in (RESPONSES, FEEDBACK_EVENTS):  # not in METADATA: the first step is frozen without them
+        connection.execute(text(f"CREATE INDEX {table.name}_by_time ON {table.name} (created)"))
+
+
 MIGRATIONS: tuple[tuple[int, str, Callable[[Connection], None]], ...] = (
     (1, "registry, turns, responses, feedback, keys", _first_tables),
     (2, "versions on trial", _trials),
+    (3, "answers and feedback by time", _by_time),
 )
 LATEST = MIGRATIONS[-1][0]

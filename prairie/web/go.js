@@ -165,6 +165,7 @@ function drawBoard() {
 
 function drawTurn() {
   const { position } = state;
+  for (const node of document.querySelectorAll(".needs-line")) node.hidden = state.lines?.length === 0;
   const link = $("sgf");
   link.hidden = !position?.moves.length;
   if (position) link.setAttribute("href", "data:application/x-go-sgf," + encodeURIComponent(position.sgf));

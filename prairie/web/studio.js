@@ -7,29 +7,47 @@ import { pseudonym } from "./storage.js";
 
 const $ = (id) => document.getElementById(id);
 const EVERY_MS = 4000;
-const seen = { lines: [], turns: new Map(), traffic: null, votes: null, mine: [], lineage: null };
+// What the server told of each part; null until it did. The parts come and are drawn each for itself.
+const seen = { lines: null, turns: null, traffic: null, votes: null, mine: null, lineage: null };
 let chosen = null; // the version whose lineage is shown
+let loading = null; // the promise of the reading under way
 
-async function load() {
-  try {
-    const [lines, traffic, votes, mine] = await Promise.all([
-      studio("lines"), studio("traffic"), studio("votes"), studio(`votes?user=${encodeURIComponent(pseudonym())}`),
-    ]);
-    Object.assign(seen, { lines: lines.data, traffic, votes, mine: mine.data });
-    const turned = seen.lines.filter((line) => line.turns);
-    for (const { line } of turned) seen.turns.set(line, (await studio(`turns/${encodeURIComponent(line)}`)).data);
-    const first = turned[0] ?? seen.lines[0];
-    chosen ??= first?.champion ? `${first.line}@${first.champion}` : null;
-    seen.lineage = chosen ? await studio(`lineage/${encodeURIComponent(chosen)}`) : null;
-  } catch (error) {
-    return refused(error);
-  }
+function load() {
+  loading ??= read().catch(refused).finally(() => (loading = null));
+  return loading;
+}
+
+async function read() {
+  const put = (part) => (found) => {
+    seen[part] = found.data ?? found;
+    draw();
+  };
+  await Promise.all([
+    studio("lines").then(put("lines")).then(readTurns),
+    studio("traffic").then(put("traffic")),
+    studio("votes").then(put("votes")),
+    studio(`votes?user=${encodeURIComponent(pseudonym())}`).then(put("mine")),
+  ]);
+}
+
+async function readTurns() {
+  const turned = seen.lines.filter((line) => line.turns);
+  const rows = await Promise.all(turned.map(async ({ line }) => [line, (await studio(`turns/${encodeURIComponent(line)}`)).data]));
+  seen.turns = new Map(rows);
+  const first = turned[0] ?? seen.lines[0];
+  chosen ??= first?.champion ? `${first.line}@${first.champion}` : null;
+  await readLineage();
+}
+
+async function readLineage() {
+  seen.lineage = chosen ? await studio(`lineage/${encodeURIComponent(chosen)}`) : { nodes: [], arrows: [] };
   draw();
 }
 
 async function change(act) {
   try {
     const made = await act();
+    await loading;
     await load();
     say(t("studio.changed", { name: made.champion }));
   } catch (error) {
@@ -38,14 +56,21 @@ async function change(act) {
 }
 
 function draw() {
-  if (!seen.traffic) return;
-  $("lines").replaceChildren(...seen.lines.map(drawLine));
-  const turns = [...seen.turns].flatMap(([line, rows]) => rows.map((turn) => drawTurn(line, turn)));
-  $("turns").replaceChildren(...(turns.length ? turns : [h("p", { class: "faint" }, t("studio.turns.none"))]));
-  $("mine").replaceChildren(fates(seen.mine));
-  drawTraffic();
-  drawVotes();
-  drawLineage();
+  part("lines", seen.lines, (lines) => lines.map(drawLine));
+  part("turns", seen.turns && seen.lines, () => {
+    const turns = [...seen.turns].flatMap(([line, rows]) => rows.map((turn) => drawTurn(line, turn)));
+    return turns.length ? turns : [h("p", { class: "faint" }, t("studio.turns.none"))];
+  });
+  part("mine", seen.mine, (events) => [fates(events)]);
+  part("traffic", seen.traffic, drawTraffic);
+  part("votes", seen.votes, drawVotes);
+  part("lineage", seen.lineage, drawLineage);
+}
+
+/** A part of the page, or that it is still awaited. */
+function part(id, known, drawn) {
+  $(id).setAttribute("aria-busy", String(known === null));
+  $(id).replaceChildren(...(known === null ? [h("p", { class: "faint" }, t("studio.loading"))] : drawn(known)));
 }
 
 function drawLine(line) {
@@ -110,13 +135,12 @@ function fate(event) {
   return h("span", { class: "fate" }, event.passed_by.length ? t("studio.passed", { n: event.passed_by.at(-1) }) : t("studio.waits"));
 }
 
-function drawTraffic() {
-  const { bars, versions, latest, pending, minutes } = seen.traffic;
+function drawTraffic({ bars, versions, latest, pending, minutes }) {
   const most = Math.max(4, ...bars.map((bar) => Math.max(bar.answers, bar.votes)));
   const wide = 12;
   const part = (k, count, from, name) => svg("rect", { x: k * wide + 1 + from, y: 80 - (76 * count) / most, width: 5, height: (76 * count) / most, class: name });
-  const name = (row) => seen.lines.flatMap((line) => line.versions).find((version) => version.artifact_id === row.artifact_id)?.name ?? row.line ?? row.model;
-  $("traffic").replaceChildren(
+  const name = (row) => (seen.lines ?? []).flatMap((line) => line.versions).find((version) => version.artifact_id === row.artifact_id)?.name ?? row.line ?? row.model;
+  return [
     h("p", {}, t("studio.now", { pending, answers: bars.reduce((sum, bar) => sum + bar.answers, 0), votes: bars.reduce((sum, bar) => sum + bar.votes, 0), minutes })),
     svg("svg", { viewBox: `0 0 ${wide * bars.length} 82`, class: "plot bars", role: "img", "aria-label": t("studio.traffic") },
       bars.map((bar, k) => [part(k, bar.answers, 0, "answers"), part(k, bar.votes, 5, "votes")])),
@@ -125,29 +149,33 @@ function drawTraffic() {
       versions.map((row) => [name(row), String(row.answers), String(row.aborted), row.median_ms === null ? "" : `${row.median_ms} ms`])),
     h("details", {}, h("summary", {}, t("studio.latest")),
       table([t("studio.when"), t("studio.version"), t("studio.state"), t("studio.tokens"), "ms"],
-        latest.slice(0, 15).map((row) => [time(row.created * 1000), name(row), row.status, String(row.tokens), row.latency_ms === null ? "" : String(Math.round(row.latency_ms))]))));
+        latest.slice(0, 15).map((row) => [time(row.created * 1000), name(row), row.status, String(row.tokens), row.latency_ms === null ? "" : String(Math.round(row.latency_ms))]))),
+  ];
 }
 
-function drawVotes() {
-  const { current, thumbs, users, latest } = seen.votes;
+function drawVotes({ current, thumbs, users, latest }) {
   const counts = Object.entries(current).map(([kind, n]) => `${t("kind." + kind)} ${n}`).join(" · ");
-  $("votes").replaceChildren(
+  return [
     h("p", {}, t("studio.counts", { users, up: thumbs.up ?? 0, down: thumbs.down ?? 0 }), " ", h("span", { class: "faint" }, counts)),
-    fates(latest.slice(0, 12)));
+    fates(latest.slice(0, 12)),
+  ];
 }
 
 // --- lineage ------------------------------------------------------------------------------------------------------------
 
 async function show(name) {
   chosen = name;
-  await load();
+  try {
+    await readLineage();
+  } catch (error) {
+    return refused(error);
+  }
   $("lineage").scrollIntoView({ block: "nearest" });
 }
 
 /** What a version was made from, left to right: data and older models, then what they made. */
-function drawLineage() {
-  const graph = seen.lineage;
-  if (!graph) return $("lineage").replaceChildren(h("p", { class: "faint" }, t("studio.lineage.none")));
+function drawLineage(graph) {
+  if (!graph.nodes.length) return [h("p", { class: "faint" }, t("studio.lineage.none"))];
   const [wide, high, gap] = [150, 44, 26];
   const deepest = Math.max(...graph.nodes.map((node) => node.depth));
   const columns = Array.from({ length: deepest + 1 }, () => []);
@@ -170,11 +198,13 @@ function drawLineage() {
       svg("text", { x: x + 10, y: y + 35 }, about),
       svg("title", {}, `${node.kind} ${node.name} ${node.id}`));
   });
-  $("lineage").replaceChildren(
+  return [
     h("p", {}, graph.name),
-    h("div", { class: "graph" }, svg("svg", { viewBox: `-2 -2 ${width} ${height}`, width, height, role: "img", "aria-label": t("studio.lineage") }, arrows, boxes)));
+    h("div", { class: "graph" }, svg("svg", { viewBox: `-2 -2 ${width} ${height}`, width, height, role: "img", "aria-label": t("studio.lineage") }, arrows, boxes)),
+  ];
 }
 
-startPage(load);
-setInterval(() => document.visibilityState === "visible" && seen.traffic && load(), EVERY_MS);
-document.addEventListener("visibilitychange", () => document.visibilityState === "visible" && seen.traffic && load());
+const refresh = () => document.visibilityState === "visible" && seen.traffic && load();
+startPage(() => (draw(), load()));
+setInterval(refresh, EVERY_MS);
+document.addEventListener("visibilitychange", refresh);

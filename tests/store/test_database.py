@@ -19,7 +19,7 @@ from prairie.store import schema
 from prairie.store.database import Database, _Work
 from prairie.store.schema import API_KEYS
 
-GOLDEN = {1: Path(__file__).parent / "schema_1.sql", 2: Path(__file__).parent / "schema_2.sql"}
+GOLDEN = {step: Path(__file__).parent / f"schema_{step}.sql" for step in (1, 2, 3)}
 
 
 def key_row(name):

@@ -401,3 +401,31 @@ def test_what_was_done_is_kept_and_checked(feedback):
             said(feedback, kind, value)
     with pytest.raises(NotFoundError):
         said(feedback, "regenerate", {"new": "nobody"})
+
+
+# What a page asks for every few seconds
+
+
+def test_the_newest_are_asked_for_without_reading_all(feedback):
+    for value in ("up", "down", "up"):
+        said(feedback, "thumb", value)
+    every = feedback.events()
+    assert feedback.events(newest=2) == every[-2:] and feedback.events(newest=9, users=["ann"]) == every
+    answers = feedback.responses()
+    assert feedback.responses(newest=2) == answers[-2:]
+    assert feedback.responses_by_id([answers[0].id, "nobody"]) == {answers[0].id: answers[0]}
+    since = answers[1].created
+    assert [(g.created, g.status, g.latency_ms) for g in feedback.glimpses(since)] == [
+        (a.created, a.status, a.latency_ms) for a in answers if a.created >= since
+    ]
+    assert sorted(feedback.said_at(every[1].created)) == [event.created for event in every[1:]]
+
+
+def test_the_mark_changes_with_whatever_changes_the_counts(feedback):
+    marks = [feedback.mark()]
+    said(feedback, "thumb", "up", key="k")
+    marks.append(feedback.mark())
+    said(feedback, "thumb", "up", key="k")
+    assert feedback.mark() == marks[-1], "the same vote again is no other vote"
+    feedback.forget("ann")
+    assert len({*marks, feedback.mark()}) == 3
