@@ -10,13 +10,15 @@ Legend: as in `ops.decoder`.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 import weakref
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,7 +39,12 @@ log = logging.getLogger("prairie.engine")
 GROUPS = ("qkv", "o", "gate_up", "down")
 LANES, PARTS = 8, 3
 """As in `ops.decoder`, which is imported late."""
-NOWHERE = np.zeros(0, dtype=np.int64)
+MOST_LAYERS = 400
+"""The phases of a step have numbers of 12 bits."""
+MOST_THREADS = 64
+HEAD_PIECES = 16
+"""Pieces of the head for each thread."""
+NOTHING = np.zeros(0, dtype=np.int64)
 
 
 def covers(model: Transformer) -> bool:
@@ -51,7 +58,14 @@ def covers(model: Transformer) -> bool:
         and not c.attention_softcap and not c.logit_softcap and not c.logit_bias
     )  # fmt: skip
     whole = all(size % LANES == 0 for size in (c.dim, c.q_dim, c.ffn_dim, c.head_dim))
-    return plain and whole and model.embed.dtype == torch.float32 and model.embed.device.type == "cpu" and _kinds(model)
+    return (
+        plain
+        and whole
+        and c.layers <= MOST_LAYERS
+        and model.embed.dtype == torch.float32
+        and model.embed.device.type == "cpu"
+        and _kinds(model)
+    )
 
 
 def _kinds(model: Transformer) -> bool:
@@ -83,64 +97,59 @@ class Adapter:
     """What the addresses in `pairs` point to."""
 
 
+class Helpers:
+    """Threads that compute pieces of a plan's steps beside the caller's, asleep in between. They end with `dismiss` or
+    with the process; until then they hold what they look at, but nothing of the model."""
+
+    def __init__(self, plan: np.ndarray, decoder: ModuleType) -> None:
+        self.plan, self.decoder = plan, decoder
+        self.gate = np.zeros(decoder.GATE_BYTES + 64, dtype=np.uint8)
+        self.doors = np.zeros((MOST_THREADS, decoder.DOOR_BYTES), dtype=np.uint8)
+        self.libc = ctypes.CDLL(None)
+        self.started = 1
+        record = plan[0]
+        record["gate"] = -(-address(self.gate) // 64) * 64  # each word on a line of memory of its own
+        record["doors"] = address(self.doors)
+        for name, function in (
+            ("post", "sem_post"), ("wait", "sem_wait"), ("try_wait", "sem_trywait"), ("give_way", "sched_yield")
+        ):  # fmt: skip
+            record[name] = ctypes.cast(getattr(self.libc, function), ctypes.c_void_p).value
+
+    def have(self, threads: int) -> None:
+        """From now on this many threads compute, the caller's among them."""
+        while self.started < threads:
+            self.libc.sem_init(ctypes.c_void_p(self._door(self.started)), 0, 0)
+            threading.Thread(target=self._help, args=(self.started,), name="prairie-step", daemon=True).start()
+            self.started += 1
+
+    def dismiss(self) -> None:
+        self.plan[0]["stop"] = 1
+        for helper in range(1, self.started):
+            self.libc.sem_post(ctypes.c_void_p(self._door(helper)))
+
+    def _help(self, helper: int) -> None:
+        self.decoder.decoder_step(self.plan, helper)
+
+    def _door(self, helper: int) -> int:
+        return address(self.doors) + helper * int(self.decoder.DOOR_BYTES)
+
+
 class CompiledDecoder:
     """A model and its cache, as arrays and addresses. Everything that an address points to is held here."""
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         c = model.config
         self.model, self.cache, self.config = model, cache, c
-        kind = getattr(model.layers[0].qkv, "bits", "float32")
-        self.kind = ("float32", "bf16", "int8").index(kind)
-        self.held: list[Tensor] = []
-        self.weights = np.zeros((c.layers, 4), dtype=np.int64)
-        self.scales = np.zeros((c.layers, 4), dtype=np.int64)
-        for layer, block in enumerate(model.layers):
-            for group, name in enumerate(GROUPS):
-                self.weights[layer, group], self.scales[layer, group] = self._addresses(getattr(block, name))
-        packed = model.quantization
-        self.head_kind = self.kind if packed is not None and packed.head else 0
-        self.head = self._addresses(
-            PackedWeight(model.head_weight, packed.bits) if packed is not None and packed.head else model.head_weight
-        )
+        self.held: list[Tensor | np.ndarray] = []
+        self.adapters: weakref.WeakKeyDictionary[LoRA, Adapter | None] = weakref.WeakKeyDictionary()
+        self.scratch: dict[str, np.ndarray] = {}
         self.embeddings = model.embed.detach().numpy()
-
-        def stacked(name: str, width: int) -> np.ndarray:
-            rows = [getattr(block, name) for block in model.layers]
-            if rows[0] is None:
-                return np.zeros((c.layers, 0), dtype=np.float32)
-            return torch.stack([row.detach().float() for row in rows]).numpy().reshape(c.layers, width)
-
-        offset = np.float32(1.0 if c.norm_offset else 0.0)
-        norms = [stacked(name, c.dim) + offset for name in ("attention_norm", "mlp_norm")]
-        self.norms = np.ascontiguousarray(np.stack(norms, 1))
-        assert model.norm is not None
-        self.last_norm = model.norm.detach().float().numpy() + offset
-        if c.qk_norm:
-            self.qk_norms = np.stack([stacked(name, c.head_dim) + offset for name in ("q_norm", "k_norm")], 1)
-        else:
-            self.qk_norms = np.zeros((c.layers, 0, c.head_dim), dtype=np.float32)
-        self.qk_norms = np.ascontiguousarray(self.qk_norms)
-        self.qkv_biases, self.out_biases = stacked("qkv_bias", c.qkv_dim), stacked("o_bias", c.dim)
-        self.mlp_biases, self.down_biases = stacked("gate_up_bias", 2 * c.ffn_dim), stacked("down_bias", c.dim)
-        self.windows = np.array([c.window(layer) for layer in range(c.layers)], dtype=np.int64)
-        self.turned = np.array([layer not in c.nope_layers for layer in range(c.layers)])
         turns = rotary_turns(torch.arange(c.max_context), rope_frequencies(c), rope_magnitudes(c))[:, 0]
         self.turns = torch.cat([turns.real, turns.imag], 1).contiguous().numpy()
         self.plain_turn = np.repeat(np.array([1.0, 0.0], dtype=np.float32), c.head_dim // 2)
-        self.kv = cache.store.numpy().reshape(c.layers, 2, -1, c.kv_heads, c.head_dim)
-        self.adapters: weakref.WeakKeyDictionary[LoRA, Adapter | None] = weakref.WeakKeyDictionary()
-        self.scratch: dict[str, np.ndarray] = {}
+        self.plan = np.zeros(0)
         self.ready = threading.Event()
         self.compiling = threading.Lock()
-
-    def _addresses(self, weight: Tensor | PackedWeight) -> tuple[int, int]:
-        """Of the numbers and of their scales, 0 where there are none."""
-        if isinstance(weight, PackedWeight):
-            self.held += [weight.numbers, weight.scales]
-            return weight.numbers.data_ptr(), weight.scales.data_ptr() if weight.bits == "int8" else 0
-        held = weight.detach().contiguous()
-        self.held.append(held)
-        return held.data_ptr(), 0
 
     # ---- compiling
 
@@ -158,13 +167,75 @@ class CompiledDecoder:
             if decoder is None:
                 return False
             try:
-                decoder.decoder_step(*self._arguments({}, 0, []))
-                decoder.head_step(*self._head_arguments({}, 0))
+                self.plan = np.zeros(1, decoder.PLAN)
+                self.plan[0]["stop"] = 1
+                decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
+                self._describe_model(decoder)
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
             self.ready.set()
             return True
+
+    def _describe_model(self, decoder: ModuleType) -> None:
+        """What the plan says of every step."""
+        model, cache, c, record = self.model, self.cache, self.config, self.plan[0]
+        for name in ("layers", "dim", "heads", "kv_heads", "head_dim"):
+            record[name] = getattr(c, name)
+        record["ffn"], record["vocab"] = c.ffn_dim, c.vocab_size
+        record["eps"], record["query_scale"] = c.norm_eps, model.query_scale * c.head_dim**-0.5
+        record["kind"] = ("float32", "bf16", "int8").index(getattr(model.layers[0].qkv, "bits", "float32"))
+        weights = [[self._addresses(getattr(block, name)) for name in GROUPS] for block in model.layers]
+        self._keep("weights", np.array([[numbers for numbers, _ in row] for row in weights]))
+        self._keep("scales", np.array([[scales for _, scales in row] for row in weights]))
+        packed = model.quantization
+        record["head_kind"] = record["kind"] if packed is not None and packed.head else 0
+        record["head"], record["head_scales"] = self._addresses(
+            PackedWeight(model.head_weight, packed.bits) if packed is not None and packed.head else model.head_weight
+        )
+
+        def stacked(name: str) -> np.ndarray | None:
+            rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]
+            return torch.stack(rows).numpy() if rows else None
+
+        offset = np.float32(1.0 if c.norm_offset else 0.0)
+        for name, pair in (("norms", ("attention_norm", "mlp_norm")), ("qk_norms", ("q_norm", "k_norm"))):
+            found = [rows + offset for part in pair if (rows := stacked(part)) is not None]
+            if found:
+                self._keep(name, np.stack(found, 1))
+        for name, of_block in (
+            ("qkv_bias", "qkv_bias"), ("out_bias", "o_bias"), ("mlp_bias", "gate_up_bias"), ("down_bias", "down_bias")
+        ):  # fmt: skip
+            bias = stacked(of_block)
+            if bias is not None:
+                self._keep(name, bias)
+        assert model.norm is not None
+        self._keep("last_norm", model.norm.detach().float().numpy() + offset)
+        self._keep("windows", np.array([c.window(layer) for layer in range(c.layers)], dtype=np.int64))
+        self._keep("turned", np.array([layer not in c.nope_layers for layer in range(c.layers)], dtype=np.int64))
+        self._keep("kv", cache.store.numpy())
+        self._keep("tables", cache.tables)
+        record["slots"], record["blocks"], record["block_size"] = cache.tokens, cache.tables.shape[1], cache.block_size
+        record["products"] = decoder.products.address
+        helpers = Helpers(self.plan, decoder)
+        weakref.finalize(self, helpers.dismiss).atexit = False  # at the end of the process they sleep on
+        self.helpers = helpers
+        record["stop"] = 0
+
+    def _keep(self, name: str, values: np.ndarray) -> None:
+        """Something of the model, by its address."""
+        kept = np.ascontiguousarray(values)
+        self.held.append(kept)
+        self.plan[0][name] = address(kept)
+
+    def _addresses(self, weight: Tensor | PackedWeight) -> tuple[int, int]:
+        """Of the numbers and of their scales, 0 where there are none."""
+        if isinstance(weight, PackedWeight):
+            self.held += [weight.numbers, weight.scales]
+            return weight.numbers.data_ptr(), weight.scales.data_ptr() if weight.bits == "int8" else 0
+        held = weight.detach().contiguous()
+        self.held.append(held)
+        return held.data_ptr(), 0
 
     # ---- adapters
 
@@ -208,99 +279,100 @@ class CompiledDecoder:
         """Whether it is compiled by now, and covers all adapters of the step."""
         return self.ready.is_set() and all(self.adapter(lora) is not None for lora, _ in step.adapters)
 
-    def hidden(
-        self, tokens: np.ndarray, positions: np.ndarray, of_row: np.ndarray, adapters: list[tuple[LoRA, slice]]
-    ) -> np.ndarray:
-        """(N, D) after the last norm; keys and values of all tokens are in the cache afterwards.
+    def run(
+        self, step: Step, tokens: list[int], ready: list[int], sampled: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards.
 
-        `tokens`, `positions`, `of_row` (N,): which, where in their row, and the row of the cache's tables. The result
-        is overwritten by the next call.
+        Of the last tokens of the sequences `ready` (R,), if there are any: the logits (R, V), overwritten by the next
+        call; the likeliest of the first `sampled` tokens (R,); the logarithm of the sum of e^logit (R,).
         """
-        decoder, count = _kernels(), len(tokens)
+        decoder, c, record, cache, threads = _kernels(), self.config, self.plan[0], self.cache, self.threads()
         assert decoder is not None
-        arguments = self._arguments(self.scratch, count, adapters, positions, of_row)
-        x = self.scratch["x"][:count]
+        count, wanted = len(tokens), len(ready)
+        positions, of_row, last = _places(step, count)
+        own_slots = (
+            cache.tables[of_row, positions // cache.block_size] * cache.block_size + positions % cache.block_size
+        )
+        runs = _runs(step.counts, count, decoder.RUN)
+        record["tokens"], record["run_count"], record["ready_count"] = count, len(runs), wanted
+        record["sampled"], record["threads"] = sampled, threads
+        segments, pairs = self._lay_out(step.adapters, count)
+        given = (positions, of_row, own_slots, runs, last[ready], segments, pairs)
+        names = ("positions", "of_row", "own_slots", "runs", "ready", "segments", "pairs")
+        for name, array in zip(names, given, strict=True):
+            record[name] = address(array)
+        x = self._room("x", count, c.dim)
+        for name, columns in (
+            ("qkv", c.qkv_dim), ("mixed", c.q_dim), ("gate_up", 2 * c.ffn_dim), ("act", c.ffn_dim)
+        ):  # fmt: skip
+            self._room(name, count, columns)
+        self._room("y", count * threads, c.dim)
         np.take(self.embeddings, tokens, axis=0, out=x)
-        if self.config.embed_scale != 1.0:
-            x *= np.float32(self.config.embed_scale)
-        np.take(self.turns, positions, axis=0, out=self.scratch["turns"][:count])
-        _use_threads()
-        decoder.decoder_step(*arguments)
-        return self.scratch["y"][:count]
-
-    def logits(self, hidden: np.ndarray, ready: np.ndarray, sampled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logits (R, V) of the tokens `ready` (R,), the likeliest of the first `sampled` tokens (R,), and (R,) the
-        logarithm of the sum of e^logit. The logits are overwritten by the next call."""
-        decoder, count = _kernels(), len(ready)
-        assert decoder is not None
-        arguments = self._head_arguments(self.scratch, count, sampled)
-        np.take(hidden, ready, axis=0, out=self.scratch["last"][:count])
-        decoder.head_step(*arguments)
-        logits, _, best, found = arguments[-4:]
-        with np.errstate(invalid="ignore"):
-            return logits, best[0], found[0, :, 0] + np.log(found[0, :, 1])
-
-    def _arguments(
-        self,
-        scratch: dict[str, np.ndarray],
-        count: int,
-        adapters: list[tuple[LoRA, slice]],
-        positions: np.ndarray = NOWHERE,
-        of_row: np.ndarray = NOWHERE,
-    ) -> tuple[Any, ...]:
-        """What `decoder_step` takes, with room for `count` tokens in `scratch`."""
-        c, cache, decoder = self.config, self.cache, _kernels()
-        assert decoder is not None
-        segments = np.zeros((len(adapters), 2), dtype=np.int64)
-        pairs = np.zeros((len(adapters), c.layers, len(GROUPS), PARTS, 5), dtype=np.int64)
-        width = LANES
-        for number, (lora, rows) in enumerate(adapters):
-            adapter = self.adapter(lora)
-            assert adapter is not None
-            segments[number] = rows.start, rows.stop - rows.start
-            pairs[number] = adapter.pairs
-            width = max(width, adapter.rank)
-        slots = cache.tables[of_row, positions // cache.block_size] * cache.block_size + positions % cache.block_size
-        x, y, turns, plain, qkv, mixed, gate_up, act = (
-            _rows(scratch, name, count, columns) for name, columns in (
-                ("x", c.dim), ("y", c.dim), ("turns", c.head_dim), ("plain", c.head_dim), ("qkv", c.qkv_dim),
-                ("mixed", c.q_dim), ("gate_up", 2 * c.ffn_dim), ("act", c.ffn_dim),
-            )
-        )  # fmt: skip
+        if c.embed_scale != 1.0:
+            x *= np.float32(c.embed_scale)
+        np.take(self.turns, positions, axis=0, out=self._room("turns", count, c.head_dim))
         if c.nope_layers:
-            plain[:] = self.plain_turn
-        inner = _rows(scratch, f"inner {width}", count if adapters else 0, PARTS * width).reshape(-1, PARTS, width)
-        return (
-            decoder.products.address, self.threads(), self.kind, self.weights, self.scales, self.norms, self.last_norm,
-            self.qk_norms, self.qkv_biases, self.out_biases, self.mlp_biases, self.down_biases, self.windows,
-            np.float32(c.norm_eps), np.float32(self.model.query_scale * c.head_dim**-0.5), turns, plain, self.turned,
-            positions, of_row, slots, cache.tables, cache.block_size, self.kv, c.heads, segments, pairs, x, y, qkv,
-            mixed, gate_up, act, inner,
-        )  # fmt: skip
+            self._room("plain", count, c.head_dim)[:] = self.plain_turn
+        pieces = HEAD_PIECES * threads
+        logits = self._room("logits", wanted, c.vocab_size)
+        best = self._room("best", pieces * wanted, 1, np.int64)
+        found = self._room("found", pieces * wanted, 3)
+        record["head_pieces"] = pieces
+        self.helpers.have(threads)
+        decoder.decoder_step(self.plan, 0)
+        if not wanted:
+            return None
+        with np.errstate(invalid="ignore"):
+            return logits, best[:wanted, 0], found[:wanted, 1] + np.log(found[:wanted, 2])
 
-    def _head_arguments(self, scratch: dict[str, np.ndarray], count: int, sampled: int = 0) -> tuple[Any, ...]:
-        c, threads, decoder = self.config, self.threads(), _kernels()
-        assert decoder is not None
-        last, logits = _rows(scratch, "last", count, c.dim), _rows(scratch, "logits", count, c.vocab_size)
-        best, found = np.zeros((threads, count), dtype=np.int64), np.zeros((threads, count, 2), dtype=np.float32)
-        return decoder.products.address, threads, self.head_kind, *self.head, last, logits, sampled, best, found
+    def _lay_out(self, adapters: list[tuple[LoRA, slice]], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens each adapter of a step changes, (S, 2), and how, (S, L, 4, PARTS, 5)."""
+        self.plan[0]["segment_count"] = len(adapters)
+        if not adapters:
+            return NOTHING, NOTHING
+        found = [self.adapter(lora) for lora, _ in adapters]
+        width = max(adapter.rank for adapter in found if adapter is not None)
+        self.plan[0]["inner_width"] = width
+        self._room("inner", count * PARTS * width, 1)
+        segments = np.array([(rows.start, rows.stop - rows.start) for _, rows in adapters], dtype=np.int64)
+        return segments, np.stack([adapter.pairs for adapter in found if adapter is not None])
+
+    def _room(self, name: str, count: int, columns: int, dtype: type = np.float32) -> np.ndarray:
+        """The first `count` rows of a scratch array, which grows by powers of two and is kept."""
+        known = self.scratch.get(name)
+        if known is None or len(known) < count:
+            known = self.scratch[name] = np.zeros((1 << max(3, count - 1).bit_length(), columns), dtype=dtype)
+            self.plan[0][name] = address(known)
+        return known[:count]
 
     @staticmethod
     def threads() -> int:
-        return torch.get_num_threads()
+        """As many as torch, but no more than there are cores for this process: they wait for each other awake."""
+        return min(torch.get_num_threads(), len(os.sched_getaffinity(0)), MOST_THREADS)
 
 
-def _rows(scratch: dict[str, np.ndarray], name: str, count: int, columns: int) -> np.ndarray:
-    """The first `count` rows of a scratch array, which grows by powers of two and is kept."""
-    known = scratch.get(name)
-    if known is None or len(known) < count:
-        known = scratch[name] = np.zeros((1 << max(3, count - 1).bit_length(), columns), dtype=np.float32)
-    return known[:count]
+def address(array: np.ndarray) -> int:
+    where: int = array.__array_interface__["data"][0]
+    return where
 
 
-def _use_threads() -> None:
-    """As many as torch; numba's number is a setting of the calling thread."""
-    import numba
+def _places(step: Step, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of its tokens (N,): where in its sequence it stands, and the row of the cache's tables; and of each
+    sequence its last token."""
+    if count == len(step.sequences):
+        return step.starts, step.rows, np.arange(count)
+    of = np.repeat(np.arange(len(step.counts)), step.counts)
+    last = np.cumsum(step.counts) - 1
+    return step.starts[of] + np.arange(count) - (last + 1 - step.counts)[of], step.rows[of], last
 
-    most: int = vars(numba.config)["NUMBA_NUM_THREADS"]
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+
+def _runs(counts: np.ndarray, tokens: int, longest: int) -> np.ndarray:
+    """(M, 2) first token and count: the tokens of each sequence in runs that are not too long."""
+    if tokens == len(counts):
+        return np.stack([np.arange(tokens), np.ones(tokens, dtype=np.int64)], 1)
+    runs = -(-counts // longest)
+    of = np.repeat(np.arange(len(counts)), runs)
+    before = (np.arange(len(of)) - (np.cumsum(runs) - runs)[of]) * longest
+    starts = (np.cumsum(counts) - counts)[of] + before
+    return np.stack([starts, np.minimum(longest, counts[of] - before)], 1)

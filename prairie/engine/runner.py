@@ -49,18 +49,11 @@ class Runner:
     def _run_compiled(
         self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int]
     ) -> Sampled | None:
-        if len(tokens) == len(step.sequences):
-            positions, of_row, last = step.starts, step.rows, np.arange(len(tokens))
-        else:
-            of = np.repeat(np.arange(len(step.counts)), step.counts)
-            last = np.cumsum(step.counts) - 1
-            positions = step.starts[of] + np.arange(len(of)) - (last + 1 - step.counts)[of]
-            of_row = step.rows[of]
-        hidden_ND = compiled.hidden(np.array(tokens, dtype=np.int64), positions, of_row, step.adapters)
-        if not ready:
+        found = compiled.run(step, tokens, ready, self.sampler.vocab_size)
+        if found is None:
             return None
-        rows = step.rows if len(ready) == len(step.rows) else step.rows[ready]
-        logits_BV, best_B, norm_B = compiled.logits(hidden_ND, last[ready], self.sampler.vocab_size)
+        logits_BV, best_B, norm_B = found
+        rows = step.rows[ready]
         if self.sampler.only_best(rows):
             return self.sampler.take_best(logits_BV, best_B, norm_B)
         return self.sampler(torch.from_numpy(logits_BV), rows, _counters(step, ready))

@@ -2,45 +2,99 @@
 
 torch's product of a few rows with a weight reads memory at a quarter of what this chip can, and each of its operators
 costs microseconds of Python: a step of a small model is spent there. numba compiles these loops on the user's machine
-without a compiler; the heart is a tile of up to 4 x 4 dot products kept in registers, written in LLVM's own terms
+without a compiler; the heart is a tile of up to 3 x 4 dot products kept in registers, written in LLVM's own terms
 because no vectoriser finds it. Weights are float32, bfloat16 or int8 with a scale a row; all arithmetic is float32.
+
+A step is a row of phases, each of them pieces that any thread may take (a ticket). A phase is over when its pieces are
+done, not when all threads have come: one that the machine has set aside holds nobody up unless it holds a piece.
+Between steps helpers wait at a semaphore.
 Not here: which models can be computed so and who calls it (`engine.compiled`), torch's form, which is the reference
 (`models.transformer`).
 
 Kept in one file: numba's cache on disk knows a kernel is stale by the date of the file it stands in.
 
 Legend: N tokens of the step, D width, H query heads, K kv heads, G = H / K, E size of a head, F width of the MLP,
-L layers, V vocabulary, T threads, R rows that want logits, S segments of tokens that share an adapter.
+L layers, V vocabulary, T threads, R rows that want logits, S segments of tokens that share an adapter, M runs of tokens
+of one sequence.
 """
 
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, prange, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
 """Numbers in a vector. Rows of every weight must be whole vectors."""
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+AHEAD_BYTES = 1024
+"""How far ahead of a product its weight is asked for."""
 TOKENS_AT_ONCE = 32
 """Tokens whose inputs stay in the second cache while all rows of a weight pass by."""
 QKV, OUT, GATE_UP, DOWN = 0, 1, 2, 3
 PARTS = 3
 """The most layers that are fused into one (q, k, v)."""
+PIECE_BYTES = 1 << 17
+"""Of a weight, at most, in a piece: it stays in the second cache while blocks of tokens pass by."""
+PIECES_EACH = 6
+"""At least so many pieces of a phase for each thread."""
+ROWS_AT_ONCE = 12
+"""Rows of a weight in a piece come in whole multiples of this: whole tiles."""
+HEAD_ROWS = 96
+"""Rows of the head whose logits are looked through while they are in the first cache."""
+RUN = 8
+"""Tokens of one sequence, at most, that look back together."""
+SPINS = 2000
+"""How often a thread looks again before it offers its core to others."""
+DOOR_BYTES = 64
+"""Room for a semaphore."""
+STATE, DONE, STEP, GATE_BYTES = 0, 64, 128, 192
+"""Where in the gate the three words lie on which threads meet: phase and tickets, pieces done, number of the step."""
+PHASE_BITS, TICKET_BITS = 12, 20
+PLAN = np.dtype(
+    [(name, np.int64) for name in (
+        # the model; weights and scales (L, 4) addresses, of QKV, OUT, GATE_UP, DOWN
+        "kind", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn", "weights", "scales",
+        # norms (L, 2, D), last_norm (D,), qk_norms (L, 2, E), biases (L, columns); 0 where there are none
+        "norms", "last_norm", "qk_norms", "qkv_bias", "out_bias", "mlp_bias", "down_bias",
+        # windows (L,) how many tokens a layer sees, 0 for all; turned (L,) whether it turns queries and keys
+        "windows", "turned", "head_kind", "head", "head_scales", "vocab",
+        # the cache: kv (L, 2, slots, K, E), tables (rows, blocks)
+        "kv", "slots", "tables", "blocks", "block_size",
+        # the step. x (N, D) holds embeddings before and hidden states, not yet normed, afterwards; turns and plain
+        # (N, E) cosines, then sines, for layers that turn and for those that do not; position, row in tables and own
+        # slot of each token (N,); runs (M, 2) first token and count
+        "tokens", "x", "turns", "plain", "positions", "of_row", "own_slots", "runs", "run_count",
+        # segments (S, 2) first token and count; pairs (S, L, 4, PARTS, 5) rank (whole vectors), addresses of A and B,
+        # first and last column; inner (N, PARTS, inner_width)
+        "segments", "segment_count", "pairs", "inner", "inner_width",
+        # scratch; y has a copy for each thread
+        "y", "qkv", "mixed", "gate_up", "act",
+        # ready (R,) tokens that want logits (R, V). Of the first `sampled` tokens each one's likeliest goes to best[0];
+        # found[0] (R, 3): its logit, the largest logit of all, the sum of e^(logit - that). One for each piece
+        "ready", "ready_count", "sampled", "logits", "best", "found", "head_pieces",
+        # who meets where: addresses of the gate, of T doors (semaphores), and of functions
+        "threads", "gate", "doors", "stop", "products", "post", "wait", "try_wait", "give_way",
+    )] + [("eps", np.float32), ("query_scale", np.float32)],
+    align=True,
+)  # fmt: skip
+"""What a step needs, as numbers and addresses, in an array of one: threads that help read it where it lies."""
 _LOG2E = np.float32(math.log2(math.e))
 
 
 def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
     """An intrinsic: `rows` x `tokens` dot products of `length` numbers, all sums in registers.
 
-    tile(w, w_step, scales, x, x_step, y, y_step, length, adds): addresses, and steps in numbers from one row to the
-    next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`. Each product is kept
-    in so many `chains` of sums, which do not wait for each other.
+    tile(w, w_step, scales, x, x_step, y, y_step, length, adds, ahead): addresses, and steps in numbers from one row to
+    the next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`. Each product is
+    kept in so many `chains` of sums, which do not wait for each other. A single row asks for what lies `ahead` bytes
+    behind what it reads.
     """
     i64, f32 = ir.IntType(64), ir.FloatType()
     element = {FLOAT32: f32, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}[kind]
@@ -48,7 +102,7 @@ def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
     vector = ir.VectorType(f32, LANES)
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        w, w_step, scales, x, x_step, y, y_step, length, adds = args
+        w, w_step, scales, x, x_step, y, y_step, length, adds, ahead = args
 
         def number(value: int) -> Any:
             return ir.Constant(i64, value)
@@ -77,6 +131,8 @@ def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
 
         whole = b.sub(length, b.srem(length, number(LANES * chains)))
         with cgutils.for_range_slice(b, number(0), whole, number(LANES * chains), i64) as (at, _):
+            for line in range(0, LANES * chains * size if rows == 1 else 0, 64):
+                _ask_for(b, b.add(address(w, at, size), b.add(ahead, number(line))))
             for chain in range(chains):
                 advance(b.add(at, number(chain * LANES)), chain)
         if chains > 1:
@@ -97,20 +153,25 @@ def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing: Any, w: Any, w_step: Any, scales: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any, adds: Any) -> Any:  # fmt: skip # noqa: E501
-        return types.void(*[types.int64] * 9), codegen
+    def tile(typing: Any, w: Any, w_step: Any, scales: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any, adds: Any, ahead: Any) -> Any:  # fmt: skip # noqa: E501
+        return types.void(*[types.int64] * 10), codegen
 
     return tile
+
+
+def _ask_for(b: Any, address: Any) -> None:
+    """Has a line of memory brought into the first cache."""
+    i32, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
+    name = b.module.declare_intrinsic(
+        "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+    )
+    b.call(name, [b.inttoptr(address, pointer), i32(0), i32(3), i32(1)])
 
 
 @intrinsic
 def _prefetch_line(typing: Any, address: Any) -> Any:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        i32, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
-        name = b.module.declare_intrinsic(
-            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
-        )
-        b.call(name, [b.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
+        _ask_for(b, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -147,14 +208,15 @@ def _products(kind: int) -> Any:
     """products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight
     of this kind with all tokens; addresses are those of row 0 and token 0."""
     size = np.int64({FLOAT32: 4, BFLOAT16: 2, INT8: 1}[kind])
-    tile11, tile21, tile22 = _tile(kind, 1, 1, 4), _tile(kind, 2, 1, 2), _tile(kind, 2, 2, 2)
-    tile12, tile14, tile34 = _tile(kind, 1, 2), _tile(kind, 1, 4), _tile(kind, 3, 4)
+    one = _tile(kind, 1, 1, 8 if kind == INT8 else 4)
+    two, three, tile14, tile34 = _tile(kind, 1, 2, 4), _tile(kind, 1, 3, 2), _tile(kind, 1, 4), _tile(kind, 3, 4)
 
     @njit(nogil=True, error_model="numpy")
     def products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
+        ahead = w_step * size * max(1, AHEAD_BYTES // (length * size))
         for start in range(0, tokens, TOKENS_AT_ONCE):
             count = min(tokens - start, TOKENS_AT_ONCE)
-            xs, ys, fours = x + start * x_step * 4, y + start * y_step * 4, count // 4
+            xs, ys, fours, left = x + start * x_step * 4, y + start * y_step * 4, count // 4, count % 4
             row = low
             while fours and row < high:
                 wr, sr, whole = w + row * w_step * size, scales + row * 4, row + 3 <= high
@@ -162,29 +224,19 @@ def _products(kind: int) -> Any:
                 for four in range(fours):
                     xr, yr = xs + four * 4 * x_step * 4, ys + (row + four * 4 * y_step) * 4
                     if whole:
-                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
+                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, ahead)
                     else:
-                        tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds)
+                        tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, ahead)
                 row += 3 if whole else 1
             xs, ys = xs + fours * 4 * x_step * 4, ys + fours * 4 * y_step * 4
-            row = low
-            while count % 4 >= 2 and row < high:
-                wr, sr, yr, whole = w + row * w_step * size, scales + row * 4, ys + row * 4, row + 2 <= high
-                if whole:
-                    tile22(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
+            for row in range(low, high if left else low):
+                wr, sr, yr = w + row * w_step * size, scales + row * 4, ys + row * 4
+                if left == 1:
+                    one(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
+                elif left == 2:
+                    two(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
                 else:
-                    tile12(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
-                row += 2 if whole else 1
-            if count % 4 >= 2:
-                xs, ys = xs + 2 * x_step * 4, ys + 2 * y_step * 4
-            row = low
-            while count % 2 and row < high:
-                wr, sr, yr, whole = w + row * w_step * size, scales + row * 4, ys + row * 4, row + 2 <= high
-                if whole:
-                    tile21(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
-                else:
-                    tile11(wr, w_step, sr, xs, x_step, yr, y_step, length, adds)
-                row += 2 if whole else 1
+                    three(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
 
     return products
 
@@ -217,14 +269,138 @@ def _call(typing: Any, address: Any, numbers: Any) -> Any:
     return types.void(types.int64, types.UniTuple(types.int64, 13)), codegen
 
 
+# --- where threads meet -----------------------------------------------------------------------------------------------
+
+
+def _word(b: Any, address: Any) -> Any:
+    return b.inttoptr(address, ir.PointerType(ir.IntType(64)))
+
+
+@intrinsic
+def _load(typing: Any, address: Any) -> Any:
+    """What other threads wrote before they stored this word is seen after it."""
+    return types.int64(types.int64), lambda context, b, signature, args: b.load_atomic(
+        _word(b, args[0]), "acquire", 8, typ=ir.IntType(64)
+    )
+
+
+@intrinsic
+def _store(typing: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        b.store_atomic(args[1], _word(b, args[0]), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _add(typing: Any, address: Any, value: Any) -> Any:
+    """The word as it was before."""
+    return types.int64(types.int64, types.int64), lambda context, b, signature, args: b.atomic_rmw(
+        "add", _word(b, args[0]), args[1], "seq_cst"
+    )
+
+
+@intrinsic
+def _exchanged(typing: Any, address: Any, old: Any, new: Any) -> Any:
+    """Whether the word was `old`, and is `new` now."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        found = b.cmpxchg(_word(b, args[0]), args[1], args[2], "seq_cst", "seq_cst")
+        return b.extract_value(found, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pause(typing: Any) -> Any:
+    """Tells the chip that this is a loop that waits, where it has a word for it."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            b.call(b.module.declare_intrinsic("llvm.x86.sse2.pause", [], ir.FunctionType(ir.VoidType(), [])), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _foreign(typing: Any, function: Any, argument: Any) -> Any:
+    """Calls a C function `int f(void *)` by its address."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)])
+        return b.call(b.inttoptr(args[0], ir.PointerType(kind)), [args[1]])
+
+    return types.int32(types.int64, types.int64), codegen
+
+
 @njit(nogil=True, error_model="numpy")
-def _product(call, kind, w, scales, x, y, low, high, tokens, adds):
-    """Rows low..high of y_NO = x_NI W^T (or += where `adds`), W by its address."""
-    length = x.shape[1]
-    _call(call, (
-        np.int64(kind), w, length, scales, np.int64(x.ctypes.data), length, np.int64(y.ctypes.data), y.shape[1], length,
-        low, high, tokens, np.int64(adds),
-    ))  # fmt: skip
+def _ticket(p, phase, pieces):
+    """A piece of this phase for the caller, -1 when the phase is over. Waits for those who still work on their pieces.
+
+    Nothing of the plan but its constants may be used without a ticket in hand: a thread that comes late would read
+    what is being written for the next step. A ticket is only given while its step lasts.
+    """
+    gate, looks = p.gate, 0
+    while True:
+        state: int = _load(gate + STATE)
+        now, piece = state >> TICKET_BITS, state & ((1 << TICKET_BITS) - 1)
+        if now > phase:
+            return -1
+        if now == phase and piece < pieces:
+            if _exchanged(gate + STATE, state, state + 1):
+                return piece
+        else:
+            looks += 1
+            if looks < SPINS:
+                _pause()
+            else:
+                _foreign(p.give_way, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _done(p, phase, pieces):
+    """A piece is done; with the last one the next phase begins."""
+    if _add(p.gate + DONE, 1) == pieces - 1:
+        _store(p.gate + DONE, 0)
+        _store(p.gate + STATE, (phase + 1) << TICKET_BITS)
+
+
+@njit(nogil=True, error_model="numpy")
+def _pieces(threads, units, bytes_each):
+    """How many units a piece has, and how many pieces there are."""
+    each = max(1, PIECE_BYTES // bytes_each)
+    if threads > 1:
+        each = min(each, max(1, units // (PIECES_EACH * threads)))
+    return each, (units + each - 1) // each
+
+
+# --- what a step is made of -------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _float_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.float32)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.FloatType())
+    )
+
+
+@intrinsic
+def _whole_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.int64)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.IntType(64))
+    )
+
+
+@njit(nogil=True, inline="always")
+def _floats(address, shape):
+    return carray(_float_pointer(address), shape)
+
+
+@njit(nogil=True, inline="always")
+def _wholes(address, shape):
+    return carray(_whole_pointer(address), shape)
 
 
 @intrinsic
@@ -249,286 +425,419 @@ def _exp(x):
     return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
-def _norm(x, weight, eps, out, count):
-    """RMS norm of the first `count` rows."""
-    size = x.shape[1]
-    for n in range(count):
-        row, to = x[n], out[n]
-        total = np.float32(0.0)
-        for j in range(size):
-            total += row[j] * row[j]
-        inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
-        for j in range(size):
-            to[j] = row[j] * inverse * weight[j]
+@njit(nogil=True, error_model="numpy")
+def _product(p, kind, w, scales, x, length, y, y_step, low, high, count, adds):
+    """Rows low..high of y_NO = x_NI W^T (or += where `adds`); all by address."""
+    _call(p.products, (kind, w, length, scales, x, length, y, y_step, length, low, high, count, np.int64(adds)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _of_group(p, layer, group):
+    """Addresses of a weight and its scales."""
+    shape = (p.layers, 4)
+    return _wholes(p.weights, shape)[layer, group], _wholes(p.scales, shape)[layer, group]
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy")
-def _place_heads(qkv, bias, norms, eps, turns, slots, kv, layer, head_dim, heads, kv_heads, scale, count):
-    """Bias, norm and rotation of queries and keys in place; keys and values of all tokens go into the cache.
+def _norm(row, weight, eps, out):
+    """RMS norm."""
+    size = row.shape[0]
+    total = np.float32(0.0)
+    for j in range(size):
+        total += row[j] * row[j]
+    inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+    for j in range(size):
+        out[j] = row[j] * inverse * weight[j]
 
-    `norms` (2, E), or without rows where heads are not normed; `turns` (N, E): cosines, then sines, of each pair.
-    """
-    pairs = head_dim // 2
+
+@njit(nogil=True, error_model="numpy")
+def _normed(p, thread, layer, which):
+    """The address of this thread's own copy of all tokens, normed: that is cheaper than a meeting."""
+    to = p.y + thread * p.tokens * p.dim * 4
+    x, y = _floats(p.x, (p.tokens, p.dim)), _floats(to, (p.tokens, p.dim))
+    weight = _floats(p.norms, (p.layers, 2, p.dim))[layer, which]
+    for n in range(p.tokens):
+        _norm(x[n], weight, p.eps, y[n])
+    return to
+
+
+@njit(nogil=True, error_model="numpy")
+def _add_bias(y, bias, low, high, count):
     for n in range(count):
-        row = qkv[n]
-        if bias.shape[0]:
-            for j in range(row.shape[0]):
-                row[j] += bias[j]
-        for head in range(heads + kv_heads):
-            part = row[head * head_dim : (head + 1) * head_dim]
-            if norms.shape[0]:
-                weight = norms[0] if head < heads else norms[1]
-                total = np.float32(0.0)
-                for j in range(head_dim):
-                    total += part[j] * part[j]
-                inverse = np.float32(1.0) / np.sqrt(total / np.float32(head_dim) + eps)
-                for j in range(head_dim):
-                    part[j] = part[j] * inverse * weight[j]
-            for j in range(pairs):
-                cosine, sine, a, b = turns[n, j], turns[n, pairs + j], part[2 * j], part[2 * j + 1]
-                part[2 * j] = a * cosine - b * sine
-                part[2 * j + 1] = a * sine + b * cosine
+        row = y[n]
+        for j in range(low, high):
+            row[j] += bias[j]
+
+
+@njit(nogil=True, fastmath=True, error_model="numpy")
+def _turn(part, turns, pairs):
+    """Rotates neighbours; `turns`: cosines, then sines."""
+    for j in range(pairs):
+        cosine, sine, a, b = turns[j], turns[pairs + j], part[2 * j], part[2 * j + 1]
+        part[2 * j] = a * cosine - b * sine
+        part[2 * j + 1] = a * sine + b * cosine
+
+
+@njit(nogil=True, fastmath=True, error_model="numpy")
+def _place(p, layer, low, high):
+    """Bias, norm and rotation of the heads low..high of (queries, keys, values) in place; keys and values go into the
+    cache."""
+    count, size, heads, kv_heads = p.tokens, p.head_dim, p.heads, p.kv_heads
+    width = (heads + 2 * kv_heads) * size
+    qkv, slots = _floats(p.qkv, (count, width)), _wholes(p.own_slots, (count,))
+    kv = _floats(p.kv, (p.layers, 2, p.slots, kv_heads, size))
+    turned = _wholes(p.turned, (p.layers,))[layer]
+    turns = _floats(p.turns if turned else p.plain, (count, size))
+    if p.qkv_bias:
+        _add_bias(qkv, _floats(p.qkv_bias, (p.layers, width))[layer], low * size, high * size, count)
+    for n in range(count):
+        for head in range(low, high):
+            part = qkv[n, head * size : (head + 1) * size]
+            if head < heads + kv_heads:
+                if p.qk_norms:
+                    _norm(part, _floats(p.qk_norms, (p.layers, 2, size))[layer, np.int64(head >= heads)], p.eps, part)
+                _turn(part, turns[n], size // 2)
             if head < heads:
-                for j in range(head_dim):
-                    part[j] *= scale
-        for head in range(kv_heads):
-            key, value = kv[layer, 0, slots[n], head], kv[layer, 1, slots[n], head]
-            at = (heads + head) * head_dim
-            behind = kv_heads * head_dim
-            for j in range(head_dim):
-                key[j] = row[at + j]
-                value[j] = row[at + behind + j]
+                for j in range(size):
+                    part[j] *= p.query_scale
+            else:
+                side, own = (head - heads) // kv_heads, (head - heads) % kv_heads
+                kv[layer, side, slots[n], own] = part
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
-def _attend(call, q, kv, layer, head, table, size, first, last, out):
-    """One token's G queries of one kv head over the keys first..last of its row: softmax(q k) v.
-
-    `q`, `out` (G, E) contiguous; `table` the row's blocks of `size` slots.
-    """
-    queries, head_dim = q.shape
-    scores = np.empty((queries, last - first), dtype=np.float32)
-    step = kv.shape[3] * head_dim
-    base, scores_at, q_at = np.int64(kv.ctypes.data), np.int64(scores.ctypes.data), np.int64(q.ctypes.data)
+def _attend(p, layer, run, head):
+    """The queries of one kv head, of some tokens of one sequence, over the keys that they see: softmax(q k) v."""
+    kv_heads, size, block = p.kv_heads, p.head_dim, p.block_size
+    groups = p.heads // kv_heads
+    runs, positions = _wholes(p.runs, (p.run_count, 2)), _wholes(p.positions, (p.tokens,))
+    start, count = runs[run, 0], runs[run, 1]
+    window = _wholes(p.windows, (p.layers,))[layer]
+    last = positions[start] + count
+    first = max(0, positions[start] + 1 - window) if window else 0
     keys = last - first
+    table = _wholes(p.tables, (_wholes(p.of_row, (p.tokens,))[start] + 1, p.blocks))[-1]
+    width, step = (p.heads + 2 * kv_heads) * size, kv_heads * size
+    scores = np.empty((groups * count, keys), dtype=np.float32)
+    queries = p.qkv + (start * width + head * groups * size) * 4
+    scores_at = np.int64(scores.ctypes.data)
     t = first
     while t < last:
-        until = min(last, (t // size + 1) * size)
-        slot = table[t // size] * size + t % size
-        at = base + (((layer * 2 * kv.shape[2]) + slot) * step + head * head_dim) * 4
-        _call(call, (
-            np.int64(FLOAT32), at, step, at, q_at, head_dim, scores_at + (t - first) * 4, keys, head_dim, np.int64(0),
-            until - t, queries, np.int64(0),
-        ))  # fmt: skip
+        until = min(last, (t // block + 1) * block)
+        slot = table[t // block] * block + t % block
+        at = p.kv + ((layer * 2 * p.slots + slot) * step + head * size) * 4
+        many, each, q_step = (1, groups, size) if count == 1 else (groups, count, width)
+        for g in range(many):
+            _call(p.products, (
+                np.int64(FLOAT32), at, step, at, queries + g * size * 4, q_step,
+                scores_at + (g * count * keys + t - first) * 4, keys, size, np.int64(0), until - t, each, np.int64(0),
+            ))  # fmt: skip
         t = until
-    for g in range(queries):
-        row, to = scores[g], out[g]
-        most = row[0]
-        for i in range(keys):
-            most = max(most, row[i])
-        total = np.float32(0.0)
-        for i in range(keys):
-            e = _exp(row[i] - most)
-            row[i] = e
-            total += e
-        inverse = np.float32(1.0) / total
-        to[:] = np.float32(0.0)
-        t = first
-        while t < last:
-            until = min(last, (t // size + 1) * size)
-            slot = table[t // size] * size + t % size
-            while t + 4 <= until:
-                i = t - first
-                p0, p1, p2, p3 = row[i] * inverse, row[i + 1] * inverse, row[i + 2] * inverse, row[i + 3] * inverse
-                v0, v1 = kv[layer, 1, slot, head], kv[layer, 1, slot + 1, head]
-                v2, v3 = kv[layer, 1, slot + 2, head], kv[layer, 1, slot + 3, head]
-                for j in range(head_dim):
-                    to[j] += p0 * v0[j] + p1 * v1[j] + p2 * v2[j] + p3 * v3[j]
-                t += 4
-                slot += 4
-            while t < until:
-                p, v = row[t - first] * inverse, kv[layer, 1, slot, head]
-                for j in range(head_dim):
-                    to[j] += p * v[j]
-                t += 1
-                slot += 1
+    values = _floats(p.kv, (p.layers, 2, p.slots, kv_heads, size))[layer, 1]
+    mixed = _floats(p.mixed, (p.tokens, p.heads * size))
+    for g in range(groups):
+        for i in range(count):
+            end = positions[start] + i + 1
+            begin = max(first, end - window) if window else first
+            at = (head * groups + g) * size
+            row, to = scores[g * count + i, begin - first : end - first], mixed[start + i, at : at + size]
+            most = row[0]
+            for j in range(end - begin):
+                most = max(most, row[j])
+            total = np.float32(0.0)
+            for j in range(end - begin):
+                e = _exp(row[j] - most)
+                row[j] = e
+                total += e
+            inverse = np.float32(1.0) / total
+            to[:] = np.float32(0.0)
+            t = begin
+            while t < end:
+                until = min(end, (t // block + 1) * block)
+                slot = table[t // block] * block + t % block
+                while t + 4 <= until:
+                    j = t - begin
+                    p0, p1, p2, p3 = row[j] * inverse, row[j + 1] * inverse, row[j + 2] * inverse, row[j + 3] * inverse
+                    v0, v1, v2, v3 = (
+                        values[slot, head], values[slot + 1, head], values[slot + 2, head], values[slot + 3, head]
+                    )  # fmt: skip
+                    for e in range(size):
+                        to[e] += p0 * v0[e] + p1 * v1[e] + p2 * v2[e] + p3 * v3[e]
+                    t += 4
+                    slot += 4
+                while t < until:
+                    share, v = row[t - begin] * inverse, values[slot, head]
+                    for e in range(size):
+                        to[e] += share * v[e]
+                    t += 1
+                    slot += 1
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
-def _gate(gate_up, bias, act, low, high, count):
+def _gate(gate_up, act, low, high, count):
     """Columns low..high of act = silu(gate) * up."""
     size = act.shape[1]
     for n in range(count):
         gate, up, to = gate_up[n, low:high], gate_up[n, size + low : size + high], act[n, low:high]
-        if bias.shape[0]:
-            for j in range(high - low):
-                gate[j] += bias[low + j]
-                up[j] += bias[size + low + j]
         for j in range(high - low):
             g = gate[j]
             to[j] = g / (np.float32(1.0) + _exp(-g)) * up[j]
 
 
 @njit(nogil=True, error_model="numpy")
-def _bounds(part, parts, size):
-    """Where a part of `size` rows begins and ends, in whole tiles of 12."""
-    each = ((size + parts - 1) // parts + 11) // 12 * 12
-    return min(part * each, size), min((part + 1) * each, size)
-
-
-@njit(nogil=True, error_model="numpy")
-def _inner(call, segment, segments, pairs, layer, group, x, inner):
+def _inner(p, layer, group, segment, x, length):
     """What a segment's adapter reads of x, for each part of a layer: inner_N,part,r = A x."""
+    pairs = _wholes(p.pairs, (p.segment_count, p.layers, 4, PARTS, 5))[segment, layer, group]
+    segments = _wholes(p.segments, (p.segment_count, 2))
     start, count = segments[segment, 0], segments[segment, 1]
-    width, length = inner.shape[2], x.shape[1]
     for part in range(PARTS):
-        rank, a = pairs[segment, layer, group, part, 0], pairs[segment, layer, group, part, 1]
+        rank, a = pairs[part, 0], pairs[part, 1]
         if rank:
-            to = np.int64(inner.ctypes.data) + (start * PARTS + part) * width * 4
-            _call(call, (
-                np.int64(FLOAT32), a, length, a, np.int64(x.ctypes.data) + start * length * 4, length, to,
-                PARTS * width, length, np.int64(0), rank, count, np.int64(0),
+            to = p.inner + (start * PARTS + part) * p.inner_width * 4
+            _call(p.products, (
+                np.int64(FLOAT32), a, length, a, x + start * length * 4, length, to, PARTS * p.inner_width, length,
+                np.int64(0), rank, count, np.int64(0),
             ))  # fmt: skip
 
 
 @njit(nogil=True, error_model="numpy")
-def _outer(call, segments, pairs, layer, group, inner, y, low, high):
+def _outer(p, layer, group, y, y_step, low, high):
     """Adds what the adapters write to the columns low..high of y: y += B inner."""
-    width = inner.shape[2]
-    for segment in range(segments.shape[0]):
+    for segment in range(p.segment_count):
+        pairs = _wholes(p.pairs, (p.segment_count, p.layers, 4, PARTS, 5))[segment, layer, group]
+        segments = _wholes(p.segments, (p.segment_count, 2))
         start, count = segments[segment, 0], segments[segment, 1]
         for part in range(PARTS):
-            rank, b = pairs[segment, layer, group, part, 0], pairs[segment, layer, group, part, 2]
-            first, last = pairs[segment, layer, group, part, 3], pairs[segment, layer, group, part, 4]
+            rank, b, first, last = pairs[part, 0], pairs[part, 2], pairs[part, 3], pairs[part, 4]
             begin, end = max(low, first), min(high, last)
             if rank and begin < end:
-                read = np.int64(inner.ctypes.data) + (start * PARTS + part) * width * 4
-                to = np.int64(y.ctypes.data) + (start * y.shape[1] + first) * 4
-                _call(call, (
-                    np.int64(FLOAT32), b, rank, b, read, PARTS * width, to, y.shape[1], rank, begin - first,
-                    end - first, count, np.int64(1),
+                read = p.inner + (start * PARTS + part) * p.inner_width * 4
+                _call(p.products, (
+                    np.int64(FLOAT32), b, rank, b, read, PARTS * p.inner_width, y + (start * y_step + first) * 4,
+                    y_step, rank, begin - first, end - first, count, np.int64(1),
                 ))  # fmt: skip
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
-def _best(logits, low, high, best, found):
-    """Of each row's logits low..high the place of the largest, and found (R, 2): it, and the sum of e^(logit - it)."""
+def _look_through(logits, low, high, sampled, best, found):
+    """Of each row's logits low..high: best (R,) and found (R, 3) so far, as the plan describes them."""
     for r in range(logits.shape[0]):
         row = logits[r, low:high]
         most = np.float32(-np.inf)
         for j in range(row.shape[0]):
             most = max(most, row[j])
-        place = 0
-        for j in range(row.shape[0]):
-            if row[j] == most:
-                place = j
-                break
+        end = min(high, sampled) - low
+        top = most
+        if end < row.shape[0]:
+            top = np.float32(-np.inf)
+            for j in range(end):
+                top = max(top, row[j])
+        if top > found[r, 0]:
+            found[r, 0] = top
+            for j in range(end):
+                if row[j] == top:
+                    best[r] = low + j
+                    break
+        most = max(most, found[r, 1])
         total, broken = np.float32(0.0), np.float32(0.0)
         for j in range(row.shape[0]):
             total += _exp(row[j] - most)
             broken += row[j] * np.float32(0.0)  # stays 0 unless a logit is no finite number
-        best[r], found[r, 0], found[r, 1] = low + place, most, total + broken
+        found[r, 2] = found[r, 2] * _exp(found[r, 1] - most) + total + broken
+        found[r, 1] = most
 
 
-@njit(parallel=True, nogil=True, error_model="numpy", cache=True)
-def decoder_step(
-    call, threads, kind, weights, scales, norms, last_norm, qk_norms, qkv_biases, out_biases, mlp_biases, down_biases,
-    windows, eps, query_scale, turns, plain_turns, turned, positions, of_row, slots, tables, size, kv, heads, segments,
-    pairs, x, y, qkv, mixed, gate_up, act, inner,
-):  # fmt: skip
-    """All layers of N tokens: x (N, D) holds embeddings before and hidden states, not yet normed, afterwards.
+# --- the phases of a step ---------------------------------------------------------------------------------------------
 
-    `call` is the address of `products`. `weights`, `scales` (L, 4) addresses, of QKV, OUT, GATE_UP, DOWN; `norms`
-    (L, 2, D); `qk_norms` (L, 2 or 0, E); biases (L, columns or 0). `windows` (L,) how many tokens a layer sees, 0 for
-    all. `turns`, `plain_turns` (N, E) cosines and sines for layers that turn and for those that do not (`turned` (L,)).
-    `positions`, `of_row`, `slots` (N,): where a token stands, in which row of `tables` its blocks are, its own slot.
-    `kv` (L, 2, slots, K, E). `segments` (S, 2): first token and count; `pairs` (S, L, 4, PARTS, 5): rank (whole
-    vectors), addresses of A and B, first and last column. The rest is scratch.
-    """
-    count, layers, kv_heads, head_dim = x.shape[0], norms.shape[0], kv.shape[3], kv.shape[4]
-    groups = heads // kv_heads
-    adapted = segments.shape[0]
-    for layer in range(layers):
-        _norm(x, norms[layer, 0], eps, y, count)
+
+@njit(nogil=True, error_model="numpy")
+def _read_by_adapters(p, thread, layer, group, source, length, phase):
+    """`source` is the address of what the layer reads; 0: its norm is to be taken first."""
+    pieces = p.segment_count
+    piece = _ticket(p, phase, pieces)
+    x = source
+    while piece >= 0:
+        if not x:
+            x = _normed(p, thread, layer, np.int64(group == GATE_UP))
+        _inner(p, layer, group, piece, x, length)
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _make_heads(p, thread, layer, phase):
+    """Queries, keys and values of the normed tokens, head by head, ready for attention."""
+    heads = p.heads + 2 * p.kv_heads
+    each, pieces = _pieces(p.threads, heads, p.head_dim * p.dim * 2)
+    piece, x = _ticket(p, phase, pieces), np.int64(0)
+    while piece >= 0:
+        if not x:
+            x = _normed(p, thread, layer, 0)
+        low, high = piece * each, min(heads, (piece + 1) * each)
+        first, last, width = low * p.head_dim, high * p.head_dim, heads * p.head_dim
+        w, scales = _of_group(p, layer, QKV)
+        _product(p, p.kind, w, scales, x, p.dim, p.qkv, width, first, last, p.tokens, 0)
+        _outer(p, layer, QKV, p.qkv, width, first, last)
+        _place(p, layer, low, high)
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _look_back(p, layer, phase):
+    """Attention of every run of tokens, by kv heads."""
+    pieces = p.run_count * p.kv_heads
+    piece = _ticket(p, phase, pieces)
+    while piece >= 0:
+        _attend(p, layer, piece // p.kv_heads, piece % p.kv_heads)
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _add_to_x(p, layer, group, source, length, bias, phase):
+    """x += W source + bias: what attention and the MLP give back."""
+    units = (p.dim + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+    each, pieces = _pieces(p.threads, units, ROWS_AT_ONCE * length * 2)
+    piece = _ticket(p, phase, pieces)
+    while piece >= 0:
+        low, high = piece * each * ROWS_AT_ONCE, min(p.dim, (piece + 1) * each * ROWS_AT_ONCE)
+        w, scales = _of_group(p, layer, group)
+        _product(p, p.kind, w, scales, source, length, p.x, p.dim, low, high, p.tokens, 1)
+        _outer(p, layer, group, p.x, p.dim, low, high)
+        if bias:
+            _add_bias(
+                _floats(p.x, (p.tokens, p.dim)), _floats(bias, (p.layers, p.dim))[layer], low, high, p.tokens
+            )  # fmt: skip
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _open_gates(p, thread, layer, phase):
+    """silu(gate) * up of the normed tokens."""
+    ffn, units = p.ffn, (p.ffn + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
+    each, pieces = _pieces(p.threads, units, ROWS_AT_ONCE * p.dim * 4)
+    piece, x = _ticket(p, phase, pieces), np.int64(0)
+    while piece >= 0:
+        if not x:
+            x = _normed(p, thread, layer, 1)
+        low, high = piece * each * ROWS_AT_ONCE, min(ffn, (piece + 1) * each * ROWS_AT_ONCE)
+        w, scales = _of_group(p, layer, GATE_UP)
+        gate_up = _floats(p.gate_up, (p.tokens, 2 * ffn))
+        for side in range(2):
+            first, last = side * ffn + low, side * ffn + high
+            _product(p, p.kind, w, scales, x, p.dim, p.gate_up, 2 * ffn, first, last, p.tokens, 0)
+            _outer(p, layer, GATE_UP, p.gate_up, 2 * ffn, first, last)
+            if p.mlp_bias:
+                _add_bias(gate_up, _floats(p.mlp_bias, (p.layers, 2 * ffn))[layer], first, last, p.tokens)
+        _gate(gate_up, _floats(p.act, (p.tokens, ffn)), low, high, p.tokens)
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _make_logits(p, thread, phase):
+    """Logits of the tokens that want some, and what is to be known of them."""
+    pieces, piece, y = p.head_pieces, _ticket(p, phase, p.head_pieces), np.int64(0)
+    while piece >= 0:
+        rows = p.ready_count
+        if not y:
+            y = p.y + thread * p.tokens * p.dim * 4
+            x, hidden = _floats(p.x, (p.tokens, p.dim)), _floats(y, (rows, p.dim))
+            ready, weight = _wholes(p.ready, (rows,)), _floats(p.last_norm, (p.dim,))
+            for r in range(rows):
+                _norm(x[ready[r]], weight, p.eps, hidden[r])
+        each = ((p.vocab + pieces - 1) // pieces + HEAD_ROWS - 1) // HEAD_ROWS * HEAD_ROWS
+        best, found = _wholes(p.best, (pieces, rows))[piece], _floats(p.found, (pieces, rows, 3))[piece]
+        best[:] = 0
+        found[:, :2] = -np.inf
+        found[:, 2] = 0.0
+        end = min(p.vocab, (piece + 1) * each)
+        for low in range(piece * each, end, HEAD_ROWS):
+            high = min(end, low + HEAD_ROWS)
+            _product(p, p.head_kind, p.head, p.head_scales, y, p.dim, p.logits, p.vocab, low, high, rows, 0)
+            _look_through(_floats(p.logits, (rows, p.vocab)), low, high, p.sampled, best, found)
+        _done(p, phase, pieces)
+        piece = _ticket(p, phase, pieces)
+
+
+@njit(nogil=True, error_model="numpy")
+def _compare_pieces(p):
+    """What the pieces of the head found, joined in the first."""
+    best, found = _wholes(p.best, (p.head_pieces, p.ready_count)), _floats(p.found, (p.head_pieces, p.ready_count, 3))
+    for r in range(p.ready_count):
+        for piece in range(1, p.head_pieces):
+            ours, other = found[0, r], found[piece, r]
+            if other[0] > ours[0]:
+                ours[0], best[0, r] = other[0], best[piece, r]
+            if other[2] != 0.0:  # not one that had no rows
+                most = max(ours[1], other[1])
+                ours[2] = ours[2] * np.exp(ours[1] - most) + other[2] * np.exp(other[1] - most)
+                ours[1] = most
+
+
+@njit(nogil=True, error_model="numpy")
+def _work(p, thread):
+    """All phases of the step that is under way."""
+    phase = _load(p.gate + STEP) << PHASE_BITS  # before all else: what the plan says was written before this number
+    adapted, rows = p.segment_count > 0, p.ready_count
+    for layer in range(p.layers):
         if adapted:
-            for s in prange(adapted):
-                _inner(call, s, segments, pairs, layer, QKV, y, inner)
-        for part in prange(threads):
-            low, high = _bounds(part, threads, qkv.shape[1])
-            _product(call, kind, weights[layer, QKV], scales[layer, QKV], y, qkv, low, high, count, 0)
-            if adapted:
-                _outer(call, segments, pairs, layer, QKV, inner, qkv, low, high)
-        _place_heads(
-            qkv, qkv_biases[layer], qk_norms[layer], eps, turns if turned[layer] else plain_turns, slots, kv, layer,
-            head_dim, heads, kv_heads, query_scale, count,
-        )  # fmt: skip
-        for item in prange(count * kv_heads):
-            n, head = item // kv_heads, item % kv_heads
-            last = positions[n] + 1
-            first = max(0, last - windows[layer]) if windows[layer] else 0
-            own = qkv[n, head * groups * head_dim : (head + 1) * groups * head_dim].reshape(groups, head_dim)
-            to = mixed[n, head * groups * head_dim : (head + 1) * groups * head_dim].reshape(groups, head_dim)
-            _attend(call, own, kv, layer, head, tables[of_row[n]], size, first, last, to)
+            _read_by_adapters(p, thread, layer, QKV, 0, p.dim, phase)
+            phase += 1
+        _make_heads(p, thread, layer, phase)
+        _look_back(p, layer, phase + 1)
+        phase += 2
         if adapted:
-            for s in prange(adapted):
-                _inner(call, s, segments, pairs, layer, OUT, mixed, inner)
-        for part in prange(threads):
-            low, high = _bounds(part, threads, x.shape[1])
-            _product(call, kind, weights[layer, OUT], scales[layer, OUT], mixed, x, low, high, count, 1)
-            if adapted:
-                _outer(call, segments, pairs, layer, OUT, inner, x, low, high)
-        if out_biases.shape[1]:
-            for n in range(count):
-                x[n] += out_biases[layer]
-        _norm(x, norms[layer, 1], eps, y, count)
+            _read_by_adapters(p, thread, layer, OUT, p.mixed, p.heads * p.head_dim, phase)
+            phase += 1
+        _add_to_x(p, layer, OUT, p.mixed, p.heads * p.head_dim, p.out_bias, phase)
+        phase += 1
         if adapted:
-            for s in prange(adapted):
-                _inner(call, s, segments, pairs, layer, GATE_UP, y, inner)
-        for part in prange(threads):
-            width = act.shape[1]
-            low, high = _bounds(part, threads, width)
-            w, s = weights[layer, GATE_UP], scales[layer, GATE_UP]
-            _product(call, kind, w, s, y, gate_up, low, high, count, 0)
-            _product(call, kind, w, s, y, gate_up, width + low, width + high, count, 0)
-            if adapted:
-                _outer(call, segments, pairs, layer, GATE_UP, inner, gate_up, low, high)
-                _outer(call, segments, pairs, layer, GATE_UP, inner, gate_up, width + low, width + high)
-            _gate(gate_up, mlp_biases[layer], act, low, high, count)
+            _read_by_adapters(p, thread, layer, GATE_UP, 0, p.dim, phase)
+            phase += 1
+        _open_gates(p, thread, layer, phase)
+        phase += 1
         if adapted:
-            for s in prange(adapted):
-                _inner(call, s, segments, pairs, layer, DOWN, act, inner)
-        for part in prange(threads):
-            low, high = _bounds(part, threads, x.shape[1])
-            _product(call, kind, weights[layer, DOWN], scales[layer, DOWN], act, x, low, high, count, 1)
-            if adapted:
-                _outer(call, segments, pairs, layer, DOWN, inner, x, low, high)
-        if down_biases.shape[1]:
-            for n in range(count):
-                x[n] += down_biases[layer]
-    _norm(x, last_norm, eps, y, count)
+            _read_by_adapters(p, thread, layer, DOWN, p.act, p.ffn, phase)
+            phase += 1
+        _add_to_x(p, layer, DOWN, p.act, p.ffn, p.down_bias, phase)
+        phase += 1
+    if rows:
+        _make_logits(p, thread, phase)
 
 
-@njit(parallel=True, nogil=True, error_model="numpy", cache=True)
-def head_step(call, threads, kind, weight, scales, hidden, logits, sampled, best, found):
-    """Logits (R, V) of hidden states (R, D). Of the first `sampled` tokens each row's likeliest goes to best[0], and
-    over all tokens found[0] (R, 2) is the largest logit and the sum of e^(logit - it).
+@njit(nogil=True, error_model="numpy")
+def _enter(p, door):
+    """Waits until a step wants help: for a moment awake, then asleep."""
+    for _ in range(SPINS):
+        if _foreign(p.try_wait, door) == 0:
+            return
+        _pause()
+    while _foreign(p.wait, door) != 0:
+        pass
 
-    `best` (T, R) and `found` (T, R, 2) hold what each thread found."""
-    size = logits.shape[1]
-    within = np.empty((threads, logits.shape[0], 2), dtype=np.float32)
-    elsewhere = np.empty((threads, logits.shape[0]), dtype=np.int64)
-    for part in prange(threads):
-        low, high = _bounds(part, threads, size)
-        _product(call, kind, weight, scales, hidden, logits, low, high, logits.shape[0], 0)
-        _best(logits, low, min(high, max(low, sampled)), best[part], within[part])
-        _best(logits, low, high, elsewhere[part], found[part])
-    for r in range(logits.shape[0]):
-        for part in range(1, threads):
-            if within[part, r, 0] > within[0, r, 0]:
-                within[0, r, 0], best[0, r] = within[part, r, 0], best[part, r]
-            most = max(found[0, r, 0], found[part, r, 0])
-            total = found[0, r, 1] * np.exp(found[0, r, 0] - most) + found[part, r, 1] * np.exp(
-                found[part, r, 0] - most
-            )
-            found[0, r, 0], found[0, r, 1] = most, total
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def decoder_step(plan, thread):
+    """Thread 0 computes the step that `plan` (one PLAN) describes, with whoever comes to help. The others help with
+    every step until `stop` is set."""
+    p = plan[0]
+    while not p.stop:
+        if thread:
+            _enter(p, p.doors + thread * DOOR_BYTES)
+            if p.stop:
+                return
+        else:
+            step = _load(p.gate + STEP) + 1
+            _store(p.gate + STEP, step)
+            _store(p.gate + STATE, (step << PHASE_BITS) << TICKET_BITS)
+            for helper in range(1, p.threads):
+                _foreign(p.post, p.doors + helper * DOOR_BYTES)
+        _work(p, thread)
+        if not thread:
+            closed = (step << PHASE_BITS) + (1 << PHASE_BITS) - 1  # no helper that is late finds a phase to work on
+            _store(p.gate + STATE, closed << TICKET_BITS)
+            _compare_pieces(p)
+            return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import time
 
 import naive
 import pytest
 import torch
 from naive import engine, expected, prompts, request
 
-from prairie.engine.compiled import covers
+from prairie.engine.compiled import CompiledDecoder, covers
 from prairie.engine.constraint import Constraint
 from prairie.models.config import ModelConfig, RopeScaling
 from prairie.models.lora import LoRA, LoRAConfig
@@ -118,6 +121,26 @@ def test_steps_may_go_either_way():
     answers = subject.generate([request(f"r{i}", ids, max_tokens=12) for i, ids in enumerate(prompts())])
     assert [tuple(a.token_ids) for a in answers] == [expected(i, 12) for i in range(len(answers))]
     assert len(taken) > 12
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_helpers(threads, monkeypatch):
+    """More threads than cores: they come late, are set aside in the middle of a piece, and leave late."""
+    monkeypatch.setattr(CompiledDecoder, "threads", staticmethod(lambda: threads))
+    before = threading.active_count()
+    subject = compiled(step_tokens=24)
+    subject.add_adapter("hash1", naive.adapter(1))
+    which = [("hash1", 1) if i % 5 == 4 else (None, None) for i in range(len(prompts()))]
+    asked = [request(f"r{i}", ids, which[i][0], max_tokens=9) for i, ids in enumerate(prompts())]
+    answers = subject.generate(asked)
+    assert [tuple(a.token_ids) for a in answers] == [expected(i, 9, seed) for i, (_, seed) in enumerate(which)]
+    assert threading.active_count() == before + threads - 1
+    del subject
+    gc.collect()
+    until = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_sampling_and_penalties_draw_the_same():
