@@ -40,6 +40,9 @@ def serve(
     max_pending: Annotated[
         int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")
     ] = 512,
+    max_pending_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that prompts and answers under way or queued may come to.")
+    ] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, help="Of each API key; more are told to come back (429).")
     ] = None,
@@ -83,9 +86,9 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         logging.getLogger("prairie").setLevel(logging.INFO)
         settings = Settings(
-            max_pending=max_pending, requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
-            remotes=remotes, max_adapters=max_adapters, admin_without_key=_is_loopback(host),
-            max_body_bytes=max_body_mb * 2**20, guard=not no_guard,
+            max_pending=max_pending, max_pending_tokens=max_pending_tokens, requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute, remotes=remotes, max_adapters=max_adapters,
+            admin_without_key=_is_loopback(host), max_body_bytes=max_body_mb * 2**20, guard=not no_guard,
         )  # fmt: skip
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))

@@ -41,13 +41,16 @@ from prairie.serve.remote import Remotes
 from prairie.serve.schema import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     ErrorBody,
     FeedbackRequest,
     LoadAdapter,
+    TokenizeRequest,
     UnloadAdapter,
 )
 from prairie.serve.stream import Chat, EventStream, Text, Whole
+from prairie.serve.tokenizing import detokenized, tokenized
 from prairie.serve.worker import Worker
 from prairie.store.audit import record
 
@@ -71,6 +74,8 @@ class Settings:
 
     max_pending: int = 512
     """Answers under way or queued; more are refused with 429."""
+    max_pending_tokens: int | None = None
+    """Tokens that the prompts and answers of these may come to."""
     requests_per_minute: int | None = None
     """Of each API key; None does not limit."""
     tokens_per_minute: int | None = None
@@ -106,8 +111,9 @@ class Service:
         self.watcher = Watcher(home, self.models, self.keys, guard=guard)
         limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self.desk = Desk(
-            self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending, limits=limits
-        )
+            self.models, self.worker, home.feedback, self.metrics, max_pending=settings.max_pending,
+            max_pending_tokens=settings.max_pending_tokens, limits=limits,
+        )  # fmt: skip
         self.remotes = Remotes(settings.remotes, self.desk)
         self.board = board.BoardRoom(home, self.models)
         self.failure: Exception | None = None
@@ -216,6 +222,7 @@ def create_app(
     errors.install(app)
     _completions(app, service)
     _embeddings(app, service)
+    _tokens(app, service)
     _models(app, service)
     _adapters(app, service)
     _feedback(app, service)
@@ -272,6 +279,25 @@ def _embeddings(app: FastAPI, service: Service) -> None:
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """A vector of each text, from an encoder or a language model."""
         return Response(await service.desk.embed(body, request.state.tenant), media_type="application/json")
+
+
+def _tokens(app: FastAPI, service: Service) -> None:
+    async def said(work: Callable[..., dict[str, Any]], body: TokenizeRequest | DetokenizeRequest) -> dict[str, Any]:
+        resident = await service.models.acquire(body.model)
+        try:
+            return await service.desk.do(work, resident, body)
+        finally:
+            service.models.release(resident)
+
+    @app.post("/tokenize", tags=["tokens"])
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The token ids that a text or a conversation would be answered from, as vLLM's route says them."""
+        return await said(tokenized, body)
+
+    @app.post("/detokenize", tags=["tokens"])
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        """The text of token ids."""
+        return await said(detokenized, body)
 
 
 def _models(app: FastAPI, service: Service) -> None:

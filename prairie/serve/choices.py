@@ -75,11 +75,13 @@ class Order:
     prompts: Sequence[Prompt]
     n: int
     """Answers to each prompt."""
-    limit: int
+    best: int | None = None
+    """Of which only so many are given, the likeliest; None: all."""
+    limit: int = DEFAULT_MAX_TOKENS
     """Tokens of an answer; 0 only scores the prompt."""
-    top: int | None
+    top: int | None = None
     """Alternatives shown beside each token; None: no log-probabilities."""
-    stops: tuple[str, ...]
+    stops: tuple[str, ...] = ()
     scored: bool = False
     """The prompts' own tokens get log-probabilities too."""
     tools: Tools = ()
@@ -92,6 +94,8 @@ class Order:
     """The call that must be made."""
     one_call: bool = False
     """Of several calls only the first is passed on."""
+    special: bool = True
+    """A text begins with bos where the model's documents do."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,11 @@ class Choice:
     score: Score | None = None
     """Of the prompt, if that was asked for."""
 
+    @property
+    def likelihood(self) -> float:
+        """Mean log-probability of its tokens, the stop token included."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
     def shown(self, stop_ids: frozenset[int]) -> int:
         """How many of its tokens are text: all but a stop token at the end."""
         stopped = self.finish_reason == "stop" and self.token_ids and self.token_ids[-1] in stop_ids
@@ -167,13 +176,16 @@ class Desk:
         metrics: Metrics,
         *,
         max_pending: int,
+        max_pending_tokens: int | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """`max_pending`: choices that may be under way or queued, over all models; `limits`: of each API key."""
+        """`max_pending`: choices that may be under way or queued, over all models; `max_pending_tokens`: what their
+        prompts and answers may come to; `limits`: of each API key."""
         self.models, self.worker, self.feedback, self.metrics = models, worker, feedback, metrics
         self.max_pending = max_pending
         self.limits = limits or Limits()
-        self.pending = 0
+        self.max_pending_tokens = max_pending_tokens
+        self.pending = self.pending_tokens = 0
         self.threads = ThreadPoolExecutor(16, "prairie-records")
         """Enough that writes of many requests meet in one commit."""
         self.compilers = ThreadPoolExecutor(2, "prairie-grammars")
@@ -200,9 +212,9 @@ class Desk:
         body.refuse_unsupported()
         limit = body.limit()
         order = Order(
-            [body.to_messages()], body.n or 1, DEFAULT_MAX_TOKENS if limit is None else limit, body.top(), body.stops(),
-            tools=body.to_tools(), options=body.chat_template_kwargs or {}, form=body.form(), demand=body.demanded(),
-            one_call=body.parallel_tool_calls is False,
+            [body.to_messages()], body.n or 1, limit=DEFAULT_MAX_TOKENS if limit is None else limit, top=body.top(),
+            stops=body.stops(), tools=body.to_tools(), options=body.chat_template_kwargs or {}, form=body.form(),
+            demand=body.demanded(), one_call=body.parallel_tool_calls is False,
         )  # fmt: skip
         return await self._open(body, caller, order, "chatcmpl")
 
@@ -213,7 +225,11 @@ class Desk:
         if limit == 0 and not body.echo:
             raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
         scored = bool(body.echo) and body.logprobs is not None
-        order = Order(body.prompts(), body.n or 1, limit, body.logprobs, body.stops(), scored, form=body.form())
+        n, drawn = body.n or 1, body.drawn()
+        order = Order(
+            body.prompts(), drawn, best=n if n < drawn else None, limit=limit, top=body.logprobs, stops=body.stops(),
+            scored=scored, form=body.form(), special=body.add_special_tokens is not False,
+        )  # fmt: skip
         return await self._open(body, caller, order, "cmpl")
 
     async def embed(self, body: EmbeddingRequest, tenant: str = "") -> bytes:
@@ -289,7 +305,9 @@ class Desk:
         if order.scored:
             await self._score(resident, choices, order.top or 0)
         head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
-        return Answer(self, resident, head, choices, order, caller, arrived)
+        answer = Answer(self, resident, head, choices, order, caller, arrived)
+        self._admit_tokens(answer.tokens)
+        return answer
 
     async def _shadow(self, resident: Resident, body: Sampling, caller: Caller, order: Order) -> None:
         """The same request, answered by the version on trial, recorded and shown to nobody. It takes no place that a
@@ -342,6 +360,17 @@ class Desk:
         self.limits.admit(tenant)
         self.pending += choices
 
+    def _admit_tokens(self, tokens: int) -> None:
+        """Raises QueueFull. As with choices, one request alone is served however large it is."""
+        most = self.max_pending_tokens
+        if most is not None and self.pending_tokens and self.pending_tokens + tokens > most:
+            self.metrics.refused.inc()
+            raise QueueFull(
+                "the server has as many tokens to compute as it takes", got=self.pending_tokens + tokens,
+                wanted=f"at most {most}", mend=f"try again in {RETRY_AFTER_S} s",
+            )  # fmt: skip
+        self.pending_tokens += tokens
+
     def close(self) -> None:
         self.threads.shutdown(wait=True)
         self.compilers.shutdown(wait=False, cancel_futures=True)
@@ -364,7 +393,11 @@ class Answer:
         self.order, self.top, self.caller, self.arrived = order, order.top, caller, arrived
         self.call_format = CallFormat.of(resident.template) if order.tools else None
         self.names = TokenText(resident.tokenizer)
-        self.stop_ids = frozenset(resident.template.stop_ids)
+        of_request = choices[0].request.params.stop_ids if choices[0].request is not None else ()
+        self.stop_ids = frozenset((*resident.template.stop_ids, *of_request))
+        room = resident.engine.max_context
+        self.tokens = sum(min(len(choice.prompt_ids) + order.limit, room) for choice in choices)
+        """That this may come to."""
         self._by_id = {choice.id: choice for choice in choices}
         self._news: asyncio.Queue[Part | Exception] = asyncio.Queue()
         self._commits: set[asyncio.Task[None]] = set()
@@ -449,6 +482,14 @@ class Answer:
             pass
         return self.choices
 
+    def given(self) -> list[Choice]:
+        """What the client gets of all that has ended: with `best_of` the likeliest of each prompt, best first."""
+        n, best = self.order.n, self.order.best
+        if best is None:
+            return list(self.choices)
+        of_prompts = [self.choices[start : start + n] for start in range(0, len(self.choices), n)]
+        return [one for some in of_prompts for one in sorted(some, key=lambda c: -c.likelihood)[:best]]
+
     async def close(self) -> None:
         """Gives everything back, once; what had not ended is cancelled and recorded as aborted. Cannot be cancelled."""
         if self._closed:
@@ -490,6 +531,7 @@ class Answer:
         if not self._given_back:
             self._given_back = True
             self.desk.pending -= len(self.choices)
+            self.desk.pending_tokens -= self.tokens
             self.desk.models.release(self.resident)
 
     # -- inside
@@ -597,14 +639,15 @@ def _compiled_form(resident: Resident, order: Order) -> Constraint | None:
     if order.demand is not None:
         format = CallFormat.of(resident.template)
         if format is None:
-            raise _no_calls()
+            raise no_calls()
         form = call_form(format, order.tools, order.demand.name, resident.tokenizer)
     if form is not None:
         resident.engine.grammars.matcher(form)
     return form
 
 
-def _no_calls() -> RequestError:
+def no_calls() -> RequestError:
+    """The template's calls cannot be read back."""
     return RequestError(
         "this model writes its tool calls in a way that is not known here", wanted="calls as JSON",
         mend="leave the tools out", param="tools",
@@ -638,10 +681,11 @@ def _prompt_ids(resident: Resident, prompt: Prompt, order: Order) -> tuple[list[
     if isinstance(prompt, tuple):
         ids = resident.template.encode_prompt(prompt, order.tools, order.options)
         if order.tools and CallFormat.of(resident.template) is None:
-            raise _no_calls()
+            raise no_calls()
         return ids, prompt
     if isinstance(prompt, str):
-        return resident.engine.prompt_ids(prompt), prompt
+        ids = resident.engine.prompt_ids(prompt) if order.special else resident.tokenizer.encode(prompt)
+        return ids, prompt
     vocab_size = resident.engine.model.config.vocab_size
     wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
     if wrong is not None:
@@ -670,6 +714,10 @@ def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: b
     if order.limit == 0:
         return None
     stops, ignore_eos = order.stops, bool(body.ignore_eos)
+    vocab_size = resident.engine.model.config.vocab_size
+    wrong = next((t for t in body.stop_token_ids or () if not 0 <= t < vocab_size), None)
+    if wrong is not None:
+        raise RequestError("there is no such token", got=wrong, wanted=f"0..{vocab_size - 1}", param="stop_token_ids")
     # An answer of a given form ends by itself, and may hold such a string.
     if chat and not ignore_eos and order.form is None:
         stops = (*stops, *resident.template.stop_strings)
@@ -681,9 +729,10 @@ def _params(resident: Resident, body: Sampling, order: Order, seed: int, chat: b
         min_p=body.min_p or 0.0,
         seed=seed,
         stop=stops,
+        stop_ids=tuple(body.stop_token_ids or ()),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=body.biases(resident.engine.model.config.vocab_size) or None,
+        logit_bias=body.biases(vocab_size) or None,
         logprobs=order.top,
         ignore_eos=ignore_eos,
         constraint=order.form,
@@ -695,7 +744,10 @@ def _sampling_record(choice: Choice, body: Sampling, order: Order) -> dict[str, 
     record: dict[str, Any] = {"max_tokens": 0} if choice.request is None else _of_params(choice.request.params)
     if order.form is not None:
         record["constraint"] = order.form.to_json()
-    more = {"metadata": body.metadata, "tools": [dict(tool) for tool in order.tools], "template": dict(order.options)}
+    more = {
+        "metadata": body.metadata, "tools": [dict(tool) for tool in order.tools], "template": dict(order.options),
+        "stop_token_ids": body.stop_token_ids, "best_of": order.n if order.best is not None else None,
+    }  # fmt: skip
     return record | {key: value for key, value in more.items() if value}
 
 

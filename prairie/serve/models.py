@@ -133,6 +133,12 @@ class Resident:
         )
 
     @property
+    def max_context(self) -> int:
+        """In tokens."""
+        model = self.base.model
+        return model.embedder.max_tokens if model.engine is None else model.engine.max_context
+
+    @property
     def weights_hash(self) -> str:
         return self.base.model.weights_hash
 
@@ -166,7 +172,7 @@ class Resident:
             "kind": self.source.kind,
             "resident": True,
             "writes": model.engine is not None,
-            "max_context": model.embedder.max_tokens if model.engine is None else model.engine.max_context,
+            "max_context": self.max_context,
             "figures": self.source.figures,
         }
         return {

@@ -123,6 +123,7 @@ class Sampling(Request):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOPS)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -168,7 +169,10 @@ class Sampling(Request):
 
     UNSUPPORTED: ClassVar[Sequence[str]] = (
         "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_grammar",
-        "repetition_penalty", "best_of", "suffix", "parallel_tool_calls", "prompt_logprobs",
+        "repetition_penalty", "best_of", "suffix", "parallel_tool_calls", "prompt_logprobs", "echo", "min_tokens",
+        "length_penalty", "use_beam_search", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "typical_p",
+        "grammar", "json_schema", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens",
+        "add_generation_prompt", "continue_final_message", "chat_template", "logits_processors",
     )  # fmt: skip
 
     def refuse_unsupported(self) -> None:
@@ -176,7 +180,11 @@ class Sampling(Request):
         extra = self.model_extra or {}
         # What says nothing: absent, null, empty, and the values that name the default.
         harmless = {"tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "repetition_penalty": (1,),
-                    "best_of": (1, self.n), "parallel_tool_calls": (True, False)}  # fmt: skip
+                    "best_of": (1, self.n), "parallel_tool_calls": (True, False), "echo": (False,), "min_tokens": (0,),
+                    "length_penalty": (1,), "use_beam_search": (False,), "typical_p": (1,),
+                    "skip_special_tokens": (True,), "include_stop_str_in_output": (False,),
+                    "add_special_tokens": (False,), "add_generation_prompt": (True,),
+                    "continue_final_message": (False,)}  # fmt: skip
         for name in self.UNSUPPORTED:
             value = extra.get(name)
             if value in (None, "", [], {}) or value in harmless.get(name, ()):
@@ -222,10 +230,7 @@ class ChatRequest(Sampling):
 
     def to_tools(self) -> Tools:
         """What the model may call. Raises RequestError for what is no function."""
-        try:
-            tools = tools_from_json(self.tools)
-        except DataError as error:
-            raise RequestError(error.what, got=error.got, wanted=error.wanted, param="tools") from None
+        tools = _tools_of(self.tools)
         return () if self.tool_choice == "none" else tools
 
     def demanded(self) -> Demand | None:
@@ -256,10 +261,17 @@ class ChatRequest(Sampling):
         return Demand(name)
 
     def to_messages(self) -> tuple[Message, ...]:
-        return tuple(m.to_message(f"messages.{i}") for i, m in enumerate(self.messages))
+        return _messages_of(self.messages)
 
     def limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        """Tokens of an answer. Raises RequestError for two limits that differ."""
+        new, old = self.max_completion_tokens, self.max_tokens
+        if new is not None and old is not None and new != old:
+            raise RequestError(
+                "max_tokens contradicts max_completion_tokens", got=f"{old} and {new}", mend="send one of them",
+                param="max_tokens",
+            )  # fmt: skip
+        return old if new is None else new
 
     def top(self) -> int | None:
         """How many alternatives a token is to be shown with; 0 = only itself, None = no log-probabilities."""
@@ -274,18 +286,37 @@ class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Answers drawn for each prompt, of which the `n` likeliest a token are given."""
+    add_special_tokens: bool | None = None
+
+    UNSUPPORTED: ClassVar[Sequence[str]] = tuple(
+        name for name in Sampling.UNSUPPORTED if name not in ("echo", "best_of", "add_special_tokens")
+    )
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt. Raises RequestError for none or an empty one."""
         prompts = _entries(self.prompt)
         if not prompts:
             raise RequestError("prompt is an empty list", wanted="at least one prompt", param="prompt")
-        if len(prompts) * (self.n or 1) > 8 * MAX_CHOICES:
+        if len(prompts) * self.drawn() > 8 * MAX_CHOICES:
             raise RequestError(
-                "too many choices in one request", got=f"{len(prompts)} prompts x n={self.n or 1}",
+                "too many choices in one request", got=f"{len(prompts)} prompts x {self.drawn()} answers",
                 wanted=f"at most {8 * MAX_CHOICES}", mend="send several requests", param="prompt",
             )  # fmt: skip
         return prompts
+
+    def drawn(self) -> int:
+        """Answers that are made for each prompt. Raises RequestError for a `best_of` that cannot be."""
+        n = self.n or 1
+        drawn = n if self.best_of is None else self.best_of
+        if drawn < n:
+            raise RequestError("best_of is less than n", got=f"{drawn} < {n}", wanted="n or more", param="best_of")
+        if drawn > n and self.stream:
+            raise RequestError(
+                "the best of several answers is known at the end", mend="leave stream or best_of out", param="best_of"
+            )
+        return drawn
 
 
 class EmbeddingRequest(Request):
@@ -313,6 +344,48 @@ def _entries(given: str | list[str] | list[int] | list[list[int]]) -> list[str |
         return [given]
     ids = [item for item in given if isinstance(item, int)]
     return [ids] if ids else [item for item in given if not isinstance(item, int)]
+
+
+class TokenizeRequest(Request):
+    """POST /tokenize, as vLLM's: a `prompt` as text completions read it, or the `messages` of a chat."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(max_length=300)
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt: whether a first bos is added where the model's documents have one (the default)."""
+    return_token_strs: bool | None = None
+
+    def to_tools(self) -> Tools:
+        return _tools_of(self.tools)
+
+    def to_messages(self) -> tuple[Message, ...]:
+        return _messages_of(self.messages or ())
+
+
+class DetokenizeRequest(Request):
+    """POST /detokenize, as vLLM's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str = Field(max_length=300)
+    tokens: list[int]
+
+
+def _tools_of(tools: list[dict[str, Any]] | None) -> Tools:
+    """What the model may call. Raises RequestError for what is no function."""
+    try:
+        return tools_from_json(tools)
+    except DataError as error:
+        raise RequestError(error.what, got=error.got, wanted=error.wanted, param="tools") from None
+
+
+def _messages_of(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    return tuple(m.to_message(f"messages.{i}") for i, m in enumerate(messages))
 
 
 class FeedbackRequest(Request):

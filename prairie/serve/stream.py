@@ -238,7 +238,8 @@ class Whole(Answering):
     media_type = "application/json"
 
     async def write(self, send: Send) -> None:
-        choices = [self.form.choice(choice) for choice in await self.answer.finished()]
+        await self.answer.finished()
+        choices = [self.form.choice(one) | {"index": place} for place, one in enumerate(self.answer.given())]
         body = to_json(self.answer.head.wrap(self.form.whole, choices, self.usage()))
         headers = [*self.raw_headers, (b"content-length", str(len(body)).encode())]
         # What is sent from here on is a whole answer: it counts as delivered.

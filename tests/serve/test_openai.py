@@ -82,6 +82,60 @@ def test_several_choices_differ_and_are_each_recorded(client, server):
     assert answer.usage.completion_tokens == sum(len(row.token_ids) for row in rows)
 
 
+def test_the_best_of_several_are_the_likeliest_a_token(client, server):
+    prompts = ["草原", "fox"]
+    request = {"model": "spark", "prompt": prompts, "temperature": 1.3, "seed": 5, "max_tokens": 9, "logprobs": 0}
+    every = client.completions.create(**request, n=6)
+    best = client.completions.create(**request, n=2, best_of=6)
+    mean = {c.text: sum(p := c.logprobs.token_logprobs) / len(p) for c in every.choices}
+    wanted = []
+    for start in (0, 6):
+        ranked = sorted(every.choices[start : start + 6], key=lambda c: -mean[c.text])
+        assert len({c.text for c in ranked}) > 3
+        wanted += [c.text for c in ranked[:2]]
+    assert [c.text for c in best.choices] == wanted and [c.index for c in best.choices] == [0, 1, 2, 3]
+    assert best.usage == every.usage, "what was drawn and not given is counted too"
+    rows = [server.home.feedback.get_response(c.response_id) for c in best.choices]
+    assert [row.text for row in rows] == wanted and all(row.sampling["best_of"] == 6 for row in rows)
+    streamed = client.completions.create(**request, n=2, best_of=2, stream=True)
+    assert {chunk.choices[0].index for chunk in streamed} == {0, 1, 2, 3}, "nothing is chosen there"
+
+
+def test_stop_token_ids_end_an_answer_and_are_not_shown(client, library):
+    request = ask("spark", max_tokens=30, logprobs=True)
+    whole = library.generate([Message("user", "草原 fox")], temperature=0, max_tokens=30)
+    stop = next(t for t in whole.token_ids[4:] if t not in whole.token_ids[:4])
+    place = whole.token_ids.index(stop)
+    cut = client.chat.completions.create(**request, extra_body={"stop_token_ids": [stop]}).choices[0]
+    assert cut.finish_reason == "stop" and len(cut.logprobs.content) == place
+    assert cut.message.content == library.tokenizer.decode(whole.token_ids[:place])
+
+
+def test_tokens_of_texts_and_conversations(http, library):
+    words = library.tokenizer
+
+    def tokens(**body):
+        answer = http.post("/tokenize", json={"model": "spark", **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    said = tokens(prompt="草原 fox", return_token_strs=True)
+    assert said["tokens"] == library.engine.prompt_ids("草原 fox") and said["count"] == len(said["tokens"])
+    assert said["max_model_len"] == CONTEXT and len(said["token_strs"]) == said["count"]
+    chat = tokens(messages=[{"role": "user", "content": "fox"}])
+    assert chat["tokens"] == library.template.encode_prompt([Message("user", "fox")]) and chat["token_strs"] is None
+    assert tokens(prompt="fox", add_special_tokens=False)["tokens"] == words.encode("fox")
+    back = http.post("/detokenize", json={"model": "spark", "tokens": chat["tokens"]}).json()
+    assert back == {"prompt": words.decode(chat["tokens"], skip_special=False)}
+    for path, body in (
+        ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}),
+        ("/tokenize", {}), ("/tokenize", {"prompt": "x", "unknown": 1}), ("/detokenize", {"tokens": [99999]}),
+    ):  # fmt: skip
+        refused = http.post(path, json={"model": "spark", **body})
+        assert refused.status_code == 400 and refused.json()["error"]["param"], refused.text
+    assert http.post("/tokenize", json={"model": "nobody", "prompt": "x"}).status_code == 404
+
+
 def test_choices_in_a_stream_end_once_each(http):
     body = ask("spark", temperature=1, n=3, max_tokens=9, stream=True)
     got = events(http.post("/v1/chat/completions", json=body).text)
@@ -132,9 +186,11 @@ def test_logprobs_are_those_of_the_library(client, library):
     assert [t.logprob for t in pieces] == pytest.approx([t.logprob for t in content], abs=1e-4)
 
 
-def test_max_completion_tokens_wins_over_max_tokens(client):
-    answer = client.chat.completions.create(**ask("spark", max_completion_tokens=3))
+def test_max_completion_tokens_is_the_newer_name(client):
+    answer = client.chat.completions.create(**ask("spark", max_tokens=None, max_completion_tokens=3))
     assert answer.usage.completion_tokens == 3
+    with pytest.raises(openai.BadRequestError, match="contradicts"):
+        client.chat.completions.create(**ask("spark", max_tokens=4, max_completion_tokens=3))
 
 
 def test_penalties_and_bias_change_the_answer(client, library):

@@ -68,6 +68,14 @@ def refusal(answer, status, code, param=None):
         ({"functions": [{}]}, "unsupported_parameter", "functions"),
         ({"modalities": ["audio"]}, "unsupported_parameter", "modalities"),
         ({"repetition_penalty": 1.1}, "unsupported_parameter", "repetition_penalty"),
+        ({"best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"min_tokens": 5}, "unsupported_parameter", "min_tokens"),
+        ({"use_beam_search": True}, "unsupported_parameter", "use_beam_search"),
+        ({"continue_final_message": True}, "unsupported_parameter", "continue_final_message"),
+        ({"allowed_token_ids": [1]}, "unsupported_parameter", "allowed_token_ids"),
+        ({"grammar": "root ::= x"}, "unsupported_parameter", "grammar"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "invalid_request", "max_tokens"),
+        ({"stop_token_ids": [-1]}, "invalid_request", "stop_token_ids"),
         ({"metadata": {"a": 1}}, "invalid_value", "metadata.a"),
         ({"user": "u" * 201}, "invalid_value", "user"),
     ],
@@ -81,7 +89,8 @@ def test_what_changes_nothing_is_ignored(http):
         "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "parallel_tool_calls": True,
         "store": False, "service_tier": "auto", "reasoning_effort": "low", "a_field_of_next_year": {"x": 1},
         "modalities": ["text"], "temperature": None, "stop": None, "n": None, "stream": None, "logit_bias": {},
-        "metadata": {"a": "b"}, "user": "u",
+        "metadata": {"a": "b"}, "user": "u", "min_tokens": 0, "use_beam_search": False, "add_generation_prompt": True,
+        "skip_special_tokens": True, "best_of": 1, "max_tokens": 12, "max_completion_tokens": 12, "stop_token_ids": [],
     }  # fmt: skip
     answer = http.post("/v1/chat/completions", json=ask("spark") | extra)
     assert answer.status_code == 200, answer.text
@@ -149,7 +158,11 @@ def test_text_completions_that_make_no_sense(http):
     refused("prompt", prompt=[99999])
     refused("prompt", prompt=["x"] * 1000)
     refused("max_tokens", max_tokens=0)
-    refused("best_of", best_of=3)
+    refused("best_of", n=4, best_of=3)
+    refused("best_of", best_of=3, stream=True)
+    refused("best_of", best_of=99)
+    refused("prompt", prompt=["x"] * 16, best_of=9)
+    refused("stop_token_ids", stop_token_ids=[99999])
     refused("suffix", suffix="end")
 
 
@@ -197,6 +210,25 @@ def test_a_full_queue_says_when_to_come_back(home):
         server.idle()
         # The places are given back; a request larger than the limit is served when nothing else runs.
         assert httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark", n=5), timeout=60).status_code == 200
+
+
+def test_a_queue_of_tokens_says_when_to_come_back(home):
+    with running(home, (), Settings(max_pending_tokens=200)) as server:
+        for base in server.service.models._bases.values():
+            step = base.model.engine.step
+            base.model.engine.step = lambda step=step: time.sleep(0.01) or step()
+        body = ask("spark", max_tokens=100, ignore_eos=True)
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}) as first:
+            assert first.status_code == 200
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+            assert "tokens" in refusal(answer, 429, "overloaded")["message"] and answer.headers["retry-after"]
+            little = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark", max_tokens=5), timeout=30)
+            assert little.status_code == 200
+        server.idle()
+        assert server.service.desk.pending_tokens == 0
+        # One that is larger than the limit is served when nothing else runs.
+        whole = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"n": 3}, timeout=60)
+        assert whole.status_code == 200
 
 
 def test_an_engine_fault_loses_its_requests_and_nothing_else(home, monkeypatch):

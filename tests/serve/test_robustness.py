@@ -4,8 +4,10 @@ import json
 import os
 import random
 import socket
+import statistics
 import threading
 import time
+from collections import Counter
 from urllib.parse import urlparse
 
 import httpx
@@ -113,37 +115,41 @@ def test_minutes_under_load_with_flat_memory(home):
     """A soak: answers, streams, forms, leavers and votes, `PRAIRIE_SOAK_S` seconds of it (eight minutes)."""
     lasts = float(os.environ.get("PRAIRIE_SOAK_S", 480))
     with running(home, ["spark"]) as server:
-        until, failures, done = time.monotonic() + lasts, [], [0]
+        until, failures, done = time.monotonic() + lasts, [], Counter()
 
         def talk(seed):
             rng = random.Random(seed)
-            with httpx.Client(base_url=server.url, timeout=60) as http:
+            with httpx.Client(base_url=server.url, timeout=600) as http:
                 while time.monotonic() < until:
                     form = {"guided_choice": ["yes", "no"]} if rng.random() < 0.2 else {}
                     body = ask("spark", "x" * rng.randrange(1, 60), temperature=1, stream=rng.random() < 0.5, **form)
                     if rng.random() < 0.1:
                         leave(server, rng.randrange(100), rng)
+                        done["left"] += 1
                     answer = http.post("/v1/chat/completions", json=body)
                     if answer.status_code != 200:
                         failures.append(answer.text)
                         continue
-                    done[0] += 1
+                    done["answers"] += 1
                     if not body["stream"] and rng.random() < 0.3:
                         vote = {"response_id": answer.json()["id"], "kind": "thumb", "value": "up"}
-                        http.post("/v1/feedback", json=vote)
+                        done["votes"] += http.post("/v1/feedback", json=vote).status_code == 201
 
         threads = [threading.Thread(target=talk, args=(seed,)) for seed in range(6)]
         for thread in threads:
             thread.start()
-        levels = []
+        times, levels = [], []
         while time.monotonic() < until:
-            time.sleep(lasts / 24)
-            levels.append(resident_bytes())
+            time.sleep(lasts / 48)
+            times.append((lasts + time.monotonic() - until) / 60)
+            levels.append(resident_bytes() / 2**20)
         for thread in threads:
             thread.join()
         server.idle(60)
-        assert not failures and done[0] > lasts, (failures[:2], done)
+        assert not failures and done["answers"] > lasts, (failures[:2], done)
         assert server.kv_blocks_held() == 0
         # The first third warms up: caches, compiled grammars, threads.
-        early, late = levels[len(levels) // 3], levels[-1]
-        assert late - early < 0.03 * early + 8 * 2**20, [round(level / 2**20) for level in levels]
+        warm = len(levels) // 3
+        slope = statistics.linear_regression(times[warm:], levels[warm:]).slope
+        print(f"{dict(done)} in {times[-1]:.1f} minutes; {slope:+.2f} MiB/minute;", [round(level) for level in levels])
+        assert levels[-1] - levels[warm] < 0.03 * levels[warm] + 8, levels
