@@ -45,7 +45,7 @@ from prairie.train.trainer import Trainer
 PLAYING_CODE = ("games", "models/tower", "data/positions")
 LEARNING_CODE = (*PLAYING_CODE, "train", "flywheel/go")
 PART_GAMES = 160
-"""Games of self-play that one thread plays and that are kept at a time: what a kill costs at most."""
+"""Games of self-play that one thread plays and that are kept at a time, at most: what a kill costs."""
 MATCH_PAIRS = 24
 """Pairs of games of a match that one thread plays, between two looks at the test."""
 
@@ -93,20 +93,19 @@ class GoActor:
         )  # fmt: skip
         lock = threading.Lock()
 
-        def part(number: int) -> Callable[[Watch], Played]:
+        def part(number: int, games: int) -> Callable[[Watch], Played]:
             """One part of the games; its seed is its number's."""
-            path, start = work / f"part-{number:04d}", number * PART_GAMES
+            path = work / f"part-{number:04d}"
             seed = int(np.random.default_rng([config["seed"], config["turn"], number]).integers(2**31))
             judge = TowerJudge(tower, device=self.context.runtime.device, seed=seed)
 
             def played(watch: Watch) -> Played:
-                def over(games: int) -> None:
+                def over(count: int) -> None:
                     watch.go_on()
                     with lock:
-                        bar.update(games)
+                        bar.update(count)
 
                 if not path.is_dir():
-                    games = min(PART_GAMES, keys.games - start)
                     _keep(play(judge, settings, games=games, mean_score=config["mean_score"], seed=seed, on_game=over),
                           path)  # fmt: skip
                 return _kept(path)
@@ -114,7 +113,7 @@ class GoActor:
             return played
 
         with self.context.runtime.progress.bar("self-play", keys.games, "game") as bar:
-            jobs = [part(number) for number in range(math.ceil(keys.games / PART_GAMES))]
+            jobs = [part(number, games) for number, games in enumerate(parts_of(keys.games))]
             parts = list(side_by_side(jobs, self.context.runtime.threads))
         played = joined(parts)
         health = Health.of(played)
@@ -222,6 +221,12 @@ class GoGate:
         )  # fmt: skip
         home.clear_work(name)
         return verdict
+
+
+def parts_of(games: int) -> list[int]:
+    """How many games each part has: alike, so that no thread waits long for another; not a matter of the machine."""
+    count = math.ceil(games / PART_GAMES)
+    return [(games + k) // count for k in range(count)]
 
 
 def board_of(tower: Tower) -> int:

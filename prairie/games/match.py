@@ -146,14 +146,14 @@ class Played:
 def play_match(terms: Terms, player: Player, engine: Engine, folder: Path) -> Iterator[Played]:
     """Yields every game of the match, those of earlier runs first.
 
-    Raises GameError when the engine fails, DataError when the folder holds another match, StorageFullError when a game
-    cannot be written.
+    Raises GameError when the engine fails, DataError when the folder holds another match or a damaged game,
+    StorageFullError when a game cannot be written.
     """
     _claim(folder, terms)
     for number in range(terms.games):
         path = folder / f"game-{number + 1:04d}.sgf"
         if path.is_file():
-            record = read_sgf(path.read_bytes())[0]
+            record = _kept(path, terms)
         else:
             record = play_game(terms, number, player, engine)
             _write(path, write_sgf(record))
@@ -253,6 +253,26 @@ def _claim(folder: Path, terms: Terms) -> None:
         )  # fmt: skip
     if theirs is None:
         _write(path, json.dumps(mine, indent=2))
+
+
+def _kept(path: Path, terms: Terms) -> GameRecord:
+    """A game of an earlier run. Raises DataError for one that is damaged: it would be counted for what it is not."""
+    wanted = f"{terms.size} lines, komi {terms.komi:g}"
+    try:
+        record = read_sgf(path.read_bytes())[0]
+        for _ in record.positions():  # each move is looked at
+            pass
+        found = f"{record.size} lines, komi {record.komi:g}"
+        fits = found == wanted and record.winner() is not None
+        why = "" if fits else f"{found}, result {record.result or 'missing'}"
+    except (OSError, DataError) as error:
+        why = str(error)
+    if why:
+        raise DataError(
+            f"{path} is no finished game of this match", got=why, wanted=f"{wanted}, a result",
+            mend="remove the file, and the game is played again",
+        )  # fmt: skip
+    return record
 
 
 def _write(path: Path, text: str) -> None:

@@ -113,6 +113,11 @@ def test_a_kill_anywhere_changes_nothing(whole, tmp_path, monkeypatch, where):
             assert mine[key] == theirs[key], key
 
 
+def test_parts_are_alike_and_make_up_the_whole():
+    assert [go.parts_of(games) for games in (12, 192, 320, 321)] == [[12], [96, 96], [160, 160], [107, 107, 107]]
+    assert sum(go.parts_of(1003)) == 1003 and max(go.parts_of(1003)) <= go.PART_GAMES
+
+
 def test_done_again_nothing_is_turned_twice(whole):
     figures, turns = turned(whole[0])
     assert figures == whole[1] and turns == whole[2]

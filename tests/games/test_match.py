@@ -76,6 +76,23 @@ def test_a_match_goes_on_where_it_stopped(tmp_path, player):
 
 
 @pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("(;GM[1]FF[4]SZ[5]KM[0.5];B[aa];W[aa", "the property W of an SGF has no value"),
+        ("(;GM[1]FF[4]SZ[5]KM[0.5]RE[B+1];B[aa];W[aa])", "white A5, cannot be played"),
+        ("(;GM[1]FF[4]SZ[5]KM[0.5];B[aa])", "result missing"),
+        ("(;GM[1]FF[4]SZ[7]KM[0.5]RE[B+1];B[aa])", "got 7 lines"),
+    ],
+)
+def test_a_damaged_game_is_not_counted(tmp_path, player, damage, sentence):
+    with Engine(script(tmp_path, PASSES)) as engine:
+        list(play_match(terms(games=1), player, engine, tmp_path / "m"))
+        (tmp_path / "m" / "game-0001.sgf").write_text(damage)
+        with pytest.raises(DataError, match=rf"game-0001.sgf is no finished game.*{sentence}.*is played again"):
+            list(play_match(terms(games=1), player, engine, tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
     ("body", "sentence"),
     [
         ("time.sleep(60)", "has not answered for 1 s: got after the command `boardsize 5`"),
