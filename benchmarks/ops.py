@@ -56,6 +56,21 @@ def packed_attention() -> tuple[Callable[..., Tensor], Callable[..., Tensor], li
     return (lambda q, k, v: attend(0, q, k, v)), (lambda q, k, v: attention_reference(q, k, v, lengths)), tensors
 
 
+def long_rows() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Enough work for the compiled loops; the plain form is torch's own fused kernel on rows of one length."""
+    import torch.nn.functional as F
+
+    from prairie.ops.attention import PackedDocuments
+
+    attend = PackedDocuments([1024, 1024])
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = [x.view(2, 1024, 8, 64).transpose(1, 2) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*rows, is_causal=True)
+
+    return (lambda q, k, v: attend(0, q, k, v)), torchs, [normal(2048, 8, 64) for _ in range(3)]
+
+
 def shared_prompt() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
     """Eight answers to one prompt; the plain form computes the prompt's attention for each."""
     from prairie.ops.attention import NO_PREFIX, PackedDocuments, Prefix
@@ -135,6 +150,7 @@ CASES = [
     case("cross entropy 32k", cross_entropy(32768)),
     case("logprobs 32k", logprobs),
     case("packed attention", packed_attention),
+    case("attention of long rows", long_rows, "torch's fused kernel"),
     case("shared prompt", shared_prompt, "each row whole"),
     case("8 adapters", adapters, "one after the other"),
     case("rms_norm", elementwise("rms_norm", (4096, 320), (320,))),

@@ -13,8 +13,12 @@ all buckets, M = N x heads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +28,9 @@ from prairie.ops.relative import RelativeBias
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
+COMPILED_WORK = 1 << 27
+"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.attention_kernel`) are
+asked: a few milliseconds of work. Below it numba is not even imported."""
 HALVES = (torch.float16, torch.bfloat16)
 QUERY_BLOCK = 64
 """Queries of one row handled at once; keys behind a block's end are never touched, which saves up to half the work."""
@@ -153,7 +160,9 @@ class PackedDocuments:
                 self._own.append(~(shared_BT | ended_BT))
         self._indices: dict[int, _Places] = {}
         self._masks: dict[tuple[int, int, int], Tensor] = {}
-        self._rows_of, self._own_R = rows_of, own_R
+        self._rows_of, self._own_R, self._prefixes = rows_of, own_R, prefixes
+        self._work = sum(length * mine for length, mine in zip(self.lengths, own, strict=True))
+        self._tasks: dict[int, _Tasks] = {}
         self._sights: dict[tuple[int, Sight, int], Tensor] = {}
         self._ends: Tensor | None = None
 
@@ -174,10 +183,20 @@ class PackedDocuments:
         sight = sight.within(self.longest)
         if sight != CAUSAL or bias is not None:
             return self._masked_attention(q_NHD, k_NKD, v_NKD, sight, bias)
-        if q_NHD.device.type == "cpu" and q_NHD.dtype == torch.float32 and self.longest <= MATRIX_LENGTH:
-            out: Tensor = _MatrixAttention.apply(q_NHD, k_NKD, v_NKD, self)
+        on_cpu = q_NHD.device.type == "cpu" and q_NHD.dtype == torch.float32
+        if on_cpu and is_worth_compiling(self._work, *q_NHD.shape[1:]):
+            out: Tensor = _CompiledAttention.apply(q_NHD, k_NKD, v_NKD, self)
+            return out
+        if on_cpu and self.longest <= MATRIX_LENGTH:
+            out = _MatrixAttention.apply(q_NHD, k_NKD, v_NKD, self)
             return out
         return self._kernel_attention(q_NHD, k_NKD, v_NKD)
+
+    def tasks(self, kv_heads: int) -> _Tasks:
+        """What the compiled loops do, for so many key heads."""
+        if kv_heads not in self._tasks:
+            self._tasks[kv_heads] = _tasks_of(self._own_R.tolist(), self._prefixes, kv_heads)
+        return self._tasks[kv_heads]
 
     def _kernel_attention(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         """torch's fused kernel, bucket by bucket: for long rows and for other chips than a CPU. On CUDA, in half
@@ -358,6 +377,89 @@ def buckets_of(lengths: Sequence[int], prefixes: Sequence[int] = ()) -> list[lis
         else:
             buckets.append([row])
     return buckets
+
+
+def is_worth_compiling(work: int, heads: int, size: int) -> bool:
+    """Whether causal attention on a CPU goes through the compiled loops; `work`: the sum of length x length over the
+    rows. The same batch is always computed in the same way, so that a run repeats its bits."""
+    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and _kernels() is not None
+
+
+class _Tasks(NamedTuple):
+    """See `attention_kernel.forward`."""
+
+    tasks: np.ndarray
+    groups: np.ndarray
+    rows: np.ndarray
+    longest: int
+
+
+def _tasks_of(own: Sequence[int], prefixes: Sequence[Prefix], kv_heads: int) -> _Tasks:
+    """Rows that go on from one make a group with it; the tasks that take longest come first."""
+    starts = np.cumsum([0, *own])
+    members: dict[int, list[int]] = {row: [row] for row, prefix in enumerate(prefixes) if not prefix.tokens}
+    for row, prefix in enumerate(prefixes):
+        if prefix.tokens:
+            members[prefix.row].append(row)
+    rows = [
+        (starts[r], own[r], starts[prefixes[r].row], prefixes[r].tokens) for group in members.values() for r in group
+    ]
+    ends = np.cumsum([len(group) for group in members.values()])
+    groups = np.stack([ends - [len(group) for group in members.values()], ends], 1)
+    costs = np.array([sum(own[r] * (prefixes[r].tokens + own[r]) for r in group) for group in members.values()])
+    order = np.argsort(-costs, kind="stable")
+    tasks = np.stack([order.repeat(kv_heads), np.tile(np.arange(kv_heads), len(order))], 1)
+    longest = max(length + prefix for _, length, _, prefix in rows)
+    return _Tasks(tasks.astype(np.int64), groups.astype(np.int64), np.array(rows, np.int64), int(longest))
+
+
+class _CompiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packed: PackedDocuments) -> Tensor:
+        q, k, v = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
+        out, log_sums_NH = torch.empty_like(q), torch.empty(q.shape[:2])
+        _in_threads("forward", packed.tasks(k.shape[1]), (q, k, v, out, log_sums_NH))
+        ctx.save_for_backward(q, k, v, out, log_sums_NH)
+        ctx.packed = packed
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, log_sums_NH = ctx.saved_tensors
+        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tasks = ctx.packed.tasks(k.shape[1])
+        _in_threads("backward", tasks, (q, k, v, out, log_sums_NH, grads[0].contiguous(), *found))
+        return *found, None
+
+
+def _in_threads(name: str, tasks: _Tasks, tensors: Sequence[Tensor]) -> None:
+    """A function of `attention_kernel` on all threads; which of them does what does not change a bit."""
+    kernel = getattr(_kernels(), name)
+    size = tensors[0].shape[2]
+    arrays = [tensor.detach().numpy() for tensor in tensors]
+    parts = min(torch.get_num_threads(), len(tasks.tasks))
+
+    def work(part: int) -> None:
+        kernel(part, parts, *tasks, np.float32(size**-0.5), *arrays)
+
+    if parts == 1:
+        work(0)
+        return
+    with ThreadPoolExecutor(parts - 1) as pool:
+        others = [pool.submit(work, part) for part in range(1, parts)]
+        work(0)
+        for other in others:
+            other.result()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """None where numba is not there: torch's forms do the same."""
+    try:
+        from prairie.ops import attention_kernel
+    except ImportError:
+        return None
+    return attention_kernel
 
 
 class _MatrixAttention(torch.autograd.Function):

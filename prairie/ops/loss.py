@@ -1,7 +1,10 @@
 """The vocabulary's end: cross entropy and log probabilities straight from hidden states.
 
-Only supervised tokens get logits, in chunks, so the (N, V) matrix never exists as a whole; the gradient is made in the
-forward pass (the idea of Liger Kernel, arXiv 2410.10989), so logits are made once.
+Only supervised tokens get logits, in chunks, so the (N, V) matrix never exists as a whole; the gradient is made while
+they are there (the idea of Liger Kernel, arXiv 2410.10989), so logits are made once.
+A chunk's logits lie with the vocabulary as rows: the three products with a large vocabulary run at the speed of square
+ones so, and a third slower the other way round (docs/performance.md). They are raised to e^logit by tiles, as soon as
+a tile is made and while it is in the cache; nothing is divided by the sums but a chunk's few hidden states.
 Not here: averaging (the caller divides by the whole step's count), masks other than label -100.
 
 Legend: N tokens, S supervised tokens, C tokens of a chunk, D hidden size, V vocabulary.
@@ -9,7 +12,7 @@ Legend: N tokens, S supervised tokens, C tokens of a chunk, D hidden size, V voc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +23,23 @@ from prairie.ops import elementwise
 IGNORED = -100
 """Label of a token that is not supervised."""
 
-CHUNK_NUMBERS = 1 << 20
-"""Logits held at once where the vocabulary allows it: 4 MB in float32 stays near the cache of a CPU core."""
+CHUNK_NUMBERS = 1 << 24
+"""Logits held at once where the vocabulary allows it: 64 MB in float32. With fewer tokens in a chunk the products are
+slow, as the vocabulary's matrix is read for each."""
 LEAST_CHUNK = 256
-"""Fewer tokens at once make the products with a large vocabulary slow: its matrix is read for every chunk."""
+ALIGNED = 16
+"""Each row of logits begins at a multiple of so many numbers: a cache line. Products into others are a third slower."""
+MOST_CHUNK = 512
+TILE_NUMBERS = 1 << 21
+"""Logits of one tile of the vocabulary: 8 MB in float32 stay in the last cache until they are raised."""
+KEPT_NUMBERS = 1 << 27
+"""Up to so many exponentials (512 MB) are kept from the forward to the backward pass of log probabilities, where the
+vocabulary's matrix learns: a quarter less work."""
+SUMS = 1e-20, 1e30
+"""Between these a sum of e^logit is exact to the last bits and what is made of it is finite; beyond them the largest
+logit is taken off first."""
 RARE = 1e-30
-"""Probabilities below this are near float32's end; their logarithm is taken from the logits instead."""
+"""An e^logit below this is near float32's end; its logarithm is taken from the logit instead."""
 
 
 def linear_cross_entropy(
@@ -37,7 +51,7 @@ def linear_cross_entropy(
     `chunk` is the number of tokens whose logits are held at once. Differentiable in hidden and weight; a frozen
     weight costs nothing.
     """
-    chunk = chunk or _chunk_of(weight_VD)
+    chunk = chunk or chunk_of(len(weight_VD))
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk, softcap)
 
 
@@ -45,7 +59,7 @@ def linear_logprobs(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int | None = None, softcap: float = 0.0
 ) -> Tensor:
     """(N,) float32 log p(label) of every token, 0 where the label is -100. Differentiable in hidden and weight."""
-    return _LinearLogprobs.apply(hidden_ND, weight_VD, labels_N, chunk or _chunk_of(weight_VD), softcap)
+    return _LinearLogprobs.apply(hidden_ND, weight_VD, labels_N, chunk or chunk_of(len(weight_VD)), softcap)
 
 
 def linear_cross_entropy_reference(
@@ -67,8 +81,16 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
     return elementwise.softcap(logits, cap) if cap else logits
 
 
-def _chunk_of(weight_VD: Tensor) -> int:
-    return max(LEAST_CHUNK, CHUNK_NUMBERS // weight_VD.shape[0])
+def chunk_of(vocabulary: int) -> int:
+    """How many tokens have logits at once."""
+    return min(MOST_CHUNK, max(LEAST_CHUNK, CHUNK_NUMBERS // vocabulary))
+
+
+def _chunks(count: int, most: int) -> list[slice]:
+    """`count` tokens in as few chunks as may be, of like size."""
+    pieces = max(1, -(-count // most))
+    each = -(-count // (pieces * ALIGNED)) * ALIGNED
+    return [slice(start, min(start + each, count)) for start in range(0, count, max(1, each))]
 
 
 def _supervised(hidden_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -86,112 +108,191 @@ def _spread(grad_SD: Tensor, places_S: Tensor | None, count: int) -> Tensor:
     return grad_SD.new_zeros(count, grad_SD.shape[1]).index_copy_(0, places_S, grad_SD)
 
 
+class _Raised(NamedTuple):
+    """The logits of a chunk as exponentials, to what sum, and what the gradient needs."""
+
+    exps_VC: Tensor
+    """e^(logit - shift of the token)."""
+    sums_C: Tensor
+    logs_C: Tensor
+    """log p(label)."""
+    slope_VC: Tensor | None
+    """How a capped logit changes with the logit before it."""
+
+
+def _raised(hidden_CD: Tensor, weight_VD: Tensor, labels_C: Tensor, cap: float, room_VC: Tensor) -> _Raised:
+    """`room_VC` is where the exponentials are to be; both inputs have the dtype that products are computed in."""
+    tokens_C = torch.arange(len(labels_C), device=labels_C.device)
+    if weight_VD.dtype == torch.float32 and weight_VD.device.type == "cpu" and not cap:
+        sums_C = torch.zeros(len(hidden_CD))
+        rows = max(1, TILE_NUMBERS // len(hidden_CD))
+        for weight, tile in zip(weight_VD.split(rows), room_VC.split(rows), strict=True):
+            sums_C += torch.mm(weight, hidden_CD.T, out=tile).exp_().sum(0)
+        if bool(((sums_C > SUMS[0]) & (sums_C < SUMS[1])).all()):
+            picked_C = room_VC[labels_C, tokens_C]
+            logs_C = (picked_C / sums_C).log()
+            rare = (picked_C < RARE).nonzero()[:, 0]
+            if len(rare):
+                logs_C[rare] = (hidden_CD[rare] * weight_VD[labels_C[rare]]).sum(1) - sums_C[rare].log()
+            return _Raised(room_VC, sums_C, logs_C, None)
+    slope_VC = None
+    if weight_VD.dtype == torch.float32:
+        torch.mm(weight_VD, hidden_CD.T, out=room_VC)
+    else:
+        room_VC.copy_(weight_VD @ hidden_CD.T)
+    if cap:
+        room_VC.copy_(_capped(room_VC, cap))
+        slope_VC = 1 - (room_VC / cap).square()
+    picked_C = room_VC.sub_(room_VC.amax(0))[labels_C, tokens_C]
+    sums_C = room_VC.exp_().sum(0)
+    return _Raised(room_VC, sums_C, picked_C - sums_C.log(), slope_VC)
+
+
+def _slopes(raised: _Raised, labels_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """g_VC and f_C: the gradient of -log p(label) by the logits is g times f of the token. Written over the
+    exponentials; in half precision f is 1, as sums may be beyond its range."""
+    exps_VC, sums_C, _, slope_VC = raised
+    factors_C = sums_C.reciprocal()
+    if dtype != torch.float32:
+        exps_VC *= factors_C
+        sums_C, factors_C = torch.ones_like(sums_C), torch.ones_like(factors_C)
+    tokens_C = torch.arange(len(labels_C), device=labels_C.device)
+    exps_VC[labels_C, tokens_C] -= sums_C
+    if slope_VC is not None:
+        exps_VC *= slope_VC
+    return exps_VC.to(dtype), factors_C
+
+
+class _Head:
+    """What both losses do with the chunks of a batch: the weight, in the dtype of products, and one room for logits."""
+
+    def __init__(self, hidden_SD: Tensor, weight_VD: Tensor, chunk: int, cap: float) -> None:
+        self.hidden_SD, self.weight, self.cap = hidden_SD, weight_VD, cap
+        self.parts = _chunks(len(hidden_SD), chunk)
+        self._room: Tensor | None = None
+
+    def raised(self, part: slice, labels_S: Tensor, *, keep: bool = False) -> _Raised:
+        """The exponentials of one chunk; the next chunk is written over them unless they are to `keep`."""
+        hidden_CD = self.hidden_SD[part]
+        width = -(-len(hidden_CD) // ALIGNED) * ALIGNED
+        room = None if keep else self._room
+        if room is None or room.shape[1] != width:
+            room = torch.empty(len(self.weight), width, dtype=torch.float32, device=hidden_CD.device)
+        if not keep:
+            self._room = room
+        given = hidden_CD.to(self.weight.dtype), self.weight, labels_S[part], self.cap
+        return _raised(*given, room[:, : len(hidden_CD)])
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, cap: float) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_SD, labels_S, places_S = _supervised(hidden_ND, labels_N)
-        weight = _working(weight_VD)
+        head = _Head(hidden_SD, _working(weight_VD), chunk, cap)
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_SD = torch.empty_like(hidden_SD) if wants_hidden else None
-        grad_VD = torch.zeros_like(weight_VD) if wants_weight else None
-        for start in range(0, len(labels_S), chunk):
-            part = slice(start, start + chunk)
-            hidden_CD, labels_C1 = hidden_SD[part].to(weight.dtype), labels_S[part, None]
-            logits_CV = _capped(hidden_CD @ weight.T, cap)
-            slope_CV = 1 - (logits_CV / cap).square() if cap else None
-            probs_CV = _softmax(logits_CV)
-            picked_C1 = probs_CV.gather(1, labels_C1)
-            total -= _logs(picked_C1, hidden_CD, weight, labels_C1, cap).sum()
+        grad_VD = _Sum(weight_VD) if wants_weight else None
+        for part in head.parts:
+            raised = head.raised(part, labels_S)
+            total -= raised.logs_C.sum()
             if grad_SD is None and grad_VD is None:
                 continue
-            probs_CV.scatter_(1, labels_C1, picked_C1 - 1.0)  # softmax - one-hot is the gradient of the logits
-            if slope_CV is not None:
-                probs_CV.mul_(slope_CV)
-            grad_CV = probs_CV.to(weight.dtype)
+            slopes_VC, factors_C = _slopes(raised, labels_S[part], head.weight.dtype)
             if grad_SD is not None:
-                grad_SD[part] = grad_CV @ weight
+                grad_SD[part] = (slopes_VC.T @ head.weight) * factors_C[:, None]
             if grad_VD is not None:
-                _add_product(grad_VD, grad_CV, hidden_CD)
-        ctx.save_for_backward(grad_SD, grad_VD, places_S)
+                grad_VD.add(slopes_VC, hidden_SD[part], factors_C)
+        ctx.grads = grad_SD, None if grad_VD is None else grad_VD.value, places_S
         ctx.count = len(labels_N)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_SD, grad_VD, places_S = ctx.saved_tensors
-        scale = grads[0]
-        grad_ND = None if grad_SD is None else _spread(grad_SD * scale, places_S, ctx.count)
-        return grad_ND, None if grad_VD is None else grad_VD * scale, None, None, None
+        (grad_SD, grad_VD, places_S), scale = _taken(ctx), grads[0]
+        grad_ND = None if grad_SD is None else _spread(grad_SD.mul_(scale), places_S, ctx.count)
+        return grad_ND, None if grad_VD is None else grad_VD.mul_(scale), None, None, None
 
 
 class _LinearLogprobs(torch.autograd.Function):
+    """A token's gradient is known only in the backward pass, but for a factor: what is made of the hidden states is
+    made in the forward pass. That of the weight needs the exponentials once more: they are kept, or made again if
+    they are too many."""
+
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, cap: float) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_SD, labels_S, places_S = _supervised(hidden_ND, labels_N)
-        weight = _working(weight_VD)
-        norm_S = torch.empty(len(labels_S), dtype=torch.float32, device=hidden_ND.device)
-        picked_S = torch.empty_like(norm_S)
-        for start in range(0, len(labels_S), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = _capped((hidden_SD[part].to(weight.dtype) @ weight.T).float(), cap)
-            norm_S[part] = logits_CV.logsumexp(1)
-            picked_S[part] = logits_CV.gather(1, labels_S[part, None])[:, 0]
-        ctx.save_for_backward(hidden_SD, weight_VD, labels_S, places_S, norm_S)
-        ctx.count, ctx.chunk, ctx.cap, ctx.working = len(labels_N), chunk, cap, weight.dtype
-        logprobs_S = picked_S - norm_S
+        head = _Head(hidden_SD, _working(weight_VD), chunk, cap)
+        keep = wants_weight and len(labels_S) * len(weight_VD) <= KEPT_NUMBERS
+        logprobs_S = torch.empty(len(labels_S), dtype=torch.float32, device=hidden_ND.device)
+        unit_SD = torch.empty_like(hidden_SD) if wants_hidden else None
+        kept: list[tuple[Tensor, Tensor]] = []
+        for part in head.parts:
+            raised = head.raised(part, labels_S, keep=keep)
+            logprobs_S[part] = raised.logs_C
+            if not (wants_hidden or keep):
+                continue
+            slopes_VC, factors_C = _slopes(raised, labels_S[part], head.weight.dtype)
+            if unit_SD is not None:
+                unit_SD[part] = (slopes_VC.T @ head.weight) * factors_C[:, None]
+            if keep:
+                kept.append((slopes_VC, factors_C))
+        ctx.grads, ctx.count = (unit_SD, kept), len(labels_N)
+        ctx.save_for_backward(hidden_SD, weight_VD, labels_S, places_S)
+        ctx.chunk, ctx.cap, ctx.working = chunk, cap, head.weight.dtype
         if places_S is None:
             return logprobs_S
         return logprobs_S.new_zeros(len(labels_N)).index_copy_(0, places_S, logprobs_S)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        # Logits are made a second time here: the gradient needs each token's weight, known only now.
-        hidden_SD, weight_VD, labels_S, places_S, norm_S = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_S = grads[0] if places_S is None else grads[0].index_select(0, places_S)
-        weight = weight_VD.to(ctx.working)
-        grad_SD = torch.empty_like(hidden_SD) if wants_hidden else None
-        grad_VD = torch.zeros_like(weight_VD) if wants_weight else None
-        for start in range(0, len(labels_S), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            hidden_CD, grad_C1 = hidden_SD[part].to(weight.dtype), grad_S[part, None]
-            logits_CV = _capped((hidden_CD @ weight.T).float(), ctx.cap)
-            slope_CV = 1 - (logits_CV / ctx.cap).square() if ctx.cap else None
-            grad_CV = logits_CV.sub_(norm_S[part, None]).exp_().mul_(-grad_C1)
-            grad_CV.scatter_add_(1, labels_S[part, None], grad_C1)
-            if slope_CV is not None:
-                grad_CV.mul_(slope_CV)
-            grad_CV = grad_CV.to(weight.dtype)
-            if grad_SD is not None:
-                grad_SD[part] = grad_CV @ weight
-            if grad_VD is not None:
-                _add_product(grad_VD, grad_CV, hidden_CD)
-        return None if grad_SD is None else _spread(grad_SD, places_S, ctx.count), grad_VD, None, None, None
+        unit_SD, kept = _taken(ctx)
+        hidden_SD, weight_VD, labels_S, places_S = ctx.saved_tensors
+        head = _Head(hidden_SD, weight_VD.to(ctx.working), ctx.chunk, ctx.cap)
+        pull_S = -(grads[0] if places_S is None else grads[0].index_select(0, places_S))
+        grad_VD = _Sum(weight_VD) if ctx.needs_input_grad[1] else None
+        for index, part in enumerate(head.parts if grad_VD is not None else []):
+            slopes_VC, factors_C = (
+                kept[index] if kept else _slopes(head.raised(part, labels_S), labels_S[part], head.weight.dtype)
+            )
+            assert grad_VD is not None
+            grad_VD.add(slopes_VC, hidden_SD[part], factors_C * pull_S[part])
+        grad_ND = None
+        if unit_SD is not None:
+            grad_ND = _spread(unit_SD.mul_(pull_S[:, None]), places_S, ctx.count)
+        return grad_ND, None if grad_VD is None else grad_VD.value, None, None, None
 
 
-def _softmax(logits_CV: Tensor) -> Tensor:
-    """float32 softmax of each row, written over the logits when they are float32."""
-    logits_CV = logits_CV.float()
-    return torch._softmax(logits_CV, -1, False, out=logits_CV)
+class _Sum:
+    """The gradient of the vocabulary's matrix, chunk by chunk; the first one sets it."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self._weight_VD = weight_VD
+        self._sum_VD: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """(V, D)"""
+        return torch.zeros_like(self._weight_VD) if self._sum_VD is None else self._sum_VD
+
+    def add(self, slopes_VC: Tensor, hidden_CD: Tensor, factors_C: Tensor) -> None:
+        """value += slopes @ (hidden times each token's factor)."""
+        scaled_CD = (hidden_CD * factors_C[:, None]).to(slopes_VC.dtype)
+        if self._sum_VD is None:
+            self._sum_VD = (slopes_VC @ scaled_CD).to(self._weight_VD.dtype)
+        elif self._sum_VD.dtype == slopes_VC.dtype:
+            self._sum_VD.addmm_(slopes_VC, scaled_CD)
+        else:
+            self._sum_VD += slopes_VC @ scaled_CD
 
 
-def _logs(picked_C1: Tensor, hidden_CD: Tensor, weight: Tensor, labels_C1: Tensor, cap: float) -> Tensor:
-    """log of the labels' probabilities; where these are too small to be exact, from the logits."""
-    logs_C1 = picked_C1.log()
-    rare = (picked_C1 < RARE).nonzero()[:, 0]
-    if len(rare):
-        logits = _capped((hidden_CD[rare] @ weight.T).float(), cap)
-        logs_C1[rare] = logits.gather(1, labels_C1[rare]) - logits.logsumexp(1, keepdim=True)
-    return logs_C1
-
-
-def _add_product(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """grad += grad_CV.T @ hidden, without a temporary when the dtypes agree."""
-    if grad_VD.dtype == grad_CV.dtype == hidden_CD.dtype:
-        grad_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        grad_VD += grad_CV.T @ hidden_CD
+def _taken(ctx: Any) -> Any:
+    """What the forward pass kept, which the backward pass writes over: it can be had once."""
+    grads, ctx.grads = ctx.grads, None
+    if grads is None:
+        raise RuntimeError("the gradient of the vocabulary's loss was already taken; make its forward pass again")
+    return grads
 
 
 def _working(weight: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ def nf4_levels() -> tuple[float, ...]:
     return tuple(sorted((levels / levels.max()).tolist()))
 
 
+def bytes_a_number(bits: Bits) -> float:
+    """What a number of a large matrix takes, its share of the scales included."""
+    return {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 * 2 / GROUPS["int4"], "nf4": 0.5 + 4 / GROUPS["nf4"]}[bits]
+
+
 class PackedWeight(nn.Module):
     """An (O, I) weight as small numbers with scales. bf16: the upper half of each number, no scale. int8: one scale a
     row. int4: 16 even steps from the least to the largest number of each group of a row. nf4: 16 normal quantiles times

@@ -170,7 +170,10 @@ def job_of(config: Learning, model: ModelConfig) -> Job:
     rank = config.adapter.rank if config.adapter else 0
     longest = min(config.max_tokens, config.tokens_per_batch)
     dtype = "float32" if config.dtype == "auto" else config.dtype
-    return Job(model, config.tokens_per_batch, longest, rank, config.optimizer, dtype, config.activation_checkpointing)
+    return Job(
+        model, config.tokens_per_batch, longest, rank, config.optimizer, dtype, config.activation_checkpointing,
+        quantize=config.quantize, keeps_logits=getattr(config, "objective", "") == "dpo",
+    )  # fmt: skip
 
 
 def fits(tokenizer: Tokenizer, config: ModelConfig) -> None:

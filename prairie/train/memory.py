@@ -6,6 +6,7 @@ measured peak of real runs. Not here: time (pipeline/plan).
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +15,15 @@ from pathlib import Path
 from prairie.errors import TrainingError
 from prairie.models.config import ModelConfig
 from prairie.models.weight_table import fused_parts
-from prairie.ops.attention import MATRIX_LENGTH
-from prairie.ops.loss import CHUNK_NUMBERS, LEAST_CHUNK
+from prairie.ops.attention import MATRIX_LENGTH, is_worth_compiling
+from prairie.ops.loss import KEPT_NUMBERS, chunk_of
+from prairie.ops.packed import Bits, bytes_a_number
 
 MB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of settings in glibc's malloc.h."""
+KEPT_BYTES = 2**31 - 1
+"""The most that these settings can say."""
 PROCESS_MB = 330.0
 """Python, torch, numpy and their threads, before a model is there."""
 LEAST_BATCH = 256
@@ -39,6 +45,10 @@ class Job:
     dtype: str = "float32"
     recomputes: bool = False
     """With activation checkpointing."""
+    quantize: Bits | None = None
+    """In which form the matrices of a frozen base are kept."""
+    keeps_logits: bool = False
+    """The objective asks for log-probabilities, whose exponentials wait for the gradient (`ops.loss`)."""
 
     @property
     def trained(self) -> int:
@@ -72,7 +82,7 @@ class Memory:
     activations: float
     """What the forward pass keeps for the backward pass, and the gradients of it that are alive at once."""
     logits: float
-    """One chunk of logits with its gradient."""
+    """One chunk of logits; its gradient is written over it."""
     process: float
 
     @property
@@ -92,14 +102,34 @@ def memory_of(job: Job) -> Memory:
     copies = 0 if job.dtype == "float32" else narrow * c.parameters()
     adapters = wide * job.trained if job.rank else 0
     moments = 2 if job.optimizer == "adamw" else 1.2  # muon keeps one for the matrices, and makes their step at once
-    return Memory(
+    found = Memory(
         weights=(wide * c.parameters() + copies + adapters) / MB,
         gradients=wide * job.trained / MB,
         optimizer=moments * wide * job.trained / MB,
         activations=job.tokens * (_kept_by_layers(job, narrow) + _alive_at_once(c, narrow)) / MB,
-        logits=2 * wide * max(LEAST_CHUNK, CHUNK_NUMBERS // c.vocab_size) * c.vocab_size / MB,
+        logits=wide * _logits_at_once(job) / MB,
         process=PROCESS_MB,
     )
+    return found if job.quantize is None else _with_packed_weights(job, found)
+
+
+def _logits_at_once(job: Job) -> int:
+    kept = job.tokens * job.config.vocab_size
+    if job.keeps_logits and not job.rank and kept <= KEPT_NUMBERS:
+        return kept
+    return min(job.tokens, chunk_of(job.config.vocab_size)) * job.config.vocab_size
+
+
+def _with_packed_weights(job: Job, dense: Memory) -> Memory:
+    """Matrices of the blocks are packed one after the other, so before the first step all stand there dense, and in the
+    steps one at a time does."""
+    assert job.quantize is not None
+    parts = [part for block in fused_parts(job.config) for parts in block.values() for part in parts]
+    sizes = [part.inputs * part.outputs for part in parts]
+    saved = (4 - bytes_a_number(job.quantize)) * sum(sizes) - 4 * max(sizes, default=0)
+    packed = replace(dense, weights=dense.weights - saved / MB)
+    loading = 4 * job.config.parameters() / MB + dense.process
+    return packed if packed.total >= loading else replace(packed, weights=packed.weights + loading - packed.total)
 
 
 def _kept_by_layers(job: Job, narrow: int) -> float:
@@ -116,7 +146,8 @@ def _kept_by_layer(job: Job, narrow: int) -> float:
     ffn_dim = max(c.ffn_dim, c.experts_per_token * c.expert_ffn_dim)
     kept = narrow * (4 * c.dim + c.qkv_dim + 2 * c.q_dim + 3 * ffn_dim)
     adapters = narrow * (6 * job.rank + c.qkv_dim + 2 * ffn_dim + 2 * c.dim) if job.rank else 0  # outputs before deltas
-    weights = 4 * c.heads * min(job.longest, job.tokens) * 0.6 if job.longest <= MATRIX_LENGTH else 0.0
+    compiled = is_worth_compiling(job.tokens * min(job.longest, job.tokens), c.heads, c.head_dim)
+    weights = 0.0 if compiled or job.longest > MATRIX_LENGTH else 4 * c.heads * min(job.longest, job.tokens) * 0.6
     return kept + adapters + weights
 
 
@@ -175,6 +206,20 @@ def _smaller_batch(job: Job, limit_mb: float) -> Job | None:
             return None
         job = replace(job, tokens=job.tokens // 2)
     return job
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep what it frees, up to its peak, for the next step; False where the C library cannot be
+    told so.
+
+    glibc gives every large block back to the system at once, and the system fills its pages with zeros again in the
+    next step: a tenth of the time where a step takes and frees gigabytes (docs/performance.md).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
 def machine_memory_mb(read: Callable[[str], str] | None = None) -> int:

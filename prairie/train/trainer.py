@@ -47,6 +47,7 @@ from prairie.train.checkpoint import (
     writing,
 )
 from prairie.train.config import TrainConfig
+from prairie.train.memory import keep_freed_memory
 from prairie.train.objective import Learner, Objective, computing_in, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
@@ -146,6 +147,7 @@ class Trainer:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.runtime, self.folder, self.adapter, self.evaluate, self.title = runtime, folder, adapter, evaluate, title
         _check_settings(model, objective, loader, config, runtime)
+        keep_freed_memory()
         self.ranks = Ranks.join(runtime)
         if not self.ranks.leads:
             self.runtime = replace(runtime, progress=Progress(quiet=True))

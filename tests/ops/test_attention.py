@@ -19,7 +19,7 @@ def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.T
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [1], [1, 30, 2, 29, 28, 11, 1], [150, 3], [130, 130], [64, 65, 128]])
-@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel"])
+@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel", "compiled"])
 def test_packed_equals_reference(
     lengths: list[int], heads: int, kv_heads: int, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +28,10 @@ def test_packed_equals_reference(
     if form == "small pieces":
         monkeypatch.setattr(attention, "CACHED_NUMBERS", 1000)
         monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-    ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
+    size = 16 if form == "compiled" else 8
+    if form == "compiled":
+        monkeypatch.setattr(attention, "COMPILED_WORK", 0)
+    ours, plain = inputs(sum(lengths), heads, kv_heads, size), inputs(sum(lengths), heads, kv_heads, size)
     got = PackedDocuments(lengths)(0, *ours)
     wanted = attention_reference(*plain, lengths)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
@@ -171,7 +174,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
-@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel"])
+@pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel", "compiled"])
 @pytest.mark.parametrize("case", SHARED)
 def test_rows_that_go_on_from_one_equal_whole_rows(
     case: str, form: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
@@ -181,8 +184,11 @@ def test_rows_that_go_on_from_one_equal_whole_rows(
     if form == "small pieces":
         monkeypatch.setattr(attention, "CACHED_NUMBERS", 1000)
         monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    size = 16 if form == "compiled" else 8
+    if form == "compiled":
+        monkeypatch.setattr(attention, "COMPILED_WORK", 0)
     lengths, prefixes = SHARED[case][0], [Prefix(*prefix) for prefix in SHARED[case][1]]
-    ours, plain = inputs(sum(lengths), heads, kv_heads), inputs(sum(lengths), heads, kv_heads)
+    ours, plain = inputs(sum(lengths), heads, kv_heads, size), inputs(sum(lengths), heads, kv_heads, size)
     packed = PackedDocuments(lengths, prefixes=prefixes)
     got = packed(0, *ours)
     whole, whole_lengths, places = expanded(torch.arange(sum(lengths)), lengths, prefixes)
@@ -194,6 +200,48 @@ def test_rows_that_go_on_from_one_equal_whole_rows(
     (wanted * seed).sum().backward()
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_attention_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows longer than a block of keys, heads of 64 columns that share a key head, scores far above and below zero."""
+    monkeypatch.setattr(attention, "COMPILED_WORK", 0)
+    lengths, prefixes = [450, 60, 193], [Prefix(), Prefix(0, 210), Prefix()]
+    ours, plain = inputs(sum(lengths), 4, 2, 64), inputs(sum(lengths), 4, 2, 64)
+    for q, *_ in (ours, plain):
+        q.data *= 8
+    got = PackedDocuments(lengths, prefixes=prefixes)(0, *ours)
+    whole, whole_lengths, places = expanded(torch.arange(sum(lengths)), lengths, prefixes)
+    wanted = attention_reference(*(x[whole] for x in plain), whole_lengths)[places]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
+    (got * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_compiled_attention_has_the_same_bits_on_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "COMPILED_WORK", 0)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            ours = inputs(263, 4, 2, 16)
+            PackedDocuments([100, 63, 100])(0, *ours).square().sum().backward()
+            found.append([x.grad for x in ours])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_compiled_attention_hides_no_broken_number(which: int, broken: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "COMPILED_WORK", 0)
+    tensors = inputs(60, 2, 2, 16)
+    tensors[which].data[30, 0, 3] = broken
+    out = PackedDocuments([60])(0, *tensors)
+    assert not out[30, 0].isfinite().all() and out[:30].isfinite().all() and out[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("prefix", [(0, 8), (1, 2), (2, 1)])

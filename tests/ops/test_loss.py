@@ -69,6 +69,44 @@ def test_certain_and_impossible_labels_stay_exact(scale: float) -> None:
     torch.testing.assert_close(ours[0].grad, plain[0].grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [-200.0, 60.0, 75.0, 200.0])
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_logprobs"])
+def test_logits_far_from_zero(op: str, shift: float) -> None:
+    """All logits of a token moved by one number: its probabilities are the same, its e^logit are not."""
+    ours, plain = inputs("some"), inputs("some")
+    for hidden, weight, _ in (ours, plain):
+        hidden.data[:, 0], weight.data[:, 0] = 1.0, shift
+    got, wanted = getattr(ops, op)(*ours, chunk=8).sum(), getattr(ops, f"{op}_reference")(*plain).sum()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-3)
+    got.backward()
+    wanted.backward()
+    torch.testing.assert_close(ours[1].grad, plain[1].grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_logprobs"])
+def test_a_broken_number_is_not_hidden(op: str) -> None:
+    for broken in (float("nan"), float("inf")):
+        hidden, weight, labels = inputs("all")
+        weight.data[3, 3] = broken
+        assert not getattr(ops, op)(hidden, weight, labels).sum().isfinite()
+
+
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_logprobs"])
+def test_a_gradient_can_be_taken_once(op: str) -> None:
+    found = getattr(ops, op)(*inputs("some")).sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already taken"):
+        found.backward()
+
+
+def test_logprobs_make_their_logits_again_where_they_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, again = inputs("some"), inputs("some")
+    (ops.linear_logprobs(*kept, chunk=8) * torch.arange(37)).sum().backward()
+    monkeypatch.setattr(ops, "KEPT_NUMBERS", 0)
+    (ops.linear_logprobs(*again, chunk=8) * torch.arange(37)).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(kept[:2], again[:2], strict=True))
+
+
 def test_sum_over_rows_does_not_depend_on_the_split() -> None:
     hidden, weight, labels = inputs("some", "")
     whole = ops.linear_cross_entropy(hidden, weight, labels)

@@ -13,7 +13,9 @@ from prairie.data.loader import Loader, TokenDataset
 from prairie.errors import TrainingError
 from prairie.models.config import ModelConfig
 from prairie.models.lora import LoRA, LoRAConfig
+from prairie.models.quantized import bytes_of, quantize
 from prairie.models.transformer import Transformer
+from prairie.ops.packed import bytes_a_number
 from prairie.train import memory
 from prairie.train.memory import Job, machine_memory_mb, memory_of, ways_out
 from prairie.train.objectives.causal_lm import CausalLM
@@ -40,6 +42,7 @@ JOBS = {
     "small, large batch": Job(shape(2048, 128, 4), 16_384, 64),
     "large vocabulary, long rows": Job(shape(32_768, 256, 4), 4096, 512),
     "an adapter": Job(shape(4096, 384, 6), 4096, 128, rank=16),
+    "an adapter on 4 bits": Job(shape(4096, 384, 6), 4096, 128, rank=16, quantize="nf4"),
     "recomputed": Job(shape(4096, 256, 8), 8192, 128, recomputes=True),
     "muon": Job(shape(4096, 384, 6), 1024, 256, optimizer="muon"),
 }
@@ -55,6 +58,8 @@ def train_twice(job: Job, folder: Path, told: "multiprocessing.Queue[float]") ->
     offsets = np.arange(0, len(ids) + 1, job.longest)
     dataset = TokenDataset(ids, np.arange(len(ids)) % job.longest > 0, offsets)
     model = Transformer(job.config).init_weights(0)
+    if job.quantize:
+        quantize(model, job.quantize, [ids[:64].tolist()])
     adapter = LoRA.create(model, LoRAConfig(rank=job.rank)) if job.rank else None
     config = TrainConfig(
         steps=2, tokens_per_batch=job.tokens, lr=1e-4, optimizer=job.optimizer, save_every_s=None,
@@ -105,6 +110,30 @@ def test_each_part_grows_with_what_it_is_of():
         assert Job(c, 1, 1).trained == sum(p.numel() for p in Transformer(c).parameters())
     lora = LoRA.create(Transformer(job.config).init_weights(0), LoRAConfig(rank=8))
     assert replace(job, rank=8).trained == sum(p.numel() for p in lora.parameters())
+
+
+def test_a_packed_base_is_counted_as_it_is_kept():
+    job = Job(shape(4096, 1024, 24), 1024, 128, rank=8)
+    dense, packed = memory_of(job), memory_of(replace(job, quantize="nf4"))
+    model = Transformer(shape(4096, 256, 2)).init_weights(0)
+    numbers = sum(at.dense().numel() for at in model.linears() if at.layer is not None)
+    before = sum(p.numel() for p in model.parameters()) * 4
+    for bits in ("nf4", "int4", "int8"):
+        model = Transformer(shape(4096, 256, 2)).init_weights(0)
+        quantize(model, bits, [[1, 2, 3]])
+        assert bytes_of(model) == pytest.approx(before - (4 - bytes_a_number(bits)) * numbers, rel=0.01)
+    assert packed.weights < dense.weights and packed.total < dense.total
+    little = replace(job, tokens=256, quantize="nf4")
+    assert (
+        memory_of(little).total >= 4 * little.config.parameters() / memory.MB + memory.PROCESS_MB - 1
+    )  # while loading
+
+
+def test_logits_that_wait_for_their_gradient_are_counted():
+    job = Job(shape(32_768, 256, 4), 2048, 128)
+    assert memory_of(replace(job, keeps_logits=True)).logits == 4 * memory_of(job).logits
+    frozen = replace(job, rank=8)
+    assert memory_of(replace(frozen, keeps_logits=True)) == memory_of(frozen)
 
 
 def test_a_containers_limit_counts(monkeypatch):
