@@ -28,7 +28,7 @@ from torch import Tensor
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import rotary_turns
-from prairie.ops.packed import PackedWeight
+from prairie.ops.packed import PackedWeight, lay_together
 
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
@@ -188,11 +188,11 @@ class CompiledDecoder:
         weights = [[self._addresses(getattr(block, name)) for name in GROUPS] for block in model.layers]
         self._keep("weights", np.array([[numbers for numbers, _ in row] for row in weights]))
         self._keep("scales", np.array([[scales for _, scales in row] for row in weights]))
-        packed = model.quantization
-        record["head_kind"] = record["kind"] if packed is not None and packed.head else 0
-        record["head"], record["head_scales"] = self._addresses(
-            PackedWeight(model.head_weight, packed.bits) if packed is not None and packed.head else model.head_weight
-        )
+        packed, head = model.quantization, model.head_weight
+        if packed is not None and packed.head:
+            record["head_kind"], head = record["kind"], PackedWeight(head, packed.bits)
+            lay_together([head])
+        record["head"], record["head_scales"] = self._addresses(head)
 
         def stacked(name: str) -> np.ndarray | None:
             rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]

@@ -88,13 +88,13 @@ PLAN = np.dtype(
 _LOG2E = np.float32(math.log2(math.e))
 
 
-def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
+def _tile(kind: int, rows: int, tokens: int, chains: int = 1, strides: int = 1) -> Any:
     """An intrinsic: `rows` x `tokens` dot products of `length` numbers, all sums in registers.
 
     tile(w, w_step, scales, x, x_step, y, y_step, length, adds, ahead): addresses, and steps in numbers from one row to
     the next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`. Each product is
-    kept in so many `chains` of sums, which do not wait for each other. A single row asks for what lies `ahead` bytes
-    behind what it reads.
+    kept in so many `chains` of sums, which do not wait for each other; a turn of the loop goes on by so many `strides`
+    of vectors in each, and asks for what lies `ahead` bytes behind what it reads of the weight.
     """
     i64, f32 = ir.IntType(64), ir.FloatType()
     element = {FLOAT32: f32, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}[kind]
@@ -129,13 +129,15 @@ def _tile(kind: int, rows: int, tokens: int, chains: int = 1) -> Any:
                     kept = sums[m][n][chain]
                     b.store(b.fadd(b.load(kept), b.fmul(values[m], x_n, flags=("fast",)), flags=("fast",)), kept)
 
-        whole = b.sub(length, b.srem(length, number(LANES * chains)))
-        with cgutils.for_range_slice(b, number(0), whole, number(LANES * chains), i64) as (at, _):
-            for line in range(0, LANES * chains * size if rows == 1 else 0, 64):
-                _ask_for(b, b.add(address(w, at, size), b.add(ahead, number(line))))
-            for chain in range(chains):
-                advance(b.add(at, number(chain * LANES)), chain)
-        if chains > 1:
+        turn = LANES * chains * strides
+        whole = b.sub(length, b.srem(length, number(turn)))
+        with cgutils.for_range_slice(b, number(0), whole, number(turn), i64) as (at, _):
+            for row in w_rows:
+                for line in range(0, turn * size, 64):
+                    _ask_for(b, b.add(address(row, at, size), b.add(ahead, number(line))))
+            for step in range(chains * strides):
+                advance(b.add(at, number(step * LANES)), step % chains)
+        if turn > LANES:
             with cgutils.for_range_slice(b, whole, length, number(LANES), i64) as (at, _):
                 advance(at, 0)
         for m in range(rows):
@@ -168,22 +170,6 @@ def _ask_for(b: Any, address: Any) -> None:
     b.call(name, [b.inttoptr(address, pointer), i32(0), i32(3), i32(1)])
 
 
-@intrinsic
-def _prefetch_line(typing: Any, address: Any) -> Any:
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        _ask_for(b, args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@njit(nogil=True, error_model="numpy")
-def _prefetch(address, size):
-    """Asks for `size` bytes that are read soon; rows are short, and the chip does not guess where the next begins."""
-    for at in range(0, size, 64):
-        _prefetch_line(address + at)
-
-
 def _widened(b: Any, kind: int, values: Any) -> Any:
     """Numbers of a weight as float32."""
     vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
@@ -209,7 +195,8 @@ def _products(kind: int) -> Any:
     of this kind with all tokens; addresses are those of row 0 and token 0."""
     size = np.int64({FLOAT32: 4, BFLOAT16: 2, INT8: 1}[kind])
     one = _tile(kind, 1, 1, 8 if kind == INT8 else 4)
-    two, three, tile14, tile34 = _tile(kind, 1, 2, 4), _tile(kind, 1, 3, 2), _tile(kind, 1, 4), _tile(kind, 3, 4)
+    two, three, tile14 = _tile(kind, 1, 2, 4), _tile(kind, 1, 3, 2), _tile(kind, 1, 4)
+    tile34 = _tile(kind, 3, 4, strides=2 if kind == FLOAT32 else 4)
 
     @njit(nogil=True, error_model="numpy")
     def products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
@@ -220,11 +207,10 @@ def _products(kind: int) -> Any:
             row = low
             while fours and row < high:
                 wr, sr, whole = w + row * w_step * size, scales + row * 4, row + 3 <= high
-                _prefetch(wr + 3 * w_step * size, 3 * w_step * size)
                 for four in range(fours):
                     xr, yr = xs + four * 4 * x_step * 4, ys + (row + four * 4 * y_step) * 4
                     if whole:
-                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, ahead)
+                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, 3 * w_step * size)
                     else:
                         tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, ahead)
                 row += 3 if whole else 1
@@ -241,6 +227,7 @@ def _products(kind: int) -> Any:
     return products
 
 
+_score = _tile(FLOAT32, 1, 1, 4)
 _products_f32, _products_bf16, _products_int8 = _products(FLOAT32), _products(BFLOAT16), _products(INT8)
 
 
@@ -505,11 +492,90 @@ def _place(p, layer, low, high):
                 kv[layer, side, slots[n], own] = part
 
 
+def _mixture(rows: int) -> Any:
+    """An intrinsic: mixture(to, shares, v, v_step, size, ahead): to_E gains the sum of `rows` vectors v_E, `v_step`
+    bytes from one to the next, each times its share; asks for what lies `ahead` bytes behind them."""
+    i64, f32 = ir.IntType(64), ir.FloatType()
+    vector = ir.VectorType(f32, LANES)
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        to, shares, v, v_step, size, ahead = args
+
+        def number(value: int) -> Any:
+            return ir.Constant(i64, value)
+
+        def at(base: Any, offset: Any, kind_of: Any) -> Any:
+            return b.inttoptr(b.add(base, offset), ir.PointerType(kind_of))
+
+        def filled(value: Any) -> Any:
+            one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+        weights = [filled(b.load(at(shares, number(4 * m), f32), align=4)) for m in range(rows)]
+        starts = [b.add(v, b.mul(v_step, number(m))) for m in range(rows)]
+        with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, _):
+            total = b.load(at(to, offset, vector), align=4)
+            for start, weight in zip(starts, weights, strict=True):
+                _ask_for(b, b.add(b.add(start, offset), ahead))
+                values = b.load(at(start, offset, vector), align=4)
+                total = b.fadd(total, b.fmul(values, weight, flags=("fast",)), flags=("fast",))
+            b.store(total, at(to, offset, vector), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def mixture(typing: Any, to: Any, shares: Any, v: Any, v_step: Any, size: Any, ahead: Any) -> Any:
+        return types.void(*[types.int64] * 6), codegen
+
+    return mixture
+
+
+_mix_one, _mix_four = _mixture(1), _mixture(4)
+
+
+@njit(nogil=True, error_model="numpy")
+def _score_keys(p, at, count, low, high, queries, q_step, tokens, scores, keys):
+    """Scores of `count` neighbouring keys, the first slot of which is at address `at`, for the heads low..high.
+
+    `scores` is the address of the first key's in (high - low, G, tokens, keys); `queries` that of the first token's.
+    """
+    size, groups, step = p.head_dim, p.heads // p.kv_heads, p.kv_heads * p.head_dim
+    if tokens > 1:
+        for head in range(low, high):
+            for g in range(groups):
+                place, row = head * groups + g, (head - low) * groups + g
+                _call(p.products, (
+                    np.int64(FLOAT32), at + head * size * 4, step, at, queries + place * size * 4, q_step,
+                    scores + row * tokens * keys * 4, keys, size, np.int64(0), count, tokens, np.int64(0),
+                ))  # fmt: skip
+        return
+    for key in range(count):  # heads of a key lie side by side: memory is read in a line
+        for head in range(low, high):
+            k, place, row = at + (key * step + head * size) * 4, head * groups, (head - low) * groups
+            for g in range(groups):
+                to = scores + ((row + g) * keys + key) * 4
+                _score(k, size, k, queries + (place + g) * size * 4, size, to, keys, size, 0, 2 * step * 4)
+
+
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
-def _attend(p, layer, run, head):
-    """The queries of one kv head, of some tokens of one sequence, over the keys that they see: softmax(q k) v."""
-    kv_heads, size, block = p.kv_heads, p.head_dim, p.block_size
-    groups = p.heads // kv_heads
+def _soften(row):
+    """Softmax, in place."""
+    most = row[0]
+    for j in range(row.shape[0]):
+        most = max(most, row[j])
+    total = np.float32(0.0)
+    for j in range(row.shape[0]):
+        e = _exp(row[j] - most)
+        row[j] = e
+        total += e
+    inverse = np.float32(1.0) / total
+    for j in range(row.shape[0]):
+        row[j] *= inverse
+
+
+@njit(nogil=True, error_model="numpy")
+def _attend(p, layer, run, low, high):
+    """The queries of the kv heads low..high, of some tokens of one sequence, over the keys they see: softmax(q k) v."""
+    kv_heads, size, block, groups = p.kv_heads, p.head_dim, p.block_size, p.heads // p.kv_heads
     runs, positions = _wholes(p.runs, (p.run_count, 2)), _wholes(p.positions, (p.tokens,))
     start, count = runs[run, 0], runs[run, 1]
     window = _wholes(p.windows, (p.layers,))[layer]
@@ -518,59 +584,41 @@ def _attend(p, layer, run, head):
     keys = last - first
     table = _wholes(p.tables, (_wholes(p.of_row, (p.tokens,))[start] + 1, p.blocks))[-1]
     width, step = (p.heads + 2 * kv_heads) * size, kv_heads * size
-    scores = np.empty((groups * count, keys), dtype=np.float32)
-    queries = p.qkv + (start * width + head * groups * size) * 4
+    cached = p.kv + layer * 2 * p.slots * step * 4
+    rows = (high - low) * groups * count
+    scores = np.empty((rows, keys), dtype=np.float32)
     scores_at = np.int64(scores.ctypes.data)
     t = first
     while t < last:
         until = min(last, (t // block + 1) * block)
-        slot = table[t // block] * block + t % block
-        at = p.kv + ((layer * 2 * p.slots + slot) * step + head * size) * 4
-        many, each, q_step = (1, groups, size) if count == 1 else (groups, count, width)
-        for g in range(many):
-            _call(p.products, (
-                np.int64(FLOAT32), at, step, at, queries + g * size * 4, q_step,
-                scores_at + (g * count * keys + t - first) * 4, keys, size, np.int64(0), until - t, each, np.int64(0),
-            ))  # fmt: skip
+        at = cached + (table[t // block] * block + t % block) * step * 4
+        _score_keys(
+            p, at, until - t, low, high, p.qkv + start * width * 4, width, count, scores_at + (t - first) * 4, keys
+        )  # fmt: skip
         t = until
-    values = _floats(p.kv, (p.layers, 2, p.slots, kv_heads, size))[layer, 1]
-    mixed = _floats(p.mixed, (p.tokens, p.heads * size))
-    for g in range(groups):
-        for i in range(count):
-            end = positions[start] + i + 1
-            begin = max(first, end - window) if window else first
-            at = (head * groups + g) * size
-            row, to = scores[g * count + i, begin - first : end - first], mixed[start + i, at : at + size]
-            most = row[0]
-            for j in range(end - begin):
-                most = max(most, row[j])
-            total = np.float32(0.0)
-            for j in range(end - begin):
-                e = _exp(row[j] - most)
-                row[j] = e
-                total += e
-            inverse = np.float32(1.0) / total
-            to[:] = np.float32(0.0)
-            t = begin
-            while t < end:
-                until = min(end, (t // block + 1) * block)
-                slot = table[t // block] * block + t % block
-                while t + 4 <= until:
-                    j = t - begin
-                    p0, p1, p2, p3 = row[j] * inverse, row[j + 1] * inverse, row[j + 2] * inverse, row[j + 3] * inverse
-                    v0, v1, v2, v3 = (
-                        values[slot, head], values[slot + 1, head], values[slot + 2, head], values[slot + 3, head]
-                    )  # fmt: skip
-                    for e in range(size):
-                        to[e] += p0 * v0[e] + p1 * v1[e] + p2 * v2[e] + p3 * v3[e]
-                    t += 4
-                    slot += 4
-                while t < until:
-                    share, v = row[t - begin] * inverse, values[slot, head]
-                    for e in range(size):
-                        to[e] += share * v[e]
-                    t += 1
-                    slot += 1
+    for row in range(rows):
+        end = positions[start] + row % count + 1
+        begin = max(first, end - window) if window else first
+        scores[row, : begin - first] = 0.0
+        scores[row, end - first :] = 0.0
+        _soften(scores[row, begin - first : end - first])
+    for i in range(count):
+        _floats(p.mixed, (p.tokens, p.heads * size))[start + i, low * groups * size : high * groups * size] = 0.0
+    t = first
+    while t < last:
+        until = min(last, (t // block + 1) * block)
+        at = cached + (p.slots + table[t // block] * block + t % block) * step * 4
+        while t < until:
+            four = t + 4 <= until
+            for row in range(rows):
+                head = low * groups + row // count
+                to = p.mixed + ((start + row % count) * p.heads + head) * size * 4
+                shares, v = scores_at + (row * keys + t - first) * 4, at + head // groups * size * 4
+                if four:
+                    _mix_four(to, shares, v, step * 4, size, 4 * step * 4)
+                else:
+                    _mix_one(to, shares, v, step * 4, size, step * 4)
+            t, at = t + (4 if four else 1), at + (4 if four else 1) * step * 4
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
@@ -685,11 +733,14 @@ def _make_heads(p, thread, layer, phase):
 
 @njit(nogil=True, error_model="numpy")
 def _look_back(p, layer, phase):
-    """Attention of every run of tokens, by kv heads."""
-    pieces = p.run_count * p.kv_heads
+    """Attention of every run of tokens; where these are few, by parts of the heads."""
+    each = min(p.kv_heads, max(1, p.kv_heads * p.run_count // (2 * p.threads)))
+    parts = (p.kv_heads + each - 1) // each
+    pieces = p.run_count * parts
     piece = _ticket(p, phase, pieces)
     while piece >= 0:
-        _attend(p, layer, piece // p.kv_heads, piece % p.kv_heads)
+        low = piece % parts * each
+        _attend(p, layer, piece // parts, low, min(p.kv_heads, low + each))
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
 

@@ -11,9 +11,11 @@ Legend: N tokens, I input columns, O output rows, G columns of a group, S groups
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ Bits = Literal["bf16", "int8", "int4", "nf4"]
 GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
 KERNEL_BLOCK = 32
+LINE = 64
+"""Bytes that memory is read by."""
 FEW_ROWS = 8
 """Up to so many tokens, torch's kernel for 8 bits is faster than a product with the dense weight (docs/log.md)."""
 
@@ -111,6 +115,16 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (dy_NO,) = grads
         return (dy_NO @ ctx.weight.dense().to(dy_NO.dtype)).to(ctx.dtype), None
+
+
+def lay_together(weights: Sequence[PackedWeight]) -> None:
+    """Moves the numbers of these weights into one piece of memory, in this order. A piece that is large comes in large
+    pages where the system has them, and reading it one row behind the other is a third faster (docs/log.md)."""
+    sizes = [-(-weight.numbers.nbytes // LINE) * LINE for weight in weights]
+    room = torch.from_numpy(np.zeros(sum(sizes), dtype=np.uint8))  # torch's own memory comes in small pages
+    for weight, piece in zip(weights, room.split(sizes), strict=True):
+        old = weight.numbers
+        weight.numbers = piece[: old.nbytes].view(old.dtype).view(old.shape).copy_(old)
 
 
 def dense(weight_OI: Tensor | PackedWeight) -> Tensor:

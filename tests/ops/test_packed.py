@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prairie.ops.linear import linear
-from prairie.ops.packed import FEW_ROWS, GROUPS, PackedWeight, nf4_levels
+from prairie.ops.packed import FEW_ROWS, GROUPS, PackedWeight, lay_together, nf4_levels
 
 BITS = ["int8", "int4", "nf4"]
 
@@ -81,3 +81,14 @@ def test_columns_that_do_not_fill_torchs_kernel_do_not_reach_it(inputs: int) -> 
     """With 172 columns and 8 rows that kernel reads beyond the weight and the process dies."""
     packed, x = PackedWeight(weight(64, inputs), "int8"), torch.randn(FEW_ROWS, inputs)
     torch.testing.assert_close(packed.product(x), x @ packed.dense().T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
+def test_weights_that_lie_together_are_the_same(bits: str) -> None:
+    weights = [PackedWeight(torch.randn(rows, 64), bits) for rows in (3, 5, 2)]
+    before = [weight.dense().clone() for weight in weights]
+    lay_together(weights)
+    places = [weight.numbers.data_ptr() for weight in weights]
+    assert places == sorted(places) and places[2] - places[0] < 2048
+    assert all(place % 64 == places[0] % 64 for place in places)
+    assert all(torch.equal(weight.dense(), dense) for weight, dense in zip(weights, before, strict=True))
