@@ -188,11 +188,12 @@ class CompiledDecoder:
         weights = [[self._addresses(getattr(block, name)) for name in GROUPS] for block in model.layers]
         self._keep("weights", np.array([[numbers for numbers, _ in row] for row in weights]))
         self._keep("scales", np.array([[scales for _, scales in row] for row in weights]))
-        packed, head = model.quantization, model.head_weight
-        if packed is not None and packed.head:
-            record["head_kind"], head = record["kind"], PackedWeight(head, packed.bits)
-            lay_together([head])
-        record["head"], record["head_scales"] = self._addresses(head)
+        record["head"], record["head_scales"] = self._addresses(model.head_weight)
+        if model.quantization is not None and model.quantization.head:
+            packed = PackedWeight(model.head_weight, model.quantization.bits)
+            lay_together([packed])
+            record["head_kind"] = record["kind"]
+            record["head"], record["head_scales"] = self._addresses(packed)
 
         def stacked(name: str) -> np.ndarray | None:
             rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]
