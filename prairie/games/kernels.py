@@ -195,7 +195,8 @@ def legal_of_boards(stones, to_move, key, past, length, captured, neighbours, zo
     for b in range(len(stones)):
         find_chains(stones[b], neighbours, zobrist, chain, liberties, only, keys, stack)
         find_legal(
-            stones[b], to_move[b], key[b], past[b], length[b], captured[b], neighbours, zobrist, chain, liberties, only,
+            stones[b], to_move[b], key[b], past[b], np.int64(length[b]), captured[b], neighbours, zobrist, chain,
+            liberties, only,
             keys, legal[b],
         )  # fmt: skip
 
@@ -296,7 +297,8 @@ def encode_boards(
     for b in range(len(stones)):
         find_chains(stones[b], neighbours, zobrist, chain, liberties, only, keys, stack)
         find_legal(
-            stones[b], to_move[b], key[b], past[b], length[b], captured[b], neighbours, zobrist, chain, liberties, only,
+            stones[b], to_move[b], key[b], past[b], np.int64(length[b]), captured[b], neighbours, zobrist, chain,
+            liberties, only,
             keys, legal,
         )  # fmt: skip
         encode(stones[b], to_move[b], recent[b], legal, chain, liberties, komi[b], size, planes[b], figures[b])
@@ -358,6 +360,13 @@ class Rates(NamedTuple):
 
 
 @njit(cache=True)
+def copy(source, target):
+    """target[:] = source; for the error message of such an assignment numba would compile its strings (a third of all)."""
+    for k in range(len(source)):
+        target[k] = source[k]
+
+
+@njit(cache=True)
 def mean_value(trees, g, node):
     """For the player to move at `node`, visits under way counted as won there (lost for the one who chose it)."""
     return (trees.total[g, node] + trees.waiting[g, node]) / (trees.visits[g, node] + trees.waiting[g, node])
@@ -406,7 +415,7 @@ def gumbel_score(trees, g, move, rates, most):
 def choose_by_halving(trees, g, rates, considered):
     """The best move of the root among those that were visited `considered` times."""
     moves = trees.prior.shape[2]
-    most = 0
+    most = np.int64(0)
     for move in range(moves):
         child = trees.child[g, 0, move]
         if child >= 0:
@@ -445,7 +454,7 @@ def descend(trees, games, g, rates, forced, considered, neighbours, zobrist, siz
     An END is valued by the rules and backed up here. Returns node -1 when the tree is full.
     """
     points = trees.stones.shape[2] - 1
-    node = 0
+    node = np.int64(0)
     while True:
         if trees.passes[g, node] >= 2:
             score = area(trees.stones[g, node], neighbours, owner, stack) - games.komi[g]
@@ -468,7 +477,7 @@ def descend(trees, games, g, rates, forced, considered, neighbours, zobrist, siz
                 return -1, PENDING
             trees.used[g] = child + 1
             trees.child[g, node, move] = child
-            trees.stones[g, child] = trees.stones[g, node]
+            copy(trees.stones[g, node], trees.stones[g, child])
             trees.captured[g, child] = trees.captured[g, node]
             if move == points:
                 trees.key[g, child] = trees.key[g, node]
@@ -505,7 +514,7 @@ def descend_all(trees, games, active, leaves, rates, forced, considered, neighbo
     rows = 0
     for g in range(len(active)):
         past = np.empty(games.past.shape[1] + trees.stones.shape[1], np.uint64)
-        past[: games.length[g]] = games.past[g, : games.length[g]]
+        copy(games.past[g, : games.length[g]], past)
         for _ in range(leaves[g] if active[g] else 0):
             node, found = descend(
                 trees, games, g, rates, forced[g], considered[g], neighbours, zobrist, size, mark, stack, owner
@@ -514,7 +523,7 @@ def descend_all(trees, games, active, leaves, rates, forced, considered, neighbo
                 continue
             if found == PENDING:
                 break
-            length, depth, up = games.length[g], 0, node
+            length, depth, up = np.int64(games.length[g]), 0, node
             recent[:] = -1
             while up > 0:
                 past[length] = trees.key[g, up]
@@ -549,7 +558,7 @@ def expand_all(trees, leaf_game, leaf_node, legal, logits, values):
     """What the net said of each leaf goes into its tree: softmax over what is allowed, and the value up to the root."""
     moves = trees.prior.shape[2]
     for row in range(len(leaf_game)):
-        g, node = leaf_game[row], leaf_node[row]
+        g, node = np.int64(leaf_game[row]), np.int64(leaf_node[row])
         highest = -np.inf
         for move in range(moves):
             if legal[row, move] == 1:
@@ -563,7 +572,7 @@ def expand_all(trees, leaf_game, leaf_node, legal, logits, values):
                 np.exp(np.float64(logits[row, move] - highest)) / total if legal[row, move] == 1 else -1.0
             )
         if node == 0:
-            trees.root_prior[g] = trees.prior[g, 0]
+            copy(trees.prior[g, 0], trees.root_prior[g])
         up = node
         while up >= 0:
             trees.waiting[g, up] -= 1
@@ -591,16 +600,16 @@ def keep_subtree(trees, g, move, kept):
         new = kept[node]
         if new < 0:
             continue
-        trees.stones[g, new] = trees.stones[g, node]
+        copy(trees.stones[g, node], trees.stones[g, new])
         trees.key[g, new], trees.color[g, new] = trees.key[g, node], trees.color[g, node]
         trees.passes[g, new], trees.captured[g, new] = trees.passes[g, node], trees.captured[g, node]
         trees.parent[g, new] = kept[trees.parent[g, node]] if new > 0 else -1
         trees.move[g, new], trees.visits[g, new] = trees.move[g, node], trees.visits[g, node]
         trees.total[g, new], trees.waiting[g, new] = trees.total[g, node], 0
-        trees.prior[g, new] = trees.prior[g, node]
+        copy(trees.prior[g, node], trees.prior[g, new])
         for k in range(trees.child.shape[2]):
             child = trees.child[g, node, k]
             trees.child[g, new, k] = kept[child] if child >= 0 else -1
     trees.used[g] = used
-    trees.root_prior[g] = trees.prior[g, 0]
+    copy(trees.prior[g, 0], trees.root_prior[g])
     return True
