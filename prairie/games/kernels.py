@@ -361,7 +361,7 @@ class Rates(NamedTuple):
 
 @njit(cache=True)
 def copy(source, target):
-    """target[:] = source; for the error message of such an assignment numba would compile its strings (a third of all)."""
+    """target[:] = source, which would have numba compile its strings, for an error message."""
     for k in range(len(source)):
         target[k] = source[k]
 
