@@ -9,6 +9,10 @@ other one is promoted, or the last promotion rolled back.
                         model, noticing it and reading 60 MB included; required: 0.1 s
     right answers       share that neither failed nor differs from what the named version alone gives; required: 1
     memory afterwards   resident set two seconds after the last request, over that before the first change; 1.1
+
+Told beside them: what of the swap is reading (`load_s`, a mean); from the commit to the end of the first answer by the new model (`first_answer_s`), which an answer
+under this load takes anyway (`answer_s`); the longest time within which nobody got an answer (`pause_s`: medians of the
+half second after a change, and of the half second before it).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import threading
 import time
 from datetime import datetime
 from functools import cache
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -97,34 +102,39 @@ def _make(root: Path) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def _under_load(url: str, root: Path, pid: int, right: dict[str, dict[str, str]], seconds: int) -> dict[str, Any]:
-    import httpx
-
     from prairie.store.home import Home
 
-    stop, wrong, asked = threading.Event(), [], [0] * CLIENTS
+    stop, wrong = threading.Event(), list[tuple[str, str]]()
+    answers = list[tuple[float, float, str]]()
+    """When each came (UNIX seconds), how long it took, whose it was."""
+    host = url.removeprefix("http://")
 
     def client(number: int) -> None:
-        with httpx.Client(base_url=url, timeout=120) as http:
-            for turn in itertools.count(number):
-                if stop.is_set():
-                    return
-                question = QUESTIONS[turn % len(QUESTIONS)]
-                body = {"model": "spark", "messages": [{"role": "user", "content": question}], "temperature": 0}
-                try:
-                    said = (
-                        http.post("/v1/chat/completions", json={**body, "max_tokens": TOKENS}).raise_for_status().json()
-                    )
-                    name = f"spark@{said['prairie']['version']}"
-                    if said["choices"][0]["message"]["content"] != right[name][question]:
-                        wrong.append((name, question))
-                except (httpx.HTTPError, KeyError, ValueError) as error:
-                    wrong.append((repr(error), question))
-                asked[number] += 1
+        http = HTTPConnection(host, timeout=120)  # light: 64 of a client library would take a core of their own
+        for turn in itertools.count(number):
+            if stop.is_set():
+                http.close()
+                return
+            question, began = QUESTIONS[turn % len(QUESTIONS)], time.time()
+            body = {"model": "spark", "messages": [{"role": "user", "content": question}], "temperature": 0}
+            try:
+                http.request(
+                    "POST", "/v1/chat/completions", json.dumps({**body, "max_tokens": TOKENS}),
+                    {"Content-Type": "application/json"},
+                )  # fmt: skip
+                said = json.loads(http.getresponse().read())
+                name = f"spark@{said['prairie']['version']}"
+                answers.append((time.time(), time.time() - began, name))
+                if said["choices"][0]["message"]["content"] != right[name][question]:
+                    wrong.append((name, question))
+            except (OSError, HTTPException, KeyError, ValueError) as error:
+                wrong.append((repr(error), question))
+                http.close()
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
     for thread in threads:
         thread.start()
-    time.sleep(3)
+    time.sleep(8)  # the compiled form is made, both caches are as full as they get
     before, changes = _resident_mb(pid), []
     with Home(root) as home:
         for second in range(seconds):
@@ -136,9 +146,31 @@ def _under_load(url: str, root: Path, pid: int, right: dict[str, dict[str, str]]
         thread.join()
     time.sleep(2)
     after = _resident_mb(pid)
+    metrics = HTTPConnection(host, timeout=120)
+    metrics.request("GET", "/metrics")
+    told = metrics.getresponse().read().decode()
+    loads = {
+        of: float(re.findall(rf'^prairie_load_seconds_{of}{{kind="model"}} (\S+)', told, re.MULTILINE)[0])
+        for of in ("sum", "count")
+    }
     return {
-        "wrong": len(wrong), "requests": sum(asked), "examples": wrong[:3], "changes": changes, "rss_mb": after,
-        "memory_before_mb": round(before), "memory_after_mb": round(after),
+        "wrong": len(wrong), "requests": len(answers), "examples": wrong[:3], "changes": changes, "rss_mb": after,
+        "memory_before_mb": round(before), "memory_after_mb": round(after), "load_s": loads["sum"] / loads["count"],
+        **_seen(sorted(answers), changes),
+    }  # fmt: skip
+
+
+def _seen(answers: list[tuple[float, float, str]], changes: list[tuple[str, float]]) -> dict[str, float]:
+    """What clients saw of the changes (top of the file)."""
+    first, around = [], {"pause_s": [0.0], "pause_otherwise_s": [0.0]}
+    for name, at in changes:
+        first += [came - at for came, _, whose in answers if whose == name and came >= at][:1]
+        for which, begin in (("pause_s", at), ("pause_otherwise_s", at - 0.5)):
+            came = [begin, *(when for when, _, _ in answers if begin <= when < begin + 0.5), begin + 0.5]
+            around[which].append(max(b - a for a, b in itertools.pairwise(came)))
+    return {
+        "first_answer_s": statistics.median(first), "answer_s": statistics.median(took for _, took, _ in answers),
+        **{which: statistics.median(found) for which, found in around.items()},
     }  # fmt: skip
 
 

@@ -262,8 +262,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
 
+@functools.lru_cache(maxsize=8)
 def load_trusted(source: str, *extensions: type[Extension]) -> Callable[[Mapping[str, Any]], str]:
-    """As `Sandbox.load`, for a template of our own: without fuel it renders in half the time."""
+    """As `Sandbox.load`, for a template of our own: without fuel it renders in half the time. A new model of a line has
+    its predecessor's template, which is not compiled again while the line is served."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", *extensions]
     )

@@ -223,6 +223,11 @@ class Engine:
                 self.cancel(request_id)
         return [done[request.id] for request in requests]
 
+    @property
+    def is_compiled(self) -> bool:
+        """Steps are computed by the compiled form of the model."""
+        return self.runner.compiled is not None and self.runner.compiled.ready.is_set()
+
     def compile(self) -> bool:
         """Waits until the compiled form of the model is ready; False if it has none or cannot have one here."""
         compiled = self.runner.compiled

@@ -11,6 +11,7 @@ Shapes: R rows of the view, S of them with a token in this step; L keys; H heads
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,9 @@ class HotRows:
     """Rows x capacity keys and values of every layer, float32 on a CPU; elsewhere nothing is hot."""
 
     def __init__(self, cache: KVCache, max_batch: int) -> None:
-        self.cache = cache
+        self.cache: KVCache = weakref.proxy(cache)
+        """Which holds these rows: a reference back would be a cycle, and hundreds of megabytes of keys and values would
+        outlive their engine until Python looks for cycles."""
         self.held = np.zeros(max_batch, dtype=np.int64)
         """How many tokens of each row are here, JUST_SEATED until the first step of a sequence is over."""
         layers, _, _, size, heads, head_dim = cache.store.shape

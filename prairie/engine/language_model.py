@@ -67,9 +67,11 @@ class LanguageModel:
         lora: LoRA | None = None,
         name: str = "model",
         folder: Path | None = None,
+        weights_hash: str | None = None,
         **engine_settings: Any,
     ) -> None:
-        """`engine_settings` go to `Engine`. Raises ModelError for a model that does not continue text, TokenizerError
+        """`engine_settings` go to `Engine`; `weights_hash` is given of weights that were read just now and hashed
+        then. Raises ModelError for a model that does not continue text, TokenizerError
         if the tokenizer has ids that the model has not, AdapterError if `lora` stands on another base."""
         if model.config.kind != "decoder" or not model.config.writes:
             raise ModelError(
@@ -82,7 +84,7 @@ class LanguageModel:
         self.name, self.folder = name, folder
         self.model, self.tokenizer, self.template, self.lora = model.eval(), tokenizer, template, lora
         self.config: ModelConfig = model.config
-        self.weights_hash = hash_of(model)
+        self.weights_hash = weights_hash or hash_of(model)
         self.adapter_hash: str | None = None
         self.engine = Engine(model, tokenizer, template, weights_hash=self.weights_hash, **engine_settings)
         if lora is not None:
@@ -96,10 +98,11 @@ class LanguageModel:
         adapter: Path | str | None = None,
         runtime: Runtime | None = None,
         quantize: Bits | None = None,
+        verified: bool = False,
         **engine_settings: Any,
     ) -> LanguageModel:
         """Reads a model folder, and an adapter folder to answer with. `quantize` keeps the matrices of the blocks in
-        fewer bits; `quantization` then says what that changed.
+        fewer bits; `quantization` then says what that changed. `verified`: as in `load_model`.
 
         Raises ModelError, TokenizerError, TemplateError or AdapterError if a file is missing or damaged, or if
         tokenizer, base, template and adapter were not made for each other.
@@ -109,7 +112,8 @@ class LanguageModel:
             raise ModelError("no such model folder", got=folder, wanted="a folder with config.json and safetensors")
         if read_manifest(folder).get("kind") == "adapter":
             raise ModelError(f"{folder} is an adapter", wanted="the base it stands on, and this folder as `adapter`")
-        model = load_model(folder, runtime.torch_dtype()).to(runtime.device)
+        model = load_model(folder, runtime.torch_dtype(), verified=verified).to(runtime.device)
+        hashed = model.loaded_hashes[0] if model.loaded_hashes is not None else None
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.load(folder, tokenizer)
         if quantize is not None:
@@ -120,7 +124,9 @@ class LanguageModel:
             check_adapter(Path(adapter), template, tokenizer)
             lora = LoRA.load(adapter).to(runtime.device)
         name = Path(adapter).name if adapter is not None else folder.name
-        return cls(model, tokenizer, template, lora=lora, name=name, folder=folder, **engine_settings)
+        return cls(
+            model, tokenizer, template, lora=lora, name=name, folder=folder, weights_hash=hashed, **engine_settings
+        )
 
     @property
     def quantization(self) -> Quantization | None:

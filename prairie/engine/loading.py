@@ -17,9 +17,14 @@ Face = LanguageModel | Reader | Seq2Seq
 
 
 def load(
-    folder: Path | str, adapter: Path | str | None = None, runtime: Runtime | None = None, **engine_settings: Any
+    folder: Path | str,
+    adapter: Path | str | None = None,
+    runtime: Runtime | None = None,
+    verified: bool = False,
+    **engine_settings: Any,
 ) -> Face:
     """A decoder answers (LanguageModel), an encoder-decoder rewrites (Seq2Seq), all others read (Reader).
+    `verified`, of a decoder: as in `load_model`.
 
     Raises what their `load` raises; ModelError for an adapter on a model that takes none.
     """
@@ -34,4 +39,4 @@ def load(
                     f"{folder} cannot be quantised", got=f"an {config.kind}", wanted="a decoder that writes"
                 )
             return Seq2Seq.load(folder, runtime) if config.writes else Reader.load(folder, runtime)
-    return LanguageModel.load(folder, adapter, runtime, **engine_settings)
+    return LanguageModel.load(folder, adapter, runtime, verified=verified, **engine_settings)

@@ -5,10 +5,12 @@ Not here: which tensors a model of some config has (`weight_table`), reading and
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -122,6 +124,13 @@ class Weight(NamedTuple):
             ours[first:last] = tensor
         else:
             ours[self.order.places_O[first:last]] = tensor.to(ours.dtype)
+
+    def room(self, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The part of the parameter that lies in memory as the tensor lies in a file, to be read straight into; None
+        where it must be turned round or converted, or is not in this machine's own memory."""
+        ours = self._rows(parameter)
+        straight = self.order is None and not self.transposed and ours.dtype == dtype and ours.is_contiguous()
+        return ours if straight and ours.device.type == "cpu" and ours.numel() and hasattr(os, "preadv") else None
 
     def take(self, parameter: Tensor) -> Tensor:
         """The file's tensor out of its parameter, or out of anything shaped like that."""

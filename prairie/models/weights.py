@@ -9,8 +9,10 @@ import errno
 import hashlib
 import json
 import math
+import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ MANIFEST = "prairie.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE_BYTES = 2 << 20
 """How much of a tensor is read at once."""
+READ_BYTES = 256 << 20
+"""How much of a tensor is read by one call where nothing has to be turned round on the way."""
+MOST_BUFFERS = 512
 MAPPED_BYTES = 8 << 20
 """How much of a file may lie in memory before it is closed and opened anew: what was read counts as ours till then."""
 
@@ -76,12 +81,14 @@ def hash_of(model: Transformer) -> str:
     return found
 
 
-def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transformer:
+def load_model(folder: Path | str, dtype: torch.dtype | None = None, *, verified: bool = False) -> Transformer:
     """Reads `config.json` and the weights of a Hugging Face folder into a Transformer.
 
-    `dtype` None keeps the file's. Tensors are read in pieces, so that loading needs little more memory than the model
-    (tests/models/test_load_memory.py). ModelError when a file is missing or damaged, when a name or shape differs from
-    what the config promises, or when `prairie.json` names other weights.
+    `dtype` None keeps the file's. `verified`: these very files were read and hashed before by this process, so what
+    `prairie.json` claims of them is believed (`fingerprint` tells whether they are as they were). Tensors are read into
+    their places or in pieces, so that loading needs little more memory than the model (tests/models/test_load_memory.py).
+    ModelError when a file is missing or damaged, when a name or shape differs from what the config promises, or when
+    `prairie.json` names other weights.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -102,15 +109,24 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
     _check_names(
         folder, expected, (n for n in places if n not in copies and (n in expected or not n.endswith(names.unused)))
     )
+    claimed = manifest.get("weights_hash")
+    known = str(claimed) if verified and claimed is not None else None
     digest = hashlib.sha256()
     with _Shards(places) as shards:
         kinds = {name: _checked_dtype(shards, expected[name], folder) for name in sorted(expected)}
         parameters = _room_for(model, kinds, dtype)
+        rooms = {name: expected[name].room(parameters[expected[name].parameter], kind) for name, kind in kinds.items()}
+        shards.read_into({name: room for name, room in rooms.items() if room is not None})
         for name, kind in kinds.items():
-            weight = expected[name]
+            weight, room = expected[name], rooms[name]
+            if room is not None and known is not None:
+                continue
             digest.update(_title(name, kind, weight.shape))
+            if room is not None:
+                digest.update(_bytes(room))
+                continue
             for first, piece in shards.pieces(name):
-                digest.update(_bytes(piece))
+                digest.update(_bytes(piece) if known is None else b"")
                 weight.put(piece, parameters[weight.parameter], first)
         for copy, original in copies.items():
             if not shards.equal(copy, original):
@@ -119,8 +135,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
                     mend="set tie_word_embeddings to false in config.json" if copy.startswith(names.head) else None,
                 )
     model.load_state_dict(parameters, assign=True)
-    found = digest.hexdigest()
-    claimed = manifest.get("weights_hash")
+    found = known or digest.hexdigest()
     if claimed is not None and claimed != found:
         raise ModelError(
             f"the weights in {folder} are not those its {MANIFEST} names",
@@ -129,8 +144,15 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None) -> Transfor
             mend="restore the folder from where it was made",
         )
     model.merged = tuple(manifest.get("merged", ()))
-    model.loaded_hashes = found, found if dtype is None else _hash_of(_each_named(model))
+    as_in_file = dtype is None or set(kinds.values()) == {dtype}
+    model.loaded_hashes = found, found if as_in_file else _hash_of(_each_named(model))
     return model
+
+
+def fingerprint(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells that a folder's files are untouched: names, inodes, sizes and times of change (ns)."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json"))
+    return tuple((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()])
 
 
 def save_model(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None, **manifest: Any) -> str:
@@ -336,6 +358,29 @@ def _check_names(folder: Path, expected: Iterable[str], found: Iterable[str]) ->
             raise ModelError(f"the weights in {folder} do not fit config.json: it {kind} {', '.join(odd[:3])}{more}")
 
 
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begins, and what it says of each tensor. Of a file that was opened, and so
+    checked, before."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(length))
+
+
+def _neighbours(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
+    """(where in the file, buffers that it fills one after the other); in the order of the file."""
+    start, end, buffers = 0, 0, list[memoryview]()
+    for at, data in pieces:
+        if buffers and (at != end or len(buffers) == MOST_BUFFERS or end + len(data) - start > 4 * READ_BYTES):
+            yield start, buffers
+            buffers = []
+        if not buffers:
+            start = at
+        buffers.append(data)
+        end = at + len(data)
+    if buffers:
+        yield start, buffers
+
+
 class _Place(NamedTuple):
     """A tensor's file, and its name there."""
 
@@ -378,6 +423,23 @@ class _Shards:
             if self.read_bytes > MAPPED_BYTES:
                 self.open.clear()
                 self.read_bytes = 0
+
+    def read_into(self, rooms: Mapping[str, Tensor]) -> None:
+        """Fills each tensor's room by as few calls as can be: nothing is copied in between, no page of a file counts as
+        ours, and a server whose other threads compute waits for them once or twice instead of at every tensor."""
+        in_file: dict[Path, list[tuple[int, memoryview]]] = {}
+        for path in {self.places[name].path for name in rooms}:
+            begin, header = _header(path)
+            for name, room in rooms.items():
+                if self.places[name].path == path:
+                    at, data = begin + header[self.places[name].name]["data_offsets"][0], _bytes(room).cast("B")
+                    pieces = range(0, len(data), READ_BYTES)
+                    in_file.setdefault(path, []).extend((at + i, data[i : i + READ_BYTES]) for i in pieces)
+        for path, pieces in in_file.items():
+            with path.open("rb", buffering=0) as file:
+                for at, buffers in _neighbours(sorted(pieces, key=itemgetter(0))):
+                    if os.preadv(file.fileno(), buffers, at) != sum(map(len, buffers)):
+                        raise ModelError(f"{path} is damaged or cut short", mend="copy it again from where it came")
 
     def equal(self, name: str, other: str) -> bool:
         """Whether two tensors hold the same."""

@@ -12,19 +12,20 @@ Not here: when to look for new champions (`reload`), computing (`worker`).
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prairie.errors import AdapterError, ModelError, NotFoundError, RequestError
-from prairie.serve.memory import check_fits
+from prairie.serve.memory import check_fits, give_back
 from prairie.serve.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ class Models:
         self._by_version: dict[str, str] = {}
         """ "spark@9af3" -> "spark@3": names with a version in them, which never change."""
         self._folders: dict[str, Source] = {}
+        self._verified: dict[Path, tuple[Any, ...]] = {}
+        """Model folder -> what its files were like when their weights were hashed: a version that comes back, or that
+        was judged here before, is not hashed again while they are so."""
         self.added: dict[str, Source] = {}
         """Adapters that were loaded by name while the server ran (`adapters`)."""
         self.max_adapters = MAX_ADAPTERS
@@ -473,8 +477,9 @@ class Models:
                 resident.in_use += 1
                 return resident
         started = time.perf_counter()
-        base = self._load_base(source.base_folder)
-        adapter_hash = self._load_adapter(source, base) if source.kind == "adapter" else None
+        with _served_soon():
+            base = self._load_base(source.base_folder)
+            adapter_hash = self._load_adapter(source, base) if source.kind == "adapter" else None
         resident = Resident(source, base, adapter_hash, last_used=time.monotonic())
         with self._lock:
             resident.in_use += 1
@@ -488,7 +493,7 @@ class Models:
     def _load_base(self, folder: Path) -> Base:
         from prairie.engine.loading import load
         from prairie.engine.seq2seq import Seq2Seq
-        from prairie.models.weights import read_manifest
+        from prairie.models.weights import fingerprint, read_manifest
 
         # Two artifacts with the same weights, template and tokenizer are one engine.
         manifest = read_manifest(folder)
@@ -504,7 +509,10 @@ class Models:
         check_fits(folder)
         if self._runtime is None and self._detect is not None:
             self._runtime = self._detect()
-        model = load(folder, runtime=self._runtime, **self._engine_settings)
+        files = fingerprint(folder)
+        verified = self._verified.get(folder) == files
+        model = load(folder, runtime=self._runtime, verified=verified, **self._engine_settings)
+        self._verified[folder] = files
         if isinstance(model, Seq2Seq):
             raise ModelError(
                 f"{folder} is an encoder-decoder, which the server does not answer with",
@@ -515,8 +523,17 @@ class Models:
         # The pooling of a model that only reads stands in its folder; of one that writes the engine is what counts.
         text = str(folder) if model.template is None else model.template.hash
         key = (model.weights_hash, text, model.tokenizer.hash)
+        self._prepare(model)
         with self._lock:
             return self._bases.get(key) or Base(key, model)
+
+    def _prepare(self, model: LanguageModel | Reader) -> None:
+        """A new champion answers by its compiled form from the first step where its predecessor does: compiled code is
+        shared, and laying out the weights for it takes a moment between two steps."""
+        with self._lock:
+            engines = [base.model.engine for base in self._bases.values()]
+        if (new := model.engine) is not None and any(engine is not None and engine.is_compiled for engine in engines):
+            self.worker.call(new.compile).result()
 
     def _load_adapter(self, source: Source, base: Base) -> str:
         """Reads an adapter, adds it to its base's engine between two steps and returns its hash.
@@ -554,8 +571,7 @@ class Models:
         if leaving:
             self._count()
         if engines:
-            # An engine is large and may stand in reference cycles; it goes now, off the hot path.
-            self._loader.submit(gc.collect)
+            self._loader.submit(give_back)
 
     def drop_engine(self, engine: Engine) -> None:
         """The engine broke: its versions are read anew from disk when they are next asked for."""
@@ -626,6 +642,18 @@ def is_canary(version: str, user: str, share: float) -> bool:
     larger share adds to a smaller one, another version has others. Nobody without a name is."""
     digest = hashlib.sha256(f"canary:{version}:{user}".encode()).digest()
     return bool(user) and int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+@contextmanager
+def _served_soon() -> Iterator[None]:
+    """While a model is read, threads of Python give way to each other after 0.5 ms instead of 5: the one that reads asks
+    for its turn dozens of times, and would wait behind the engine and the event loop at each."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _family(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The watcher: looks at the registry's generation twenty times a second and brings the server to what it says.
+"""The watcher: looks at the registry's generation fifty times a second and brings the server to what it says.
 
 It also sees the first API key that is made, and lets the guard look at what is new (`guard`). Loading happens off the
 hot path (`models`); an unreadable store is waited out, the versions in memory go on serving.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("prairie.serve")
 
-POLL_S = 0.05
+POLL_S = 0.02
 RETRY_S = 5.0
 SWEEP_S = 30.0
 GUARD_S = 2.0

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from prairie.errors import BusyError, UsageError
+from prairie.serve.memory import settle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -136,7 +137,12 @@ def serve_on(
     def end() -> None:
         server.should_exit = True
 
-    service.on_ready, service.on_failure = on_ready, end
+    def ready() -> None:
+        if threading.current_thread() is threading.main_thread():  # the process is ours alone
+            settle()
+        on_ready()
+
+    service.on_ready, service.on_failure = ready, end
     try:
         server.run(sockets=[listening])
     except SystemExit:

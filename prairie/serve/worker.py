@@ -124,24 +124,32 @@ class Worker:
         errand()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._errands or self._sinks or self._stopping):
-                    self._working = False
-                    self._wake.wait()
-                    self.beat = time.monotonic()
-                self._working = True
-                errands = list(self._errands)
-                self._errands.clear()
-                if self._stopping and not errands:
-                    self._ended = True
-                    return
-            for errand in errands:
-                errand()
-            for engine in list(self._sinks):
-                self._step(engine)
-            self.beat = time.monotonic()
-            self.steps += 1
+        while self._wait():
+            self._round()
+
+    def _wait(self) -> bool:
+        """Until there is work; False when all is done and the thread shall end."""
+        with self._wake:
+            while not (self._errands or self._sinks or self._stopping):
+                self._working = False
+                self._wake.wait()
+                self.beat = time.monotonic()
+            self._working = True
+            self._ended = self._stopping and not self._errands
+            return not self._ended
+
+    def _round(self) -> None:
+        """All errands, then a step of each engine. A function of its own: an engine that left memory in the meantime
+        must not live on in a variable of a thread that waits."""
+        with self._wake:
+            errands = list(self._errands)
+            self._errands.clear()
+        for errand in errands:
+            errand()
+        for engine in list(self._sinks):
+            self._step(engine)
+        self.beat = time.monotonic()
+        self.steps += 1
 
     def _stop(self) -> None:
         self._stopping = True
