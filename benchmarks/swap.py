@@ -10,9 +10,10 @@ other one is promoted, or the last promotion rolled back.
     right answers       share that neither failed nor differs from what the named version alone gives; required: 1
     memory afterwards   resident set two seconds after the last request, over that before the first change; 1.1
 
-Told beside them: what of the swap is reading (`load_s`, a mean); from the commit to the end of the first answer by the new model (`first_answer_s`), which an answer
-under this load takes anyway (`answer_s`); the longest time within which nobody got an answer (`pause_s`: medians of the
-half second after a change, and of the half second before it).
+Told beside them: what reading a model takes (`load_s`, a mean with the very first one); from the commit to the end of
+the first answer by the new model (`first_answer_s`), beside what any answer takes under this load (`answer_s`); the
+longest time within which nobody got an answer, in the half second after a change and in the half second before it
+(`pause_s` and `pause_otherwise_s`, medians).
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gate": ("prairie.cli.turn:gate", "Judge whether one model is better than another."),
     "lineage": ("prairie.cli.models:lineage", "Show all that a model was made from, down to the votes."),
     "reproduce": ("prairie.cli.remake:reproduce", "Make a model again from its lineage and compare."),
+    "rejudge": ("prairie.cli.turn:rejudge", "Train verticals again on their line's new base, and judge them."),
     "rebuild": ("prairie.cli.remake:rebuild", "Make champions again without what people had forgotten."),
     "go": ("prairie.cli.go:app", "Play Go: a line as a GTP engine, matches against other engines."),
     "feedback": ("prairie.cli.feedback:app", "List, count, export and forget what people said."),

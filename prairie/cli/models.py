@@ -31,6 +31,7 @@ def list_models(home: HomeOption = None, as_json: JsonOption = False) -> None:
             }
             for line in registry.lines()
         ]
+        waiting = {line: base.name for line, base in registry.waiting().items()}
         generation = registry.generation()
 
     def text() -> str:
@@ -49,9 +50,9 @@ def list_models(home: HomeOption = None, as_json: JsonOption = False) -> None:
             for line in lines
             for version in line["versions"]
         ]
-        return table(header, rows)
+        return "\n".join([table(header, rows), *map(waits, waiting, waiting.values())])
 
-    emit({"lines": lines, "generation": generation}, as_json, text)
+    emit({"lines": lines, "waiting": waiting, "generation": generation}, as_json, text)
 
 
 @app.command()
@@ -159,12 +160,23 @@ def history(
     """Every promotion, rollback and trial of a line: when, who and why."""
     with open_home(home) as store:
         events = [event.to_json() for event in store.registry.history(line)]
+        base = store.registry.waiting().get(line)
+    note = [waits(line, base.name)] if base is not None else []
     rows = [(when(e["created"]), e["action"], f"{line}@{e['number']}", e["who"] or "", e["why"] or "") for e in events]
-    emit({"line": line, "history": events}, as_json, lambda: table(("WHEN", "WHAT", "VERSION", "WHO", "WHY"), rows))
+    emit(
+        {"line": line, "history": events, "waits_for": base.name if base is not None else None},
+        as_json,
+        lambda: "\n".join([table(("WHEN", "WHAT", "VERSION", "WHO", "WHY"), rows), *note]),
+    )
 
 
 app.command("export")(export)
 app.command("import")(import_model)
+
+
+def waits(line: str, base: str) -> str:
+    """Of a vertical whose line has a new base."""
+    return f"{line} stands on the base before {base} and is served on it; it waits for `prairie rejudge {line}`."
 
 
 def _role(version: dict[str, Any], line: dict[str, Any]) -> str:

@@ -18,7 +18,12 @@ LEARN = {
 
 JudgeOption = Annotated[
     str | None,
-    typer.Option("--judge", metavar="URL", help="A model judges instead of people; $PRAIRIE_JUDGE_KEY is its key."),
+    typer.Option(
+        "--judge",
+        metavar="URL",
+        help="A model judges instead of people: `reward`, trained on the votes of those who do not teach, or one"
+        " behind a URL ($PRAIRIE_JUDGE_KEY is its key).",
+    ),
 ]
 JudgeModelOption = Annotated[str, typer.Option("--judge-model", help="The name of that model at its URL.")]
 TasksOption = Annotated[str, typer.Option(help="The suite that may not fall, joined by commas; default: all tasks.")]
@@ -38,11 +43,45 @@ def turn(
 ) -> None:
     """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
     context = _context(line, home, threads, overrides or [], as_json)
-    wheel = _wheel(context, line, tasks, gold, judge, judge_model)
     with context.home.lock("run"):
+        wheel = _wheel(context, line, tasks, gold, judge, judge_model)
         turned = wheel.turn(dry=dry_run)
     found = {**turned.to_json(), "dry_run": dry_run}
     emit(found, as_json, f"turn {turned.number} of {line}: {turned.candidate.name}\n{turned.verdict.text()}")
+
+
+def rejudge(
+    line: Annotated[
+        str | None, typer.Argument(metavar="[VERTICAL]", help="Only this one; none = all that wait.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Train and judge; record and promote nothing.")] = False,
+    tasks: TasksOption = "",
+    judge: JudgeOption = None,
+    judge_model: JudgeModelOption = "default",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train verticals again on their line's new base, and judge each against what is served on the old one."""
+    from prairie.flywheel.loop import Flywheel
+    from prairie.flywheel.remake import Rebase
+    from prairie.store.registry import Registry
+
+    context, turns = _context("rejudge", home, threads, [], as_json), list[Any]()
+    registry = Registry(context.home)
+    with context.home.lock("run"):
+        for vertical, base in registry.waiting().items():
+            if line in (None, vertical):
+                roles = Rebase(context, base.base_artifact_id or base.artifact_id)
+                gate = _chat_gate(context, vertical, tasks, judge, judge_model)
+                turned = Flywheel(vertical, registry, roles, roles, gate).turn(dry=dry_run)
+                turns.append((turned, base.name))
+    found = {"dry_run": dry_run, "turns": [{**turned.to_json(), "base": base} for turned, base in turns]}
+    text = "\n".join(
+        f"turn {turned.number} of {turned.champion.line}: {turned.candidate.name} is {turned.champion.name} on"
+        f" {base}\n{turned.verdict.text()}" for turned, base in turns
+    )  # fmt: skip
+    emit(found, as_json, text or "No vertical waits to be judged on a new base.")
 
 
 def gate(
@@ -67,19 +106,26 @@ def gate(
 
         verdict = GoGate(context, GoMatch()).judge(new, old)
     else:
-        verdict = _chat_gate(context, tasks, judge, judge_model).judge(new, old)
+        verdict = _chat_gate(context, old.line, tasks, judge, judge_model).judge(new, old)
     found = {"candidate": new.name, "champion": old.name, "verdict": verdict.to_json()}
     emit(found, as_json, f"{new.name} against {old.name}\n{verdict.text()}")
 
 
-def _chat_gate(context: Any, tasks: str, judge: str | None, judge_model: str) -> Any:
-    """The gate of a line that talks: held-out people's votes, or a judge behind a URL."""
+def _chat_gate(context: Any, line: str, tasks: str, judge: str | None, judge_model: str) -> Any:
+    """The gate of a line that talks: held-out people's votes, a reward model trained on them, or a judge behind a
+    URL."""
     from prairie.evals.judge import Judge
     from prairie.flywheel.chat import ChatGate, judged_vote
 
     rules, names = context.recipe.stages["turn"].gate, _tasks(tasks)
     if judge is None:
         return ChatGate(context, rules, names)
+    if judge == "reward":
+        from prairie.flywheel.reward_judge import train_reward_judge
+
+        trained = train_reward_judge(context, line)
+        vote = judged_vote(context, trained, rules, names, accuracy=trained.accuracy)
+        return ChatGate(context, rules, names, vote, units="questions")
     asked = Judge(judge, judge_model, os.environ.get("PRAIRIE_JUDGE_KEY") or None)
     return ChatGate(context, rules, names, judged_vote(context, asked, rules, names), units="questions")
 
@@ -101,7 +147,7 @@ def _wheel(context: Any, line: str, tasks: str, gold: Path | None, judge: str | 
         Registry(context.home),
         ChatActor(context, line, gold=read_gold(gold)),
         ChatLearner(context, config.learn, f"turn-{line}"),
-        _chat_gate(context, tasks, judge, judge_model),
+        _chat_gate(context, line, tasks, judge, judge_model),
     )
 
 

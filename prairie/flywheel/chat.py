@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from prairie.data.loader import TokenDataset
 from prairie.data.records import Message, Preference
@@ -17,7 +17,8 @@ from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
-from prairie.evals.judge import Judge, length_controlled
+from prairie.evals.judge import Opinion, length_controlled
+from prairie.evals.statistics import Interval
 from prairie.flywheel.curate import curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
 from prairie.flywheel.health import ChatHealth
@@ -32,7 +33,7 @@ from prairie.pipeline.publishing import register
 from prairie.recipe import GateRules, Learning, Users
 from prairie.store.artifacts import Artifact
 from prairie.store.feedback import Vote
-from prairie.store.registry import Registry, Turn, Version
+from prairie.store.registry import Registry, Version
 from prairie.tasks.catalog import items
 from prairie.tasks.task import Item, Style
 from prairie.train.objectives.dpo import reference_logprobs
@@ -81,13 +82,9 @@ class ChatActor:
 def learned_events(context: Context, line: str) -> set[str]:
     """Ids of the votes that earlier turns of a line have used up: learned from, or found to teach nothing better. Those
     of a turn whose verdict about the votes stayed undecided come again, with what was said since."""
-    used = (turn for turn in Registry(context.home).turns(line) if turn.promoted or not _undecided(turn))
+    used = (turn for turn in Registry(context.home).turns(line) if turn.decided)
     found = (context.home.artifacts.find(turn.dataset) for turn in used if turn.dataset)
     return {event for artifact in found if artifact for event in artifact.events}
-
-
-def _undecided(turn: Turn) -> bool:
-    return (turn.verdict.get("test") or {}).get("decision") == "undecided"
 
 
 def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[Preference] = ()) -> Artifact:
@@ -203,6 +200,7 @@ class ChatGate:
             planned=required_sample_size(votes_per_user=self.rules.prompts),
             against_itself=itself,
             units=self.units,
+            judge_accuracy=said.judge_accuracy,
         )  # fmt: skip
 
     def _asks(self, model: LanguageModel) -> Ask:
@@ -280,11 +278,24 @@ def simulated_vote(
     return vote
 
 
+class Judging(Protocol):
+    """A model that judges: behind a URL (`prairie.evals.judge`), or a reward model (`reward_judge`)."""
+
+    def opinions(self, pairs: Sequence[tuple[str, str, str]]) -> list[Opinion]:
+        """Of (question, first answer, second answer)."""
+
+
 def judged_vote(
-    context: Context, judge: Judge, rules: GateRules, tasks: list[str], max_tokens: int = 48
+    context: Context,
+    judge: Judging,
+    rules: GateRules,
+    tasks: list[str],
+    max_tokens: int = 48,
+    accuracy: Interval | None = None,
 ) -> Callable[[Version, Version], Compared]:
     """A model judges instead of people: held-out questions, each of them one unit, answered by both versions as they
-    are served, until the verdict is certain or `rules.users` questions have been asked."""
+    are served, until the verdict is certain or `rules.users` questions have been asked. `accuracy`: how often the judge
+    agrees with people it does not know, where that was measured; the verdict states it."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
         itself = candidate.name == champion.name
@@ -305,7 +316,7 @@ def judged_vote(
             found.append(Compared(
                 [Comparison(item.id, item.id, o.outcome) for item, o in zip(some, opinions, strict=True)],
                 [Comparison(item.id, item.id, o.shown_first) for item, o in zip(some, opinions, strict=True)],
-                some, a, b, TalkReport(),
+                some, a, b, TalkReport(), accuracy,
             ))  # fmt: skip
             said = [comparison for each in found for comparison in each.comparisons]
             if not itself and vote_test(said).decision != "undecided":

@@ -134,6 +134,8 @@ class Verdict:
     """People who find a true winner of `test.wanted` in 80% of comparisons, stated beforehand."""
     judge_noise: Interval | None = None
     """How often the judges preferred the answer shown first when both were the champion's; its units are people."""
+    judge_accuracy: Interval | None = None
+    """Of a reward model that judged: how often it prefers what people did from whom it did not learn."""
     trials: str = "votes"
     """What is counted: votes, or games."""
     units: str = "people"
@@ -159,6 +161,7 @@ class Verdict:
             "test": self.test.to_json() if self.test else None,
             "planned": self.planned,
             "judge_noise": self.judge_noise.to_json() if self.judge_noise else None,
+            "judge_accuracy": self.judge_accuracy.to_json() if self.judge_accuracy else None,
             "trials": self.trials,
             "units": self.units,
             "rules": dict(self.rules) if self.rules is not None else None,
@@ -175,6 +178,7 @@ class Verdict:
             "reasons": tuple(row["reasons"]),
             "test": SequentialTest.from_json(row["test"]) if row.get("test") else None,
             "judge_noise": Interval(**row["judge_noise"]) if row.get("judge_noise") else None,
+            "judge_accuracy": Interval(**row["judge_accuracy"]) if row.get("judge_accuracy") else None,
         })  # fmt: skip
 
     def text(self) -> str:
@@ -211,7 +215,13 @@ class Verdict:
             noise = self.judge_noise
             lines.append(
                 f"  judge   the champion against itself: shown first wins {noise.value:.1%}"
-                f" [{noise.low:.1%}, {noise.high:.1%}], {noise.n} people"
+                f" [{noise.low:.1%}, {noise.high:.1%}], {noise.n} {self.units}"
+            )
+        if self.judge_accuracy is not None:
+            found = self.judge_accuracy
+            lines.append(
+                f"  judge   a reward model: right on {found.value:.1%} [{found.low:.1%}, {found.high:.1%}] of the"
+                f" preferences of {found.n} people it did not learn from"
             )
         return lines
 
@@ -233,11 +243,13 @@ def judge(
     planned: int | None = None,
     against_itself: Sequence[Comparison] = (),
     units: str = "people",
+    judge_accuracy: Interval | None = None,
 ) -> Verdict:
     """Weighs the votes, the suite (champion before, candidate after) and the probes by the rules at the top.
 
     `comparisons` stand in the order in which people came. `planned`: how many people the plan asked for, to be shown.
     `against_itself`: the same judges on two answers of the champion, outcome 1 when the one shown first won.
+    `judge_accuracy`: of a judge that is a reward model, to be shown.
     `margins` overrides `margin` for single tasks. `units`: what `Comparison.user` names, when it is not people. Raises
     DataError for an outcome that is not 1, 1/2 or 0, or when one user voted twice on one prompt (a repeat must not
     count as new evidence).
@@ -275,6 +287,7 @@ def judge(
         test=test,
         planned=planned,
         judge_noise=noise,
+        judge_accuracy=judge_accuracy,
         units=units,
     )
 

@@ -2,7 +2,8 @@
 
 `reproduce` does one artifact's work again, from its own inputs, into a folder that is thrown away, and compares every
 file. `rebuild` makes a version of a line again without the events that people had forgotten: the datasets that hold one
-lose those rows, and every candidate that stands on such a dataset learns again, the oldest first.
+lose those rows, and every candidate that stands on such a dataset learns again, the oldest first. `Rebase` makes the
+champion of a vertical again on its base's new champion: the same data and keys, the first adapter first.
 Not here: whether the rebuilt model is as good (`gate`), making it champion (`prairie.store.registry`).
 """
 
@@ -109,6 +110,58 @@ def _without(home: Home, artifact: Artifact, forgotten: set[str], runtime: Runti
     return make_candidate(context, _learning(artifact), parent, records, artifact.name)
 
 
+@dataclass
+class Rebase:
+    """The roles of actor and learner in a turn that judges a vertical anew, because its line has a new base: nothing is
+    collected, and the candidate is the champion trained again on the new base (`prairie.flywheel.loop`)."""
+
+    context: Context
+    model: str
+    """Artifact id of the new base."""
+
+    def act(self, champion: Version) -> Artifact:
+        """What the champion learned from last. Raises RequestError for one that was not trained here."""
+        store = self.context.home.artifacts
+        artifact = store.get(champion.artifact_id)
+        below = [id for id in artifact.inputs if not store.get(id).is_model]
+        if artifact.kind not in ("candidate", "train") or not below:
+            raise RequestError(
+                f"{champion.name} cannot be trained again on a new base", got=f"a {artifact.kind}",
+                wanted="an adapter that a stage or a turn trained here", mend="train it by a recipe and publish it",
+            )  # fmt: skip
+        return store.get(below[-1])
+
+    def learn(self, champion: Version, records: Artifact) -> Version:
+        """A version of the vertical on the new base; nobody's champion yet."""
+        home = self.context.home
+        assert champion.base_artifact_id is not None
+        new = self._again(home.artifacts.get(champion.artifact_id), champion.base_artifact_id)
+        return register(Registry(home), champion.line, new, self.context)
+
+    def _again(self, artifact: Artifact, old: str) -> Artifact:
+        home, store = self.context.home, self.context.home.artifacts
+        if artifact.id == old:
+            return store.get(self.model)
+        if artifact.kind == "candidate":
+            parent, records = (store.get(id) for id in artifact.inputs)
+            context = _context(home, self.context.runtime, _seed(artifact))
+            return make_candidate(context, _learning(artifact), self._again(parent, old), records, artifact.name)
+        keys, handler = artifact.manifest["config"], HANDLERS[artifact.kind]
+        reads = {name: self.model if id == old else id for name, id in keys["reads"].items()}
+        inputs, code = [self.model if id == old else id for id in artifact.inputs], code_revision(handler.rooms)
+        keys = {**keys, "reads": reads}
+        id = store.id_of(artifact.kind, keys, inputs, code)
+        if store.find(id) is None:
+            context = _context(home, self.context.runtime, _seed(artifact))
+            made = {name: _made(home, name, read) for name, read in reads.items()}
+            config: Any = KINDS[artifact.kind].model_validate(_of_the_stage(keys))
+            figures: dict[str, Any] = {}
+            with store.create(artifact.kind, artifact.name, keys, inputs, code, figures=figures) as folder:
+                figures.update(handler.make(Work(context, artifact.name, config, made, folder, home.work(id), id)))
+            home.clear_work(id)
+        return store.get(id)
+
+
 def _holds(home: Home, artifact: Artifact, forgotten: set[str]) -> bool:
     return bool(forgotten & set(artifact.events)) or any(
         _holds(home, home.artifacts.get(id), forgotten) for id in artifact.inputs
@@ -150,7 +203,7 @@ def _maker(home: Home, artifact: Artifact, runtime: Runtime) -> tuple[Make, str]
             wanted="candidate | " + " | ".join(kind for kind, one in HANDLERS.items() if not one.always),
         )  # fmt: skip
     keys = artifact.manifest["config"]
-    config: Any = KINDS[artifact.kind].model_validate({k: v for k, v in keys.items() if k not in NOT_OF_THE_STAGE})
+    config: Any = KINDS[artifact.kind].model_validate(_of_the_stage(keys))
     if handler.outside(config) != keys["outside"]:
         raise RequestError(
             f"what {artifact.kind} `{artifact.name}` read from outside the home has changed since", got=artifact.id
@@ -161,6 +214,11 @@ def _maker(home: Home, artifact: Artifact, runtime: Runtime) -> tuple[Make, str]
         return handler.make(Work(context, artifact.name, config, inputs, folder, scratch, artifact.id))
 
     return make_again, code_revision(handler.rooms)
+
+
+def _of_the_stage(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that a recipe gave a stage, of all that its artifact is named by."""
+    return {key: value for key, value in keys.items() if key not in NOT_OF_THE_STAGE}
 
 
 def _made(home: Home, name: str, id: str) -> Made:

@@ -86,7 +86,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None = None, *, verified
 
     `dtype` None keeps the file's. `verified`: these very files were read and hashed before by this process, so what
     `prairie.json` claims of them is believed (`fingerprint` tells whether they are as they were). Tensors are read into
-    their places or in pieces, so that loading needs little more memory than the model (tests/models/test_load_memory.py).
+    place or in pieces, so that loading needs little more memory than the model (tests/models/test_load_memory.py).
     ModelError when a file is missing or damaged, when a name or shape differs from what the config promises, or when
     `prairie.json` names other weights.
     """

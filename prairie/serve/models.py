@@ -646,8 +646,8 @@ def is_canary(version: str, user: str, share: float) -> bool:
 
 @contextmanager
 def _served_soon() -> Iterator[None]:
-    """While a model is read, threads of Python give way to each other after 0.5 ms instead of 5: the one that reads asks
-    for its turn dozens of times, and would wait behind the engine and the event loop at each."""
+    """While a model is read, threads of Python give way to each other after 0.5 ms instead of 5: the one that reads
+    asks for its turn dozens of times, and would wait behind the engine and the event loop at each."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(0.0005)
     try:

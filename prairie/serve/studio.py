@@ -53,9 +53,13 @@ class Studio:
         self._counted: tuple[tuple[int, int], dict[str, Any]] | None = None
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every line: its champion, its versions, when its champion changed."""
+        """Every line: its champion, its versions, when its champion changed, the new base that a vertical waits for."""
         registry = self.home.registry
-        return [_line(registry, line) for line in registry.lines()]
+        waiting = registry.waiting()
+        return [
+            {**_line(registry, line), "waits_for": waiting[line].name if line in waiting else None}
+            for line in registry.lines()
+        ]
 
     def traffic(self, minutes: int = 60) -> dict[str, Any]:
         """Answers of the last hour in bars, and by version; the newest ones without their text."""

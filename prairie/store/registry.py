@@ -106,6 +106,11 @@ class Turn:
     """Of the work that turned."""
     created: float
 
+    @property
+    def decided(self) -> bool:
+        """Whether the votes were enough to say which of the two is better."""
+        return self.promoted or (self.verdict.get("test") or {}).get("decision") != "undecided"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -332,6 +337,27 @@ class Registry:
         """A number that grows whenever any line's champion or trial changes; one indexed read."""
         with self.home.database.read() as connection:
             return connection.execute(select(func.max(REGISTRY_EVENTS.c.id))).scalar() or 0
+
+    def waiting(self) -> dict[str, Version]:
+        """Verticals whose line has a new base: vertical -> the base's champion, against which it is to be judged again.
+
+        A vertical waits while its champion stands on another model than its base's champion does (an adapter counts as
+        what it stands on), and no turn with a decided verdict had a candidate on that model. Until then it is served on
+        the model that it was trained on.
+        """
+        found = {}
+        for line in self.lines():
+            base = line.partition(":")[0]
+            if base == line or base not in self.lines():
+                continue
+            new, own = self.champion(base), self.champion(line)
+            if new is None or own is None or own.base_artifact_id is None:
+                continue
+            model = new.base_artifact_id or new.artifact_id
+            on_it = {version.artifact_id for version in self.versions(line) if version.base_artifact_id == model}
+            if own.base_artifact_id != model and not any(t.decided and t.candidate in on_it for t in self.turns(line)):
+                found[line] = new
+        return found
 
     def lineage(self, version: Version | str) -> dict[str, Any]:
         """All that a version was made from, down to datasets and the feedback events in them.
