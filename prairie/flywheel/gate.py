@@ -218,10 +218,10 @@ class Verdict:
                 f" [{noise.low:.1%}, {noise.high:.1%}], {noise.n} {self.units}"
             )
         if self.judge_accuracy is not None:
-            found = self.judge_accuracy
+            right = self.judge_accuracy
             lines.append(
-                f"  judge   a reward model: right on {found.value:.1%} [{found.low:.1%}, {found.high:.1%}] of the"
-                f" preferences of {found.n} people it did not learn from"
+                f"  judge   a reward model: right on {right.value:.1%} [{right.low:.1%}, {right.high:.1%}] of the"
+                f" preferences of {right.n} people it did not learn from"
             )
         return lines
 

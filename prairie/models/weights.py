@@ -433,8 +433,8 @@ class _Shards:
             for name, room in rooms.items():
                 if self.places[name].path == path:
                     at, data = begin + header[self.places[name].name]["data_offsets"][0], _bytes(room).cast("B")
-                    pieces = range(0, len(data), READ_BYTES)
-                    in_file.setdefault(path, []).extend((at + i, data[i : i + READ_BYTES]) for i in pieces)
+                    starts = range(0, len(data), READ_BYTES)
+                    in_file.setdefault(path, []).extend((at + i, data[i : i + READ_BYTES]) for i in starts)
         for path, pieces in in_file.items():
             with path.open("rb", buffering=0) as file:
                 for at, buffers in _neighbours(sorted(pieces, key=itemgetter(0))):
