@@ -58,6 +58,9 @@ def serve(
         typer.Option(metavar="NAME=URL[#MODEL]", help="A model of another OpenAI-compatible server; may be repeated."),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Server processes behind the port, on one home.")] = 1,
+    otel: Annotated[
+        str | None, typer.Option(metavar="URL", help="An OTLP receiver over HTTP that gets traces of the requests.")
+    ] = None,
     grace_s: Annotated[float, typer.Option(min=0, help="How long a stop waits for running answers.")] = 30.0,
     no_guard: Annotated[
         bool, typer.Option("--no-guard", help="Do not take back a trial or a promotion that goes badly.")
@@ -88,7 +91,7 @@ def serve(
         settings = Settings(
             max_pending=max_pending, max_pending_tokens=max_pending_tokens, requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute, remotes=remotes, max_adapters=max_adapters,
-            admin_without_key=_is_loopback(host), max_body_bytes=max_body_mb * 2**20, guard=not no_guard,
+            admin_without_key=_is_loopback(host), max_body_bytes=max_body_mb * 2**20, otel=otel, guard=not no_guard,
         )  # fmt: skip
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))

@@ -125,6 +125,8 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens whose keys and values were found in the cache."""
+    seated_at: float | None = None
+    """When it first had a place in a batch, by `time.perf_counter`."""
 
 
 @dataclass(slots=True)
@@ -217,6 +219,7 @@ class Sequence:
         "root_hash",
         "row",
         "scheduled",
+        "seated_at",
         "seed",
         "stop_ids",
         "stream",
@@ -252,6 +255,7 @@ class Sequence:
         self.top_logprobs: list[TopLogprobs] = []
         self.cached_tokens = -1
         """-1 until the sequence first ran."""
+        self.seated_at: float | None = None
         self.row = -1
         """Its row in the batch's tables while it runs."""
         self.computed = 0
@@ -275,4 +279,5 @@ class Sequence:
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
             cached_tokens=max(self.cached_tokens, 0),
+            seated_at=self.seated_at,
         )

@@ -9,6 +9,7 @@ Not here: blocks (`kv_cache`), arithmetic (`runner`).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import groupby
@@ -104,7 +105,7 @@ class Scheduler:
             self.running.append(sequence)
             seated.append(sequence)
             if sequence.cached_tokens < 0:
-                sequence.cached_tokens = sequence.computed
+                sequence.cached_tokens, sequence.seated_at = sequence.computed, time.perf_counter()
             self.cache.seat(sequence, heappop(self._free_rows))
             wanted = min(len(sequence.ids) - sequence.computed, budget)
             self._plan(sequence, wanted)

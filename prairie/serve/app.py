@@ -51,6 +51,7 @@ from prairie.serve.schema import (
 )
 from prairie.serve.stream import Chat, EventStream, Text, Whole
 from prairie.serve.tokenizing import detokenized, tokenized
+from prairie.serve.tracing import Tracing
 from prairie.serve.worker import Worker
 from prairie.store.audit import record
 
@@ -88,6 +89,8 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     host_allowed: Callable[[str], bool] = lambda host: True
     """Which Host headers are answered as long as there is no API key."""
+    otel: str | None = None
+    """Where traces go: the address of an OTLP receiver over HTTP."""
     guard: bool = True
     """Trials and promotions that go badly are taken back."""
 
@@ -100,6 +103,7 @@ class Service:
     ) -> None:
         self.home, self.settings = home, settings
         self.metrics = Metrics()
+        self.tracing = Tracing(settings.otel) if settings.otel else None
         self.worker = Worker()
         engine = {"may_be_empty": bool(settings.remotes), **engine}
         self.models = Models(home, self.worker, self.metrics, names, detect, **engine)
@@ -166,6 +170,8 @@ class Service:
         await asyncio.to_thread(self.worker.stop)
         self.desk.close()
         self.board.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
         self._only_server.close()
 
     def health(self) -> str | None:
@@ -217,7 +223,7 @@ def create_app(
     app.state.service = service
     app.add_middleware(
         Gate, keys=service.keys, metrics=service.metrics, max_body_bytes=settings.max_body_bytes,
-        host_allowed=settings.host_allowed,
+        host_allowed=settings.host_allowed, tracing=service.tracing,
     )  # fmt: skip
     errors.install(app)
     _completions(app, service)
@@ -245,7 +251,7 @@ def _caller(request: Request, user: str | None, surface: str | None, purpose: st
         raise RequestError(
             "unknown X-Prairie-Purpose", got=repr(purpose), wanted="chat | gate", param="X-Prairie-Purpose"
         )
-    return Caller(user or None, surface or "api", purpose or "chat", request.state.tenant)
+    return Caller(user or None, surface or "api", purpose or "chat", request.state.tenant, request.state.trace)
 
 
 def _completions(app: FastAPI, service: Service) -> None:

@@ -31,6 +31,7 @@ from prairie.serve.metrics import Metrics
 from prairie.serve.models import Models, Resident
 from prairie.serve.schema import ChatRequest, CompletionRequest, Demand, EmbeddingRequest, Sampling
 from prairie.serve.scoring import Score, score
+from prairie.serve.tracing import RequestTrace, Told
 from prairie.serve.worker import EngineFault, Stopping, Worker
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Caller:
     purpose: str = "chat"
     tenant: str = ""
     """Name of the API key."""
+    trace: RequestTrace | None = None
 
     @property
     def somebody(self) -> str:
@@ -136,6 +138,7 @@ class Choice:
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
     cached_tokens: int = 0
+    seated_at: float | None = None
     finish_reason: str | None = None
     done: bool = False
     """Its row is closed."""
@@ -320,8 +323,8 @@ class Desk:
             return
         self.pending += count
         try:
-            order = replace(order, scored=False)
-            answer = await self._answer(resident, body, replace(caller, purpose="shadow"), order, "shadow", arrived)
+            order, caller = replace(order, scored=False), replace(caller, purpose="shadow", trace=None)
+            answer = await self._answer(resident, body, caller, order, "shadow", arrived)
         except Exception as error:
             self.pending -= count
             self.models.release(resident)
@@ -545,7 +548,7 @@ class Answer:
     def _whole(self, choice: Choice, completion: Completion) -> None:
         choice.text, choice.token_ids = completion.text, list(completion.token_ids)
         choice.logprobs, choice.tops = list(completion.logprobs), list(completion.top_logprobs)
-        choice.cached_tokens = completion.cached_tokens
+        choice.cached_tokens, choice.seated_at = completion.cached_tokens, completion.seated_at
 
     def _close_row(self, choice: Choice, delta: str, before: int = 0) -> None:
         """Commits a choice's answer in a thread; its last part is news only after that."""
@@ -595,6 +598,16 @@ class Answer:
         except PrairieError as error:
             log.warning("the end of %s was not recorded: %s", choice.id, error)
         self.desk.metrics.choices.labels(self.resident.source.line, reason).inc()
+        self._trace(choice, reason)
+
+    def _trace(self, choice: Choice, end: str) -> None:
+        if self.caller.trace is not None:
+            kind = "chat" if isinstance(choice.prompt, tuple) else "text_completion"
+            self.caller.trace.answered(Told(
+                kind, self.head.model, self.resident.source.name, choice.id, len(choice.prompt_ids),
+                choice.cached_tokens, len(choice.token_ids), end, self.arrived, choice.seated_at,
+                self._first_token_at.get(choice.id),
+            ))  # fmt: skip
 
     def _latency_ms(self) -> float:
         return round((time.perf_counter() - self.arrived) * 1000, 3)
@@ -607,6 +620,9 @@ class Answer:
         metrics.tokens.labels(line, "completion").inc(len(choice.token_ids))
         if self.caller.purpose != "shadow":
             self.desk.limits.charge(self.caller.tenant, len(choice.token_ids))
+        self._trace(choice, choice.finish_reason or "stop")
+        if choice.seated_at is not None:
+            metrics.queue.labels(line).observe(choice.seated_at - self.arrived)
         first = self._first_token_at.get(choice.id)
         if first is not None and choice.request is not None and choice.request.stream:
             metrics.first_token.labels(line).observe(first - self.arrived)

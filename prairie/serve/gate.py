@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prairie.errors import AuthError, PrairieError, RequestError
 from prairie.serve.errors import error_response
 from prairie.serve.metrics import Metrics
+from prairie.serve.tracing import Tracing
 
 OPEN_PATHS = frozenset({"/healthz"})
 BODY_TIMEOUT_S = 60.0
@@ -76,8 +77,9 @@ class Gate:
         metrics: Metrics,
         max_body_bytes: int,
         host_allowed: Callable[[str], bool] = lambda host: True,
+        tracing: Tracing | None = None,
     ) -> None:
-        self.app, self.keys, self.metrics = app, keys, metrics
+        self.app, self.keys, self.metrics, self.tracing = app, keys, metrics, tracing
         self.max_body_bytes, self.host_allowed = max_body_bytes, host_allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +89,11 @@ class Gate:
             return await send({"type": "websocket.close", "code": 1008})
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         request_id = _request_id(headers.get(b"x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
+        trace = None
+        if self.tracing is not None:
+            parent = headers.get(b"traceparent")
+            trace = self.tracing.begin(_method(scope["method"]), scope["path"], parent, request_id)
+        scope.setdefault("state", {}).update(request_id=request_id, trace=trace)
         started, status = time.perf_counter(), 0
 
         async def tagged_send(message: Message) -> None:
@@ -111,6 +117,8 @@ class Gate:
             route = getattr(scope.get("route"), "path", "unmatched")
             self.metrics.http.labels(_method(scope["method"]), route, str(status)).inc()
             self.metrics.http_seconds.labels(route).observe(time.perf_counter() - started)
+            if trace is not None:
+                trace.end(route, _method(scope["method"]), status)
 
     async def _check(self, path: str, headers: dict[bytes, str]) -> str:
         """Whose key came with the request, "" when none is needed. Raises HostError, AuthError or BodyTooLarge."""

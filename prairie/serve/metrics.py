@@ -31,6 +31,9 @@ class Metrics:
         self.first_token = Histogram(
             "prairie_first_token_seconds", "From arrival to the first token", ["model"], buckets=LATENCY_S, registry=r
         )
+        self.queue = Histogram(
+            "prairie_queue_seconds", "From arrival to a place in a batch", ["model"], buckets=LATENCY_S, registry=r
+        )
         self.per_token = Histogram(
             "prairie_per_token_seconds",
             "Mean time between tokens of an answer",

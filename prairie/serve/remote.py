@@ -29,6 +29,7 @@ from prairie.serve.choices import Caller, Desk
 from prairie.serve.errors import body_of
 from prairie.serve.schema import ChatRequest, CompletionRequest
 from prairie.serve.stream import until_left
+from prairie.serve.tracing import Told
 
 if TYPE_CHECKING:
     from prairie.store.feedback import Response as Row
@@ -105,6 +106,8 @@ class RemoteAnswering(Response):
         self.choices = [Said(id, prompts[index // n]) for index, id in enumerate(ids)]
         self.identity: dict[str, Any] = {}
         self.started = False
+        self.began: float | None = None
+        """When the other server began to answer."""
         self.background = None
         self.status_code = 200
         self.init_headers({"Cache-Control": "no-store"})
@@ -177,6 +180,7 @@ class RemoteAnswering(Response):
 
     async def _start(self, said: Mapping[str, Any]) -> None:
         """With the first that the other server says: who it is, and the rows."""
+        self.began = time.perf_counter()
         told = {"url": self.remote.url, "model": self.remote.model, "fingerprint": said.get("system_fingerprint"),
                 "prairie": said.get("prairie")}  # fmt: skip
         remote = {key: value for key, value in told.items() if value is not None}
@@ -206,6 +210,7 @@ class RemoteAnswering(Response):
                     choice.finish_reason, self._latency_ms(),
                 )  # fmt: skip
                 self.desk.metrics.choices.labels(self.remote.name, choice.finish_reason).inc()
+                self._trace(choice, choice.finish_reason)
 
     def _charge(self, said: Mapping[str, Any]) -> None:
         usage = said.get("usage")
@@ -218,6 +223,7 @@ class RemoteAnswering(Response):
             for choice in self.choices if self.started else ():
                 if not choice.done:
                     choice.done = True
+                    self._trace(choice, "cancelled")
                     await self.desk.do(
                         self.desk.feedback.abort_response, choice.id, (), None, "".join(choice.text), "cancelled",
                         self._latency_ms(),
@@ -226,6 +232,14 @@ class RemoteAnswering(Response):
             log.warning("the end of %s was not recorded: %s", self.id, error)
         finally:
             self.desk.pending -= len(self.choices)
+
+    def _trace(self, choice: Said, end: str) -> None:
+        if self.caller.trace is not None:
+            kind = "chat" if isinstance(choice.prompt, tuple) else "text_completion"
+            self.caller.trace.answered(Told(
+                kind, self.asked.model, self.remote.model, choice.id, None, None, None, end, self.arrived,
+                first_token=self.began,
+            ))  # fmt: skip
 
     def _latency_ms(self) -> float:
         return round((time.perf_counter() - self.arrived) * 1000, 3)

@@ -65,10 +65,8 @@ def exploding(rng):
     size = rng.choice([40, 300, 2000])
     match rng.randrange(7):
         case 0:
-            schema = {"type": "boolean"}
-            for _ in range(size):
-                schema = {"type": "array", "items": schema}
-            return schema
+            # As text: Python's own writer gives up on it.
+            return '{"type": "array", "items": ' * size + "{}" + "}" * size
         case 1:
             return {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(size)}}
         case 2:
@@ -100,13 +98,13 @@ def test_five_hundred_schemas(home):
     with running(home, ["spark"]) as server, httpx.Client(base_url=server.url, timeout=300) as http:
         for number, make in enumerate(makers):
             schema = make(rng)
-            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+            form = {"type": "json_schema", "json_schema": {"name": "x", "schema": "@"}}
             body = ask("spark", f"go {number}", temperature=1, seed=number, max_tokens=60, response_format=form)
-            began = time.process_time()
             # Python writes infinity as no JSON can; the server has to refuse that too.
-            answer = http.post(
-                "/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"}
-            )
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+            content = json.dumps(body).replace('"@"', text)
+            began = time.process_time()
+            answer = http.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
             slowest = max(slowest, time.process_time() - began)
             said = answer.json()
             if answer.status_code == 200:
