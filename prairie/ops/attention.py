@@ -437,18 +437,15 @@ def _in_threads(name: str, tasks: _Tasks, tensors: Sequence[Tensor]) -> None:
     kernel = getattr(_kernels(), name)
     size = tensors[0].shape[2]
     arrays = [tensor.detach().numpy() for tensor in tensors]
-    parts = min(torch.get_num_threads(), len(tasks.tasks))
-
-    def work(part: int) -> None:
-        kernel(part, parts, *tasks, np.float32(size**-0.5), *arrays)
-
-    if parts == 1:
-        work(0)
+    given = np.zeros(1, np.int64), *tasks, np.float32(size**-0.5), *arrays
+    others = min(torch.get_num_threads(), len(tasks.tasks)) - 1
+    if others <= 0:
+        kernel(*given)
         return
-    with ThreadPoolExecutor(parts - 1) as pool:
-        others = [pool.submit(work, part) for part in range(1, parts)]
-        work(0)
-        for other in others:
+    with ThreadPoolExecutor(others) as pool:
+        waited_for = [pool.submit(kernel, *given) for _ in range(others)]
+        kernel(*given)
+        for other in waited_for:
             other.result()
 
 

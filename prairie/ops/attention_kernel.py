@@ -30,6 +30,9 @@ QUERIES = 48
 KEYS = 192
 """Of a block; whole tiles either way. Scores and their gradients, 72 KB, stay in the second cache."""
 _LOG2E = np.float32(math.log2(math.e))
+STRIDE = 32
+"""What LLVM unrolls a loop over numbers to: a row that does not fill it would end with numbers one by one."""
+UNSEEN = np.float32(-1e30)
 OWN_START, OWN, PREFIX_START, PREFIX = 0, 1, 2, 3
 """Columns of `rows`."""
 
@@ -93,6 +96,17 @@ def _float_of_bits(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), lambda context, b, signature, args: b.bitcast(args[0], ir.FloatType())
 
 
+@intrinsic
+def _next(typing: Any, tickets: Any) -> Any:
+    """The number that stands at this address, which is one higher afterwards; no two threads get the same."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        return b.atomic_rmw("add", b.inttoptr(args[0], ir.PointerType(i64)), ir.Constant(i64, 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
 @njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
 def _exp(x):
     """e^x of x <= 0 to 2e-7 of itself, in operations that vectorise; not a number for what is none."""
@@ -144,6 +158,12 @@ def _dot(x, y):
     for j in range(x.shape[0]):
         total += x[j] * y[j]
     return total
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _fill(x, low, high, value):
+    for j in range(low, high):
+        x[j] = value
 
 
 @njit(nogil=True, error_model="numpy")
@@ -228,8 +248,9 @@ def _mix_back(weights, block, first, count, low, width, out):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def forward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log_sums):
-    """out (N, H, D) and log_sums (N, H) of the tasks part, part + parts, ...
+def forward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums):
+    """out (N, H, D) and log_sums (N, H) of the tasks that are left: each thread that is here takes the next one, so one
+    that the system lets wait holds nobody up. `tickets` (1,) counts those taken.
 
     `tasks` (M, 2): a group of rows and a key head; `groups` (G, 2): a group's first row and the one after its last;
     `rows` (R, 4): see the columns above. `log_sums` are those of the weights before they are divided.
@@ -241,7 +262,10 @@ def forward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log_
     queries, mixed = np.empty((QUERIES, size), np.float32), np.empty((QUERIES, size), np.float32)
     scores = np.zeros((QUERIES, KEYS), np.float32)
     most, total = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
-    for task in range(part, tasks.shape[0], parts):
+    while True:
+        task = _next(_at(tickets))
+        if task >= tasks.shape[0]:
+            break
         head = tasks[task, 1]
         for r in range(groups[tasks[task, 0], 0], groups[tasks[task, 0], 1]):
             row = rows[r]
@@ -260,26 +284,30 @@ def forward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log_
                         _scores(queries, panels, first, count, low, width, scores)
                         for i in range(count):
                             seen = min(width, first + i + 1 - low)
+                            filled = _whole(max(seen, 0), STRIDE)
                             if seen > 0:
-                                line = scores[i, :seen]
+                                _fill(scores[i], seen, filled, UNSEEN)
+                                line = scores[i, :filled]
                                 larger = _largest(line, most[i])
                                 if larger > most[i] and low > 0:
                                     shrink = np.exp(most[i] - larger)
                                     total[i] *= shrink
-                                    mixed[i] *= shrink
+                                    for d in range(size):
+                                        mixed[i, d] *= shrink
                                 most[i] = larger
                                 total[i] += _raise(line, larger)
-                            scores[i, max(0, seen) : width] = np.float32(0.0)
+                            _fill(scores[i], max(seen, 0), max(filled, width), np.float32(0.0))
                         _mix(scores, values, first, count, low, width, mixed)
                     for i in range(count):
-                        out[token + i, query_head] = mixed[i] / total[i]
+                        inverse = np.float32(1.0) / total[i]
+                        for d in range(size):
+                            out[token + i, query_head, d] = mixed[i, d] * inverse
                         log_sums[token + i, query_head] = most[i] + np.log(total[i])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def backward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log_sums, dout, dq, dk, dv):
-    """dq, dk, dv of the tasks part, part + parts, ...: all that `forward` was given and made, and the gradient of its
-    output."""
+def backward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums, dout, dq, dk, dv):
+    """dq, dk, dv of the tasks that are left: all that `forward` was given and made, and the gradient of its output."""
     size, shared = q.shape[2], q.shape[1] // k.shape[1]
     room = _whole(longest, KEYS)
     keys, values = np.empty((room, size), np.float32), np.empty((room, size), np.float32)
@@ -289,7 +317,10 @@ def backward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log
     queries, d_mixed = np.empty((QUERIES, size), np.float32), np.empty((QUERIES, size), np.float32)
     d_queries = np.empty((QUERIES, size), np.float32)
     scores, pulls = np.zeros((QUERIES, KEYS), np.float32), np.zeros((QUERIES, KEYS), np.float32)
-    for task in range(part, tasks.shape[0], parts):
+    while True:
+        task = _next(_at(tickets))
+        if task >= tasks.shape[0]:
+            break
         head = tasks[task, 1]
         for r in range(groups[tasks[task, 0], 0], groups[tasks[task, 0], 1]):
             row = rows[r]
@@ -314,11 +345,15 @@ def backward(part, parts, tasks, groups, rows, longest, scale, q, k, v, out, log
                         whole = _whole(width, ROWS)
                         for i in range(count):
                             seen = max(0, min(width, first + i + 1 - low))
+                            filled = _whole(seen, STRIDE)
                             if seen:
+                                _fill(scores[i], seen, filled, UNSEEN)
+                                _fill(pulls[i], seen, filled, np.float32(0.0))
                                 mean = _dot(d_mixed[i], out[token + i, query_head])
-                                _gradient(scores[i, :seen], pulls[i, :seen], log_sums[token + i, query_head], mean)
-                            scores[i, seen:whole] = np.float32(0.0)
-                            pulls[i, seen:whole] = np.float32(0.0)
+                                log_sum = log_sums[token + i, query_head]
+                                _gradient(scores[i, :filled], pulls[i, :filled], log_sum, mean)
+                            _fill(scores[i], seen, max(filled, whole), np.float32(0.0))
+                            _fill(pulls[i], seen, max(filled, whole), np.float32(0.0))
                         _mix_back(scores, d_mixed, first, count, low, width, d_values)
                         _mix_back(pulls, queries, first, count, low, width, d_keys)
                         _mix(pulls, keys, first, count, low, width, d_queries)
