@@ -263,7 +263,7 @@ def forward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums
     scores = np.zeros((QUERIES, KEYS), np.float32)
     most, total = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
     while True:
-        task = _next(_at(tickets))
+        task: int = _next(_at(tickets))
         if task >= tasks.shape[0]:
             break
         head = tasks[task, 1]
@@ -318,7 +318,7 @@ def backward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sum
     d_queries = np.empty((QUERIES, size), np.float32)
     scores, pulls = np.zeros((QUERIES, KEYS), np.float32), np.zeros((QUERIES, KEYS), np.float32)
     while True:
-        task = _next(_at(tickets))
+        task: int = _next(_at(tickets))
         if task >= tasks.shape[0]:
             break
         head = tasks[task, 1]
