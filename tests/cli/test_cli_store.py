@@ -6,7 +6,7 @@ from prairie.store.home import Home
 
 
 def test_nothing_yet(call, ask):
-    assert ask("models", "list") == {"lines": [], "generation": 0}
+    assert ask("models", "list") == {"lines": [], "waiting": {}, "generation": 0}
     assert "prairie demo" in call("models", "list")[1]
     assert ask("feedback", "list") == {"total": 0, "events": []}
     assert call("feedback", "list")[1] == "No feedback yet.\n"
