@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home, say
 from prairie.errors import PrairieError, RequestError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this sum.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same answer.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:

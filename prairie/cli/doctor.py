@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 
 
 def doctor(
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     port: Annotated[int, typer.Option(help="The port that a server would take.")] = 8000,
     home: HomeOption = None,
     as_json: JsonOption = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home
 from prairie.errors import UsageError
 
 app = typer.Typer(help="Play Go: a line as a GTP engine, matches against other engines.", no_args_is_help=True)
@@ -18,7 +18,6 @@ NetOption = Annotated[
 ]
 VisitsOption = Annotated[int | None, typer.Option(min=2, help="Positions looked at for each move; default: 200.")]
 SecondsOption = Annotated[float | None, typer.Option(min=0.01, help="Time for each move, with or without --visits.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")]
 
 
 @app.command()

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home
 from prairie.errors import ModelError
 
 NameArgument = Annotated[str, typer.Argument(metavar="MODEL", help="spark, spark@3, or an artifact's id")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")]
 
 
 def reproduce(

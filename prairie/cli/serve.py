@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit, open_home, say
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home, say
 
 
 class Quantize(StrEnum):
@@ -32,7 +32,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     quantize: Annotated[
         Quantize | None,
         typer.Option("--quantize", help="Keep the weights in bf16, int8, int4 or nf4; the log says what that changes."),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import GoldOption, HomeOption, JsonOption, emit, open_home, read_gold
+from prairie.cli.options import GoldOption, HomeOption, JsonOption, ThreadsOption, emit, open_home, read_gold
 
 LEARN = {
     "epochs": 2, "tokens_per_batch": 4096, "lr": 1e-3, "beta": 0.1, "sft_weight": 0.2, "weight_decay": 0.0,
@@ -37,7 +37,7 @@ def turn(
     gold: GoldOption = None,
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = "default",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +58,7 @@ def rejudge(
     tasks: TasksOption = "",
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = "default",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +90,7 @@ def gate(
     tasks: TasksOption = "",
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = "default",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:

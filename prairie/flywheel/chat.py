@@ -6,10 +6,11 @@ Not here: the turn itself (`loop`), the rules for votes (`curate`), the statisti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from prairie.data.loader import TokenDataset
 from prairie.data.records import Message, Preference
@@ -44,6 +45,7 @@ LEARNING_CODE = (
 LEAST_PAIRS = 8
 CROWD = 12
 """Simulated people who talk at the same time: enough to fill the engine's batches."""
+T = TypeVar("T")
 JUDGES_AT_ONCE = 2 * CROWD
 """Simulated people who judge between two looks at the verdict."""
 JUDGES_OF_JUDGES = 12
@@ -262,20 +264,29 @@ def simulated_vote(
         crowd = _crowd(rules.users, context.recipe.seed + 1, users, f"{turn}-judge", teaching=False)
         crowd = crowd[:JUDGES_OF_JUDGES] if itself else crowd
         questions = items(tasks, "held_out", max(rules.prompts * 2, 20), context.recipe.seed)
-        found: list[Compared] = []
         with context.runtime.progress.bar(f"{turn} gate", len(crowd) * rules.prompts, "comparison") as bar:
-            for first in range(0, len(crowd), JUDGES_AT_ONCE):
-                found.append(compare(
-                    url, crowd[first : first + JUDGES_AT_ONCE], questions, candidate.name, champion.name,
+
+            def asked(some: list[SimulatedUser]) -> Compared:
+                return compare(
+                    url, some, questions, candidate.name, champion.name,
                     seed=context.recipe.seed, each=rules.prompts, turn=turn, key=key, temperature=rules.temperature,
                     concurrency=CROWD, on_done=lambda done, total: bar.update(),
-                ))  # fmt: skip
-                said = [comparison for some in found for comparison in some.comparisons]
-                if not itself and vote_test(said).decision != "undecided":
-                    break
-        return Compared.joined(found)
+                )  # fmt: skip
+
+            return _until_certain(asked, crowd, itself)
 
     return vote
+
+
+def _until_certain(ask: Callable[[list[T]], Compared], whom: list[T], itself: bool) -> Compared:
+    """Asks some after the others until the verdict is certain; a version against itself (`itself`) asks them all."""
+    found: list[Compared] = []
+    for first in range(0, len(whom), JUDGES_AT_ONCE):
+        found.append(ask(whom[first : first + JUDGES_AT_ONCE]))
+        said = [comparison for some in found for comparison in some.comparisons]
+        if not itself and vote_test(said).decision != "undecided":
+            break
+    return Compared.joined(found)
 
 
 class Judging(Protocol):
@@ -301,27 +312,27 @@ def judged_vote(
         itself = candidate.name == champion.name
         asked = items(tasks, "held_out", -(-rules.users // len(tasks)), context.recipe.seed)[: rules.users]
         asked = asked[:JUDGES_AT_ONCE] if itself else asked
-        store, found = context.home.artifacts, list[Compared]()
+        store = context.home.artifacts
         new, old = (load_language_model(store.get(v.artifact_id), context.runtime) for v in (candidate, champion))
-        for first in range(0, len(asked), JUDGES_AT_ONCE):
-            some = asked[first : first + JUDGES_AT_ONCE]
+        seeds = itertools.count(context.recipe.seed, JUDGES_AT_ONCE)
+
+        def answered(some: list[Item]) -> Compared:
+            seed = next(seeds)
             talks = [[Message("user", item.prompt)] for item in some]
             a, b = (
                 [c.text for c in model.generate(
-                    talks, temperature=rules.temperature, max_tokens=max_tokens, seed=context.recipe.seed + first + side
+                    talks, temperature=rules.temperature, max_tokens=max_tokens, seed=seed + side
                 )]
                 for model, side in ((new, 0), (old, 10**6))
             )  # fmt: skip
             opinions = judge.opinions([(i.prompt, x, y) for i, x, y in zip(some, a, b, strict=True)])
-            found.append(Compared(
+            return Compared(
                 [Comparison(item.id, item.id, o.outcome) for item, o in zip(some, opinions, strict=True)],
                 [Comparison(item.id, item.id, o.shown_first) for item, o in zip(some, opinions, strict=True)],
                 some, a, b, TalkReport(), accuracy,
-            ))  # fmt: skip
-            said = [comparison for each in found for comparison in each.comparisons]
-            if not itself and vote_test(said).decision != "undecided":
-                break
-        return Compared.joined(found)
+            )  # fmt: skip
+
+        return _until_certain(answered, asked, itself)
 
     return vote
 

@@ -17,6 +17,17 @@ def inputs(count: int, heads: int, kv_heads: int, size: int = 8) -> list[torch.T
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
+def same_gradients(
+    got: torch.Tensor, wanted: torch.Tensor, ours: list[torch.Tensor], plain: list[torch.Tensor], atol: float
+) -> None:
+    """Of a random sum of both results, in both sets of inputs."""
+    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
+    (got * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=atol)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [1], [1, 30, 2, 29, 28, 11, 1], [150, 3], [130, 130], [64, 65, 128]])
 @pytest.mark.parametrize("form", ["matrices", "small pieces", "kernel", "compiled"])
@@ -35,11 +46,7 @@ def test_packed_equals_reference(
     got = PackedDocuments(lengths)(0, *ours)
     wanted = attention_reference(*plain, lengths)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
-    (got * seed).sum().backward()
-    (wanted * seed).sum().backward()
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    same_gradients(got, wanted, ours, plain, atol=1e-5)
 
 
 SIGHTS = {
@@ -63,11 +70,7 @@ def test_every_sight_equals_reference(
     got = PackedDocuments(lengths)(0, *ours, sight)
     wanted = attention_reference(*plain, lengths, sight)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
-    (got * seed).sum().backward()
-    (wanted * seed).sum().backward()
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    same_gradients(got, wanted, ours, plain, atol=1e-5)
     causal = attention_reference(*plain, lengths)
     assert not torch.allclose(wanted, causal, atol=1e-3), "a sight that changes nothing proves nothing"
 
@@ -195,11 +198,7 @@ def test_rows_that_go_on_from_one_equal_whole_rows(
     wanted = attention_reference(*(x[whole] for x in plain), whole_lengths)[places]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     assert packed.positions_N.tolist() == PackedDocuments(whole_lengths).positions_N[places].tolist()
-    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
-    (got * seed).sum().backward()
-    (wanted * seed).sum().backward()
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    same_gradients(got, wanted, ours, plain, atol=1e-5)
 
 
 def test_compiled_attention_over_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +212,7 @@ def test_compiled_attention_over_several_blocks(monkeypatch: pytest.MonkeyPatch)
     whole, whole_lengths, places = expanded(torch.arange(sum(lengths)), lengths, prefixes)
     wanted = attention_reference(*(x[whole] for x in plain), whole_lengths)[places]
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(9))
-    (got * seed).sum().backward()
-    (wanted * seed).sum().backward()
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+    same_gradients(got, wanted, ours, plain, atol=2e-5)
 
 
 def test_compiled_attention_has_the_same_bits_on_any_threads(monkeypatch: pytest.MonkeyPatch) -> None:
