@@ -3,15 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 
-.PHONY: demo venv test test-slow test-browser check bench peers docs clean
+.PHONY: demo venv test test-fast test-slow test-browser check bench peers docs clean
 
 demo: .venv/.core  ## a model is made, served, voted on and improved; ends with the chat page open
 	$(BIN)/prairie demo --port $(PORT) $(ARGS)
 
 venv: .venv/.dev
 
-test: .venv/.dev  ## the fast tests, a process a core: threads of several processes would only wait for each other
+test: .venv/.dev  ## all but the slow tests, a process a core: threads of several processes would only wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+test-fast: .venv/.dev  ## without whole recipes and kills: half the time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow and not browser and not gpu and not long' $(ARGS)
 
 test-slow: .venv/.dev  ## kill tests and whole recipes, many minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -47,15 +47,6 @@ def app(args: Mapping[str, str]) -> Any:
         ) from None
     names = [name for name in args.get("names", "").split(",") if name]
 
-    @serve.deployment(
-        name="prairie",
-        num_replicas=replicas,
-        # Prairie queues fairly and says when to come back; Ray's own queue stays behind that.
-        max_ongoing_requests=2 * max_pending,
-        ray_actor_options={"num_cpus": threads},
-        graceful_shutdown_timeout_s=30,
-    )
-    @serve.ingress()
     class Replica:
         """One server; Ray runs its start and stop as those of any ASGI app."""
 
@@ -71,7 +62,15 @@ def app(args: Mapping[str, str]) -> Any:
             if (problem := self.service.health()) is not None:
                 raise RuntimeError(problem)
 
-    return Replica.bind()
+    deployment = serve.deployment(
+        name="prairie",
+        num_replicas=replicas,
+        # Prairie queues fairly and says when to come back; Ray's own queue stays behind that.
+        max_ongoing_requests=2 * max_pending,
+        ray_actor_options={"num_cpus": threads},
+        graceful_shutdown_timeout_s=30,
+    )
+    return deployment(serve.ingress()(Replica)).bind()
 
 
 def _server(names: list[str], home: str | None, threads: int, quantize: str | None, max_pending: int) -> FastAPI:

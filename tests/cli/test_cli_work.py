@@ -8,6 +8,8 @@ import yaml
 from prairie.flywheel.curate import is_held_out
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 FAST = ("--tasks", "numbers", "--threads", "1")
 
 

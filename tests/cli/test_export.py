@@ -20,6 +20,8 @@ from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, read_manifest, save_model
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 CONFIG = {"dim": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn_dim": 64, "max_context": 64}
 
 

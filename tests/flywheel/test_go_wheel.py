@@ -23,6 +23,8 @@ from prairie.recipe import GoMatch, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 RECIPE = {
     "name": "go3", "seed": 1,
     "stages": {

@@ -20,6 +20,8 @@ from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent, Response
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 LEARN = Learning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 

@@ -20,6 +20,8 @@ from prairie.store.registry import Version
 from prairie.tasks import catalog
 from prairie.tasks.task import STYLES
 
+pytestmark = pytest.mark.long
+
 ITEMS = catalog.items(["numbers", "dates"], "held_out", 60, 0)
 BY_PROMPT = {item.prompt: item for item in [*ITEMS, *catalog.items(["numbers", "dates"], "held_out", 20, 3)]}
 

@@ -12,6 +12,8 @@ from prairie.games.selfplay import SelfPlay, play
 from prairie.games.side_by_side import Stopped, side_by_side
 from prairie.models.tower import Tower, TowerConfig
 
+pytestmark = pytest.mark.long
+
 
 def test_games_do_not_depend_on_how_many_play_at_once():
     tower = Tower(TowerConfig.small(12, 7, blocks=2, width=16)).init_weights(0)

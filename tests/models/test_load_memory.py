@@ -14,6 +14,8 @@ from prairie.models.config import ModelConfig
 from prairie.models.transformer import Transformer
 from prairie.models.weights import save_model
 
+pytestmark = pytest.mark.long
+
 PROBE = """
 import sys
 import torch

@@ -27,6 +27,8 @@ from prairie.cli.main import main
 from prairie.errors import AdapterError
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def refused(tmp_path, capsys, monkeypatch):

@@ -9,6 +9,8 @@ from prairie.pipeline import model_stages
 from prairie.recipe import resolve_recipe
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 
 def recipe(folder, together):
     tree = training_recipe(folder, steps=4)

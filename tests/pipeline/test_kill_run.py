@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_recipes import contents, prairie_run, training_recipe, write_recipe
 
+pytestmark = pytest.mark.long
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["tiny_recipes", "prairie.cli.run", "prairie.flywheel.stages", "prairie.pipeline.report"]

@@ -16,6 +16,8 @@ from prairie.recipe import resolve_recipe
 from prairie.runtime import Runtime
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 SHAPE = {"depth": 1, "dim": 32, "context": 128}
 
 

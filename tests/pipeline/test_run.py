@@ -12,6 +12,8 @@ from prairie.pipeline.context import Context
 from prairie.recipe import resolve_recipe
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def home(tmp_path):

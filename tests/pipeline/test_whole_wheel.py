@@ -18,6 +18,8 @@ from prairie.flywheel.curate import is_held_out
 from prairie.models.weights import read_manifest
 from prairie.store.home import Home
 
+pytestmark = pytest.mark.long
+
 
 def wheel_recipe(text):
     turn = {

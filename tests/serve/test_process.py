@@ -16,6 +16,8 @@ from tiny_server import Home, Process, ask, events, make_model, running
 from prairie.cli.main import main
 from prairie.serve.server import bind
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def root(spark_root, tmp_path):

@@ -11,6 +11,8 @@ from tiny_runs import RUNS, run_to_the_end, tiny_config
 
 from prairie.train.trainer import TrainConfig
 
+pytestmark = pytest.mark.long
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "prairie.train.trainer", "prairie.train.objectives.dpo"])
 

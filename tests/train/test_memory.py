@@ -21,6 +21,8 @@ from prairie.train.memory import Job, machine_memory_mb, memory_of, ways_out
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.trainer import TrainConfig, Trainer
 
+pytestmark = pytest.mark.long
+
 PROCESSES = multiprocessing.get_context("spawn")
 BAND = (0.75, 1.3)
 """Estimate over measurement: what the estimate is trusted for."""

@@ -16,6 +16,8 @@ from prairie.errors import TrainingError
 from prairie.train.checkpoint import Checkpoints
 from prairie.train.ranks import Ranks
 
+pytestmark = pytest.mark.long
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "tiny_runs"])
 
