@@ -12,8 +12,7 @@ all buckets, M = N x heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from prairie.ops.elementwise import softcap
 from prairie.ops.relative import RelativeBias
+from prairie.ops.threads import on_threads
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
@@ -418,7 +418,8 @@ class _CompiledAttention(torch.autograd.Function):
     def forward(ctx: Any, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, packed: PackedDocuments) -> Tensor:
         q, k, v = q_NHD.contiguous(), k_NKD.contiguous(), v_NKD.contiguous()
         out, log_sums_NH = torch.empty_like(q), torch.empty(q.shape[:2])
-        _in_threads("forward", packed.tasks(k.shape[1]), (q, k, v, out, log_sums_NH))
+        given = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums_NH}
+        _in_threads("forward", packed.tasks(k.shape[1]), given)
         ctx.save_for_backward(q, k, v, out, log_sums_NH)
         ctx.packed = packed
         return out
@@ -427,26 +428,30 @@ class _CompiledAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, log_sums_NH = ctx.saved_tensors
         found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tasks = ctx.packed.tasks(k.shape[1])
-        _in_threads("backward", tasks, (q, k, v, out, log_sums_NH, grads[0].contiguous(), *found))
+        given = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums_NH, "dout": grads[0].contiguous()}
+        _in_threads("backward", ctx.packed.tasks(k.shape[1]), {**given, **dict(zip(("dq", "dk", "dv"), found, strict=True))})
         return *found, None
 
 
-def _in_threads(name: str, tasks: _Tasks, tensors: Sequence[Tensor]) -> None:
-    """A function of `attention_kernel` on all threads; which of them does what does not change a bit."""
-    kernel = getattr(_kernels(), name)
-    size = tensors[0].shape[2]
-    arrays = [tensor.detach().numpy() for tensor in tensors]
-    given = np.zeros(1, np.int64), *tasks, np.float32(size**-0.5), *arrays
-    others = min(torch.get_num_threads(), len(tasks.tasks)) - 1
-    if others <= 0:
-        kernel(*given)
-        return
-    with ThreadPoolExecutor(others) as pool:
-        waited_for = [pool.submit(kernel, *given) for _ in range(others)]
-        kernel(*given)
-        for other in waited_for:
-            other.result()
+def _in_threads(name: str, tasks: _Tasks, tensors: Mapping[str, Tensor]) -> None:
+    """A function of `attention_kernel` on all threads; which of them does what does not change a bit.
+
+    Raises MemoryError if a thread could not finish."""
+    kernels = _kernels()
+    assert kernels is not None
+    (N, H, D), K = tensors["q"].shape, tensors["k"].shape[1]
+    tickets, job = np.zeros(2, np.int64), np.zeros(1, kernels.JOB)
+    numbers: dict[str, Any] = {
+        "tokens": N, "heads": H, "kv_heads": K, "size": D, "task_count": len(tasks.tasks),
+        "group_count": len(tasks.groups), "row_count": len(tasks.rows), "longest": tasks.longest, "scale": D**-0.5,
+        "tickets": tickets.ctypes.data, "tasks": tasks.tasks.ctypes.data, "groups": tasks.groups.ctypes.data,
+        "rows": tasks.rows.ctypes.data, **{field: tensor.data_ptr() for field, tensor in tensors.items()},
+    }  # fmt: skip
+    for field, number in numbers.items():
+        job[field] = number
+    on_threads(getattr(kernels, name), job, min(torch.get_num_threads(), len(tasks.tasks)))
+    if tickets[1] != len(tasks.tasks):  # compiled loops cannot raise
+        raise MemoryError(f"attention of {N} tokens found no memory for its rows")
 
 
 @cache

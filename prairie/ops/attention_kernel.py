@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -38,6 +38,21 @@ STRIDE = 32
 UNSEEN = np.float32(-1e30)
 OWN_START, OWN, PREFIX_START, PREFIX = 0, 1, 2, 3
 """Columns of `rows`."""
+JOB = np.dtype(
+    [(name, np.int64) for name in (
+        # how many there are of each; `longest` is that of the rows
+        "tokens", "heads", "kv_heads", "size", "task_count", "group_count", "row_count", "longest",
+        # addresses: tickets (2,), how many tasks were taken and how many done; tasks (M, 2), a group of rows and a key head; groups (G, 2), a group's first row and the one after
+        # its last; rows (R, 4), see the columns above
+        "tickets", "tasks", "groups", "rows",
+        # addresses of numbers: q, out, dout, dq (N, H, D); k, v, dk, dv (N, K, D); log_sums (N, H), of the weights
+        # before they are divided
+        "q", "k", "v", "out", "log_sums", "dout", "dq", "dk", "dv",
+    )] + [("scale", np.float32)],
+    align=True,
+)  # fmt: skip
+"""What the loops are given: an array of one, read where it lies by all threads."""
+ENTRY = types.void(types.CPointer(from_dtype(JOB)))
 
 
 @intrinsic
@@ -100,7 +115,31 @@ def _float_of_bits(typing: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _next(typing: Any, tickets: Any) -> Any:
+def _float_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.float32)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.FloatType())
+    )
+
+
+@intrinsic
+def _whole_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.int64)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.IntType(64))
+    )
+
+
+@njit(nogil=True, inline="always")
+def _floats(address, shape):
+    return carray(_float_pointer(address), shape)
+
+
+@njit(nogil=True, inline="always")
+def _wholes(address, shape):
+    return carray(_whole_pointer(address), shape)
+
+
+@intrinsic
+def _next(typing: Any, counter: Any) -> Any:
     """The number that stands at this address, which is one higher afterwards; no two threads get the same."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -108,6 +147,18 @@ def _next(typing: Any, tickets: Any) -> Any:
         return b.atomic_rmw("add", b.inttoptr(args[0], ir.PointerType(i64)), ir.Constant(i64, 1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@njit(nogil=True, inline="always")
+def _plan(j):
+    """tasks, groups, rows"""
+    tasks, groups = _wholes(j.tasks, (j.task_count, 2)), _wholes(j.groups, (j.group_count, 2))
+    return tasks, groups, _wholes(j.rows, (j.row_count, 4))
+
+
+@njit(nogil=True, inline="always")
+def _heads(j, address, heads):
+    return _floats(address, (j.tokens, heads, j.size))
 
 
 @njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
@@ -250,14 +301,15 @@ def _mix_back(weights, block, first, count, low, width, out):
                 )  # fmt: skip
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def forward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums):
-    """out (N, H, D) and log_sums (N, H) of the tasks that are left: each thread that is here takes the next one, so one
-    that the system lets wait holds nobody up. `tickets` (1,) counts those taken.
-
-    `tasks` (M, 2): a group of rows and a key head; `groups` (G, 2): a group's first row and the one after its last;
-    `rows` (R, 4): see the columns above. `log_sums` are those of the weights before they are divided.
-    """
+@cfunc(ENTRY, error_model="numpy", cache=True)
+def forward(job):
+    """`out` and `log_sums` of the tasks that are left: each thread that is here takes the next one, so one that the
+    system lets wait holds nobody up. `job`: the address of a JOB, without the gradients."""
+    j = carray(job, 1)[0]
+    tasks, groups, rows = _plan(j)
+    longest, scale = j.longest, j.scale
+    q, k, v = _heads(j, j.q, j.heads), _heads(j, j.k, j.kv_heads), _heads(j, j.v, j.kv_heads)
+    out, log_sums = _heads(j, j.out, j.heads), _floats(j.log_sums, (j.tokens, j.heads))
     size, shared = q.shape[2], q.shape[1] // k.shape[1]
     room = _whole(longest, KEYS)
     keys, values = np.empty((room, size), np.float32), np.empty((room, size), np.float32)
@@ -266,7 +318,7 @@ def forward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums
     scores = np.zeros((QUERIES, KEYS), np.float32)
     most, total = np.empty(QUERIES, np.float32), np.empty(QUERIES, np.float32)
     while True:
-        task: int = _next(_at(tickets))
+        task: int = _next(j.tickets)
         if task >= tasks.shape[0]:
             break
         head = tasks[task, 1]
@@ -306,11 +358,18 @@ def forward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums
                         for d in range(size):
                             out[token + i, query_head, d] = mixed[i, d] * inverse
                         log_sums[token + i, query_head] = most[i] + np.log(total[i])
+        _next(j.tickets + 8)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
-def backward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sums, dout, dq, dk, dv):
-    """dq, dk, dv of the tasks that are left: all that `forward` was given and made, and the gradient of its output."""
+@cfunc(ENTRY, error_model="numpy", cache=True)
+def backward(job):
+    """`dq`, `dk`, `dv` of the tasks that are left: from all that `forward` was given and made, and `dout`."""
+    j = carray(job, 1)[0]
+    tasks, groups, rows = _plan(j)
+    longest, scale = j.longest, j.scale
+    q, k, v = _heads(j, j.q, j.heads), _heads(j, j.k, j.kv_heads), _heads(j, j.v, j.kv_heads)
+    out, log_sums, dout = _heads(j, j.out, j.heads), _floats(j.log_sums, (j.tokens, j.heads)), _heads(j, j.dout, j.heads)
+    dq, dk, dv = _heads(j, j.dq, j.heads), _heads(j, j.dk, j.kv_heads), _heads(j, j.dv, j.kv_heads)
     size, shared = q.shape[2], q.shape[1] // k.shape[1]
     room = _whole(longest, KEYS)
     keys, values = np.empty((room, size), np.float32), np.empty((room, size), np.float32)
@@ -321,7 +380,7 @@ def backward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sum
     d_queries = np.empty((QUERIES, size), np.float32)
     scores, pulls = np.zeros((QUERIES, KEYS), np.float32), np.zeros((QUERIES, KEYS), np.float32)
     while True:
-        task: int = _next(_at(tickets))
+        task: int = _next(j.tickets)
         if task >= tasks.shape[0]:
             break
         head = tasks[task, 1]
@@ -370,3 +429,4 @@ def backward(tickets, tasks, groups, rows, longest, scale, q, k, v, out, log_sum
             for t in range(row[OWN]):
                 dk[row[OWN_START] + t, head] = d_keys[row[PREFIX] + t]
                 dv[row[OWN_START] + t, head] = d_values[row[PREFIX] + t]
+        _next(j.tickets + 8)
