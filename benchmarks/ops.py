@@ -87,25 +87,23 @@ def shared_prompt() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[
 
 
 def adapters() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
-    """A layer with eight adapters, each on its eighth of the tokens, against one after the other."""
-    from prairie.ops.linear import LowRank, adapt, adapt_rows
+    """A layer of three parts with eight adapters, each on its eighth of the tokens."""
+    from prairie.ops.linear import Addition, adapted_linear, adapted_linear_reference
 
-    rows = [slice(i * 256, (i + 1) * 256) for i in range(8)]
-    tensors = [normal(2048, 320), normal(960, 320), *(normal(48, 320) for _ in rows), *(normal(960, 48) for _ in rows)]
+    def form(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *pairs: Tensor) -> Tensor:
+            two = iter(pairs)
+            additions = [
+                (slice(i * 256, (i + 1) * 256), [Addition(next(two), next(two), at) for at in columns])
+                for i in range(8)
+            ]
+            return operator(x, weight, None, additions)
 
-    def changes(pairs: tuple[Tensor, ...]) -> list[tuple[LowRank, slice]]:
-        return [(LowRank(a, b), part) for a, b, part in zip(pairs[:8], pairs[8:], rows, strict=True)]
+        return call
 
-    def fast(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
-        return adapt_rows(x @ w.T, x, changes(pairs))
-
-    def plain(x: Tensor, w: Tensor, *pairs: Tensor) -> Tensor:
-        y = x @ w.T
-        for change, part in changes(pairs):
-            y = adapt(y, x, change, part)
-        return y
-
-    return fast, plain, tensors
+    weight, columns = normal(960, 320), [slice(at, at + 320) for at in (0, 320, 640)]
+    tensors = [normal(2048, 320), *(tensor for _ in range(24) for tensor in (normal(16, 320), normal(320, 16)))]
+    return form(adapted_linear), form(adapted_linear_reference), tensors
 
 
 def elementwise(name: str, *shapes: tuple[int, ...]) -> Make:

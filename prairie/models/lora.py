@@ -41,7 +41,7 @@ from prairie.models.peft_format import (
 from prairie.models.transformer import FusedLinear, Transformer
 from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
 from prairie.ops.attention import PackedDocuments
-from prairie.ops.linear import LowRank, adapt, adapt_embedding, adapted_weight, row_lengths
+from prairie.ops.linear import Addition, LowRank, adapt, adapt_embedding, adapted_weight, row_lengths
 
 __all__ = ["AdapterRows", "LoRA", "LoRAConfig"]
 
@@ -252,6 +252,20 @@ class LoRA(nn.Module):
         if self.training and self.config.dropout > 0 and torch.is_grad_enabled():  # never while serving or judging
             x_NI = F.dropout(x_NI, self.config.dropout)
         return adapt(y_NO, x_NI, change, rows)
+
+    def additions(self, at: FusedLinear) -> list[Addition] | None:
+        """What this adapter (on its parent) adds to the parts of one fused linear layer in training, if it only adds:
+        None with DoRA's gain or where dropout draws."""
+        below = [] if self.parent is None else self.parent.additions(at)
+        if below is None or self.config.dora or (self.training and self.config.dropout > 0):
+            return None
+        pairs = self._pairs_at(at)
+        mine = [
+            Addition(pair.a, pair.b, rows, self.config.scale_of(part.name), part.order and part.order.sources_O)
+            for part, rows in at.rows()
+            if (pair := pairs.get(part.name)) is not None
+        ]
+        return [*below, *mine]
 
     def plain_changes(self, at: FusedLinear) -> list[LowRank] | None:
         """What this adapter (on its parent) adds to one fused linear layer, if it only adds: None with DoRA's gain or

@@ -31,7 +31,7 @@ from prairie.ops.attention import Attend, Sight, rotary_turns, rotate, split_and
 from prairie.ops.cross_attention import Memory
 from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, softcap
 from prairie.ops.experts import mix_experts, route
-from prairie.ops.linear import adapt_rows, linear
+from prairie.ops.linear import adapted_linear, linear
 from prairie.ops.loss import IGNORED, linear_cross_entropy, linear_logprobs
 from prairie.ops.packed import PackedWeight, dense
 from prairie.ops.relative import RelativeBias
@@ -213,7 +213,7 @@ class Transformer(nn.Module):
         """(N, V): of the next token, or with the head "mlm" of the token itself. The rows of `adapters` are those of
         `hidden_ND`. ModelError for a model without such a head."""
         hidden_ND = self._unembedded(hidden_ND)
-        logits_NV = self._adapted(F.linear(hidden_ND, self.head_weight), hidden_ND, self.linear(None, "head"), adapters)
+        logits_NV = self._linear(hidden_ND, None, "head", adapters)
         if self.logit_bias is not None:
             logits_NV = logits_NV + self.logit_bias
         return softcap(logits_NV, self.config.logit_softcap) if self.config.logit_softcap else logits_NV
@@ -482,18 +482,15 @@ class Transformer(nn.Module):
             return layer_norm(x, weight, getattr(owner, f"{name}_bias"), c.norm_eps)
         return rms_norm(x, weight + 1.0 if c.norm_offset else weight, c.norm_eps)
 
-    def _linear(self, x_NI: Tensor, layer: int, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
+    def _linear(self, x_NI: Tensor, layer: int | None, group: str, adapters: Sequence[AdapterRows]) -> Tensor:
         """One fused linear layer, as the adapters that name it change it."""
         at = self.linear(layer, group)
-        return self._adapted(linear(x_NI, at.weight, at.bias), x_NI, at, adapters)
-
-    def _adapted(self, y_NO: Tensor, x_NI: Tensor, at: FusedLinear, adapters: Sequence[AdapterRows]) -> Tensor:
-        if torch.is_grad_enabled():  # in training all at once, where all only add something
-            rows = [adapter.rows or slice(None) for adapter in adapters]
-            plain = [adapter.lora.plain_changes(at) for adapter in adapters]
-            if adapters and all(changes is not None for changes in plain):
-                changes = [(change, part) for part, its in zip(rows, plain, strict=True) for change in its or ()]
-                return adapt_rows(y_NO, x_NI, changes) if changes else y_NO
+        if adapters and torch.is_grad_enabled():  # in training all at once, where all only add something
+            added = [(adapter.rows or slice(None), adapter.lora.additions(at)) for adapter in adapters]
+            plain = [(rows, its) for rows, its in added if its is not None]
+            if len(plain) == len(added):
+                return adapted_linear(x_NI, at.weight, at.bias, [(rows, its) for rows, its in plain if its])
+        y_NO = linear(x_NI, at.weight, at.bias)
         for adapter in adapters:
             y_NO = adapter.lora.add_to(y_NO, x_NI, at, adapter.rows)
         return y_NO

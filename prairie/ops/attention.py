@@ -427,10 +427,10 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, log_sums_NH = ctx.saved_tensors
-        found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         given = {"q": q, "k": k, "v": v, "out": out, "log_sums": log_sums_NH, "dout": grads[0].contiguous()}
-        _in_threads("backward", ctx.packed.tasks(k.shape[1]), {**given, **dict(zip(("dq", "dk", "dv"), found, strict=True))})
-        return *found, None
+        _in_threads("backward", ctx.packed.tasks(k.shape[1]), {**given, "dq": dq, "dk": dk, "dv": dv})
+        return dq, dk, dv, None
 
 
 def _in_threads(name: str, tasks: _Tasks, tensors: Mapping[str, Tensor]) -> None:

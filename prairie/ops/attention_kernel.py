@@ -42,8 +42,8 @@ JOB = np.dtype(
     [(name, np.int64) for name in (
         # how many there are of each; `longest` is that of the rows
         "tokens", "heads", "kv_heads", "size", "task_count", "group_count", "row_count", "longest",
-        # addresses: tickets (2,), how many tasks were taken and how many done; tasks (M, 2), a group of rows and a key head; groups (G, 2), a group's first row and the one after
-        # its last; rows (R, 4), see the columns above
+        # addresses: tickets (2,), how many tasks were taken and how many done; tasks (M, 2), a group of rows and a key
+        # head; groups (G, 2), a group's first row and the one after its last; rows (R, 4), see the columns above
         "tickets", "tasks", "groups", "rows",
         # addresses of numbers: q, out, dout, dq (N, H, D); k, v, dk, dv (N, K, D); log_sums (N, H), of the weights
         # before they are divided
@@ -368,7 +368,11 @@ def backward(job):
     tasks, groups, rows = _plan(j)
     longest, scale = j.longest, j.scale
     q, k, v = _heads(j, j.q, j.heads), _heads(j, j.k, j.kv_heads), _heads(j, j.v, j.kv_heads)
-    out, log_sums, dout = _heads(j, j.out, j.heads), _floats(j.log_sums, (j.tokens, j.heads)), _heads(j, j.dout, j.heads)
+    out, log_sums, dout = (
+        _heads(j, j.out, j.heads),
+        _floats(j.log_sums, (j.tokens, j.heads)),
+        _heads(j, j.dout, j.heads),
+    )
     dq, dk, dv = _heads(j, j.dq, j.heads), _heads(j, j.dk, j.kv_heads), _heads(j, j.dv, j.kv_heads)
     size, shared = q.shape[2], q.shape[1] // k.shape[1]
     room = _whole(longest, KEYS)

@@ -10,6 +10,7 @@ Legend: N tokens, I input columns, O output columns, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -53,43 +54,133 @@ def adapt(y_NO: Tensor, x_NI: Tensor, change: LowRank, rows: slice | None) -> Te
     return y_NO
 
 
-def adapt_rows(y_NO: Tensor, x_NI: Tensor, changes: Sequence[tuple[LowRank, slice]]) -> Tensor:
-    """What `adapt` makes of y with each change on its own tokens, as one operator: nothing of the size of y or x is
-    copied for each change, forward or backward. For changes without a gain; writes into `y_NO`."""
-    tensors = [tensor for change, _ in changes for tensor in (change.a_RI, change.b_OR)]
-    out: Tensor = _AdaptRows.apply(y_NO, x_NI, [rows for _, rows in changes], *tensors)
+class Addition(NamedTuple):
+    """What an adapter adds to some columns of a linear layer's output: scale * x A^T B^T."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    columns: slice
+    scale: float = 1.0
+    sources_O: Tensor | None = None
+    """Column i of those belongs to row sources[i] of B; None: to row i."""
+
+
+def adapted_linear(
+    x_NI: Tensor,
+    weight_OI: Tensor | PackedWeight,
+    bias_O: Tensor | None,
+    additions: Sequence[tuple[slice, Sequence[Addition]]],
+) -> Tensor:
+    """(N, O) x W^T + b, and on each slice of the tokens what its adapter adds there, as one operator.
+
+    Products of adapters are made where the layer's own result lies, forward and backward, so nothing of the size of x
+    or y is copied or added for them; those of one adapter that read x are one product.
+    """
+    pieces = [piece for _, its in additions for piece in its]
+    tensors = [tensor for piece in pieces for tensor in (piece.a_RI, piece.b_OR)]
+    out: Tensor
+    if isinstance(weight_OI, PackedWeight) or weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad):
+        out = _AdaptedLinear.apply(x_NI, linear(x_NI, weight_OI, bias_O), None, None, additions, *tensors)
+    else:
+        out = _AdaptedLinear.apply(x_NI, None, weight_OI, bias_O, additions, *tensors)
     return out
 
 
-class _AdaptRows(torch.autograd.Function):
+def adapted_linear_reference(
+    x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, additions: Sequence[tuple[slice, Sequence[Addition]]]
+) -> Tensor:
+    """The plain form of `adapted_linear`."""
+    y_NO = F.linear(x_NI, weight_OI, bias_O)
+    for rows, pieces in additions:
+        for a_RI, b_OR, columns, scale, sources_O in pieces:
+            b_OR = b_OR if sources_O is None else b_OR[sources_O]
+            added = torch.zeros_like(y_NO)
+            added[rows, columns] = (x_NI[rows] @ a_RI.T @ b_OR.T) * scale
+            y_NO = y_NO + added
+    return y_NO
+
+
+class _Joined(NamedTuple):
+    """The pieces of one adapter, in the dtype that is computed in. Inner columns of piece i: `inner[i]`."""
+
+    a_QI: Tensor
+    """All A one behind the other."""
+    b_OR: list[Tensor]
+    """Each scaled, its rows in the order of columns."""
+    inner: list[slice]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Addition], dtype: torch.dtype) -> _Joined:
+        ends = list(accumulate(len(piece.a_RI) for piece in pieces))
+        ordered = [p.b_OR if p.sources_O is None else p.b_OR.index_select(0, p.sources_O) for p in pieces]
+        return cls(
+            torch.cat([piece.a_RI for piece in pieces]).to(dtype),
+            [(b_OR * piece.scale).to(dtype) for b_OR, piece in zip(ordered, pieces, strict=True)],
+            [slice(end - len(piece.a_RI), end) for end, piece in zip(ends, pieces, strict=True)],
+        )
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """With a frozen weight the layer's product is made here, otherwise `y_NO` is its fresh result."""
+
     @staticmethod
-    def forward(ctx: Any, y_NO: Tensor, x_NI: Tensor, rows: list[slice], *tensors: Tensor) -> Tensor:
-        pairs = [(a.to(y_NO.dtype), b.to(y_NO.dtype)) for a, b in zip(tensors[0::2], tensors[1::2], strict=True)]
-        inner = [x_NI[part].to(y_NO.dtype) @ a_RI.T for part, (a_RI, _) in zip(rows, pairs, strict=True)]
-        for part, u_NR, (_, b_OR) in zip(rows, inner, pairs, strict=True):
-            y_NO[part].addmm_(u_NR, b_OR.T)
-        ctx.mark_dirty(y_NO)
-        ctx.save_for_backward(x_NI, *tensors, *inner)
-        ctx.rows = rows
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        y_NO: Tensor | None,
+        weight_OI: Tensor | None,
+        bias_O: Tensor | None,
+        additions: Sequence[tuple[slice, Sequence[Addition]]],
+        *tensors: Tensor,
+    ) -> Tensor:
+        if y_NO is None:
+            assert weight_OI is not None
+            y_NO = F.linear(x_NI, weight_OI, bias_O)
+        else:
+            ctx.mark_dirty(y_NO)
+        inner = []
+        for rows, pieces in additions:
+            joined = _Joined.of(pieces, y_NO.dtype)
+            u_NQ = x_NI[rows].to(y_NO.dtype) @ joined.a_QI.T
+            for piece, b_OR, at in zip(pieces, joined.b_OR, joined.inner, strict=True):
+                y_NO[rows, piece.columns].addmm_(u_NQ[:, at], b_OR.T)
+            inner.append(u_NQ)
+        ctx.save_for_backward(x_NI, weight_OI, *tensors, *inner)
+        ctx.additions = [(rows, [piece[2:] for piece in pieces]) for rows, pieces in additions]
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """With u = x A^T: dB = dy^T u, du = dy B, dA = du^T x, and x gains du A. The gradient of y is dy itself."""
-        (dy_NO,), rows = grads, ctx.rows
-        x_NI, *rest = ctx.saved_tensors
-        tensors, inner = rest[: 2 * len(rows)], rest[2 * len(rows) :]
-        dx_NI = torch.zeros_like(x_NI) if ctx.needs_input_grad[1] else None
+        """With u = x A^T and B scaled: dB = dy^T u, du = dy B, dA = du^T x, and x gains du A."""
+        (dy_NO,) = grads
+        x_NI, weight_OI, *rest = ctx.saved_tensors
+        count = len(rest) - len(ctx.additions)
+        tensors, inner, wanted = iter(rest[:count]), rest[count:], iter(ctx.needs_input_grad[5:])
+        dx_NI: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            like = torch.zeros_like if weight_OI is None else torch.empty_like
+            dx_NI = like(x_NI, dtype=dy_NO.dtype)
+            if weight_OI is not None:
+                torch.mm(dy_NO, weight_OI.to(dy_NO.dtype), out=dx_NI)
         found: list[Tensor | None] = []
-        for i, part in enumerate(rows):
-            a_RI, b_OR, dy, x = tensors[2 * i], tensors[2 * i + 1], dy_NO[part], x_NI[part]
-            wants_a, wants_b = ctx.needs_input_grad[3 + 2 * i : 5 + 2 * i]
-            du_NR = dy @ b_OR.to(dy.dtype)
-            found.append((du_NR.T @ x.to(dy.dtype)).to(a_RI.dtype) if wants_a else None)
-            found.append((dy.T @ inner[i]).to(b_OR.dtype) if wants_b else None)
+        for (rows, bare), u_NQ in zip(ctx.additions, inner, strict=True):
+            pieces = [Addition(next(tensors), next(tensors), *facts) for facts in bare]
+            joined, du_NQ = _Joined.of(pieces, dy_NO.dtype), torch.empty_like(u_NQ, dtype=dy_NO.dtype)
+            for piece, b_OR, at in zip(pieces, joined.b_OR, joined.inner, strict=True):
+                torch.mm(dy_NO[rows, piece.columns], b_OR, out=du_NQ[:, at])
+            da_QI = du_NQ.T @ x_NI[rows].to(dy_NO.dtype)
+            for piece, at in zip(pieces, joined.inner, strict=True):
+                found.append(da_QI[at].to(piece.a_RI.dtype) if next(wanted) else None)
+                found.append(_gradient_of_b(dy_NO[rows, piece.columns], u_NQ[:, at], piece) if next(wanted) else None)
             if dx_NI is not None:
-                dx_NI[part] += (du_NR @ a_RI.to(dy.dtype)).to(dx_NI.dtype)
-        return dy_NO, dx_NI, None, *found
+                dx_NI[rows].addmm_(du_NQ, joined.a_QI)
+        gains = None if dx_NI is None else dx_NI.to(x_NI.dtype)
+        return gains, dy_NO if ctx.needs_input_grad[1] else None, None, None, None, *found
+
+
+def _gradient_of_b(dy_NO: Tensor, u_NR: Tensor, piece: Addition) -> Tensor:
+    db_OR = ((dy_NO.T @ u_NR) * piece.scale).to(piece.b_OR.dtype)
+    return db_OR if piece.sources_O is None else torch.empty_like(db_OR).index_copy_(0, piece.sources_O, db_OR)
 
 
 def adapt_embedding(x_NO: Tensor, tokens_N: Tensor, change: LowRank, rows: slice | None) -> Tensor:
