@@ -26,7 +26,7 @@ from prairie.pipeline.handlers import HANDLERS
 from prairie.pipeline.held_out import suite
 from prairie.pipeline.model_stages import load_language_model
 from prairie.pipeline.run import run
-from prairie.recipe import GateRules, Learning, resolve_recipe
+from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent, Response
 from prairie.store.home import Home
@@ -38,7 +38,7 @@ LINE = "tiny"
 TASKS = ["docs"]
 MAX_TOKENS = 40
 TEMPERATURE = 0.8
-LEARN = Learning(
+LEARN = VoteLearning(
     epochs=2, tokens_per_batch=1024, max_tokens=128, lr=3e-3, beta=0.1, weight_decay=0.0, sft_weight=1.0,
     adapter={"rank": 4, "alpha": 8.0},  # type: ignore[arg-type]
 )  # fmt: skip

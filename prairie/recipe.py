@@ -183,13 +183,17 @@ class Learning(_Strict):
     quantize: Literal["nf4", "int8", "int4"] | None = None
     """An adapter learns on a base that is kept in this form (QLoRA, arXiv 2305.14314)."""
     beta: float = Field(0.1, gt=0)
-    """dpo: the pull towards the reference."""
+    """dpo, kto: the pull towards the reference."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """dpo: which member of the family."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """dpo: the share of pairs taken to be the wrong way round."""
     sft_weight: float = Field(0.0, ge=0)
     """dpo: how much of the chosen answer's own loss is added."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """kto: how much an answer that people liked counts."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """kto: how much one that they did not like counts."""
 
     @model_validator(mode="after")
     def _length(self) -> Learning:
@@ -202,12 +206,12 @@ class Learning(_Strict):
 
 class Train(_Stage, Learning):
     """A model or an adapter from data: causal_lm on text or conversations, dpo (arXiv 2305.18290) and reward (arXiv
-    2203.02155) on preferences, classification on labelled texts, masked_lm (arXiv 1810.04805) on text, seq2seq (arXiv
-    1910.10683) on questions with answers."""
+    2203.02155) on preferences, kto (arXiv 2402.01306) on answers with a label, classification on labelled texts,
+    masked_lm (arXiv 1810.04805) on text, seq2seq (arXiv 1910.10683) on questions with answers."""
 
     gives: ClassVar[str] = "model"
     kind: Literal["train"]
-    objective: Literal["causal_lm", "dpo", "reward", "classification", "masked_lm", "seq2seq"] = "causal_lm"
+    objective: Literal["causal_lm", "dpo", "kto", "reward", "classification", "masked_lm", "seq2seq"] = "causal_lm"
     data: str | list[str]
     start: str | None = None
     """The stage whose model is trained on; none = a new model of `shape` with the tokenizer of stage `tokenizer`."""
@@ -229,7 +233,7 @@ class Train(_Stage, Learning):
         if self.adapter is not None and self.objective in ("reward", "classification"):
             raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
         watch = self.evaluation
-        counted = self.objective in ("dpo", "reward", "classification")
+        counted = self.objective in ("dpo", "kto", "reward", "classification")
         if watch and watch.by == "accuracy" and not watch.tasks and not counted:
             raise ValueError("`evaluation.by: accuracy` needs `evaluation.tasks`")
         if watch and watch.tasks and self.objective in ("reward", "classification", "masked_lm", "seq2seq"):
@@ -345,6 +349,13 @@ class GateRules(_Strict):
     """Held-out items of each task in the frozen suite."""
 
 
+class VoteLearning(Learning):
+    """How a candidate learns from votes."""
+
+    objective: Literal["dpo", "kto"] = "dpo"
+    """dpo: from answers preferred to others; kto: from thumbs, one answer at a time."""
+
+
 class Turn(_Stage):
     """One turn of the wheel: people vote, a candidate learns, the gate judges, the champion changes or stays."""
 
@@ -356,7 +367,7 @@ class Turn(_Stage):
     server: str
     tasks: list[str]
     users: Users = Users()
-    learn: Learning
+    learn: VoteLearning
     gate: GateRules = GateRules()
 
     def wants(self) -> list[tuple[str, str]]:

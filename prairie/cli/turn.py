@@ -145,7 +145,7 @@ def _wheel(context: Any, line: str, tasks: str, gold: Path | None, judge: str | 
     return Flywheel(
         line,
         Registry(context.home),
-        ChatActor(context, line, gold=read_gold(gold)),
+        ChatActor(context, line, gold=read_gold(gold), objective=config.learn.objective),
         ChatLearner(context, config.learn, f"turn-{line}"),
         _chat_gate(context, line, tasks, judge, judge_model),
     )

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from prairie.data.chat_template import ChatTemplate, Dialogue, Rendered
 from prairie.data.processes import in_processes
-from prairie.data.records import Chat, Preference, Text
+from prairie.data.records import Chat, Message, Preference, Text
 from prairie.data.tokenizer import Tokenizer
 from prairie.errors import DataError, TemplateError, TrainingError
 
@@ -50,9 +50,11 @@ class TokenDataset:
         figures: dict[str, Any] | None = None,
         fingerprint: str | None = None,
         targets: npt.NDArray[np.int64] | None = None,
+        weights: npt.NDArray[np.float64] | None = None,
     ) -> None:
         """`ids`, `mask`: (tokens,); `offsets`: (rows + 1,), row i is `ids[offsets[i]:offsets[i + 1]]`; `targets`:
-        (rows,) the class of each row, where rows have one."""
+        (rows,) the class of each row, where rows have one; `weights`: (groups,) how much each group counts, above 0,
+        where they do not all count the same."""
         rows = len(offsets) - 1
         if rows < group or rows % group or len(ids) != len(mask) or int(offsets[-1]) != len(ids):
             raise DataError(
@@ -60,7 +62,14 @@ class TokenDataset:
             )
         if targets is not None and len(targets) != rows:
             raise DataError("not every row has its class", got=f"{len(targets)} classes", wanted=f"{rows}")
+        if weights is not None and not (
+            len(weights) * group == rows and bool(np.all((weights > 0) & (weights < np.inf)))
+        ):
+            raise DataError(
+                "the weights do not fit", got=f"{len(weights)} of {rows // group}", wanted="one above 0 each"
+            )
         self.ids, self.mask, self.offsets, self.group, self.targets = ids, mask, offsets, group, targets
+        self.weights = weights
         self.figures: dict[str, Any] = {
             "rows": rows,
             "tokens": len(ids),
@@ -71,7 +80,9 @@ class TokenDataset:
             "refused_rows": 0,
             "refused": [],
         } | (figures or {})
-        self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group, targets)
+        if weights is not None:
+            self.figures["weighted_rows"] = int(np.count_nonzero(weights != 1))
+        self.fingerprint = fingerprint or _fingerprint(ids, mask, offsets, group, targets, weights)
 
     @classmethod
     def from_texts(
@@ -125,6 +136,22 @@ class TokenDataset:
         return _rows_of(records, partial(_preference_rows, template, max_tokens, on_long)).dataset(2, "preferences")
 
     @classmethod
+    def from_judged(
+        cls, records: Iterable[Chat], template: ChatTemplate, max_tokens: int, *, on_long: OnLong = "refuse"
+    ) -> TokenDataset:
+        """Two rows an answer that people liked or not (`Chat.label`): the answer, and behind the same prompt the answer
+        to the next record's prompt that is another one (KTO's mismatched pair), cut to `max_tokens` whatever `on_long`
+        says. Only what comes after the prompt is marked; the class of both rows is 1 for liked, else 0.
+
+        Refused as in `from_chats`, and without a label or without an answer at the end. Raises DataError if nothing is
+        left, or if all records ask the same.
+        """
+        template.check_trainable()
+        every = list(records)
+        judged = list(zip(every, _others(every), strict=True))
+        return _rows_of(judged, partial(_judged_rows, template, max_tokens, on_long)).dataset(2, "judged answers")
+
+    @classmethod
     def from_labelled(
         cls,
         records: Iterable[Text],
@@ -144,18 +171,17 @@ class TokenDataset:
         rows = _Rows()
         begin, end = _ends(tokenizer, marked)
         number_of = {label: number for number, label in enumerate(labels)}
-        targets: list[int] = []
         count = 0
         for chunk in _chunks(records):
             for record, ids in zip(chunk, tokenizer.encode_batch([record.text for record in chunk]), strict=True):
                 row = _scored(begin + ids, end, max_tokens, on_long) if ids else "the document has no text"
                 if record.label not in number_of:
                     row = f"label {record.label!r} is none of {', '.join(labels)}" if record.label else "no `label`"
-                rows.add(count, [row])
-                targets += [] if isinstance(row, str) else [number_of[str(record.label)]]
+                rows.add(count, [row], target=number_of.get(str(record.label)))
                 count += 1
-        made = rows.dataset(1, "labelled texts", np.array(targets, np.int64))
-        made.figures["labels"] = dict(zip(labels, np.bincount(targets, minlength=len(labels)).tolist(), strict=True))
+        made = rows.dataset(1, "labelled texts")
+        counts = np.bincount(rows.targets, minlength=len(labels)).tolist()
+        made.figures["labels"] = dict(zip(labels, counts, strict=True))
         return made
 
     @classmethod
@@ -175,6 +201,9 @@ class TokenDataset:
                 continue
             sides = [tokenizer.encode_input(message.content).ids for message in record.messages]
             masks = [False] * len(sides[0]), [True] * len(sides[1])
+            if record.weight != 1:
+                rows.refuse(count, "an encoder-decoder learns without weights, and this row has one")
+                continue
             rows.add(count, [_side(*side, max_tokens, on_long) for side in zip(sides, masks, strict=True)])
         return rows.dataset(2, "questions with answers")
 
@@ -221,6 +250,8 @@ class TokenDataset:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
         if self.targets is not None:
             np.save(folder / "targets.npy", self.targets, allow_pickle=False)
+        if self.weights is not None:
+            np.save(folder / "weights.npy", self.weights, allow_pickle=False)
         about = {"group": self.group, "fingerprint": self.fingerprint, "figures": self.figures}
         (folder / "dataset.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -234,18 +265,22 @@ class TokenDataset:
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("ids", "mask", "offsets")
             ]
-            targets = np.load(folder / "targets.npy", allow_pickle=False) if (folder / "targets.npy").exists() else None
+            targets, weights = (
+                np.load(path, allow_pickle=False) if (path := folder / f"{name}.npy").exists() else None
+                for name in ("targets", "weights")
+            )
             group, fingerprint, figures = int(about["group"]), str(about["fingerprint"]), dict(about["figures"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder} holds no dataset", got=str(error), wanted="what TokenDataset.save wrote"
             ) from None
         ids, mask, offsets = arrays
-        if verify and _fingerprint(ids, mask, offsets, group, targets) != fingerprint:
+        if verify and _fingerprint(ids, mask, offsets, group, targets, weights) != fingerprint:
             raise DataError(f"the dataset in {folder} is damaged", got="another fingerprint", wanted=fingerprint[:12])
         return cls(
-            ids, mask, np.asarray(offsets), group=group, figures=figures, fingerprint=fingerprint, targets=targets
-        )
+            ids, mask, np.asarray(offsets), group=group, figures=figures, fingerprint=fingerprint, targets=targets,
+            weights=weights,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +298,8 @@ class Batch:
     """Which pass over the data this is: what is drawn for a row may depend on it."""
     targets_R: torch.Tensor | None = None
     """int64: the class of each row, where rows have one."""
+    weights_R: torch.Tensor | None = None
+    """float64: how much each row counts (that of its group), where they do not all count the same."""
 
     @property
     def size(self) -> int:
@@ -320,7 +357,10 @@ def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batc
     labels[:-1] = learnt[1:]
     labels[ends[lengths > 0] - 1] = -100  # a row's last token does not predict the next row
     targets = None if dataset.targets is None else torch.from_numpy(dataset.targets[index])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist(), epoch, targets)
+    weights = None if dataset.weights is None else torch.from_numpy(dataset.weights[index // dataset.group])
+    return Batch(
+        torch.from_numpy(tokens), torch.from_numpy(labels), lengths.tolist(), index.tolist(), epoch, targets, weights
+    )
 
 
 def prompts_of(dataset: TokenDataset) -> npt.NDArray[np.int64]:
@@ -450,6 +490,10 @@ class _Rows:
         self.ids: list[npt.NDArray[np.uint32]] = []
         self.mask: list[npt.NDArray[np.bool_]] = []
         self.lengths: list[int] = []
+        self.targets: list[int] = []
+        """The class of each row; empty where rows have none."""
+        self.weights: list[float] = []
+        """Of each group; empty where nothing was said of them."""
         self.truncated = 0
         self.cut = 0
         self.refused: list[dict[str, Any]] = []
@@ -462,6 +506,8 @@ class _Rows:
         self.ids += other.ids
         self.mask += other.mask
         self.lengths += other.lengths
+        self.targets += other.targets
+        self.weights += other.weights
         self.truncated += other.truncated
         self.cut += other.cut
         self.refused += [{**row, "row": self.records + row["row"]} for row in other.refused]
@@ -480,7 +526,9 @@ class _Rows:
         if len(self.refused) < _LISTED:
             self.refused.append({"row": row, "reason": reason})
 
-    def add(self, number: int, group: Sequence[_Row | str]) -> None:
+    def add(
+        self, number: int, group: Sequence[_Row | str], *, weight: float | None = None, target: int | None = None
+    ) -> None:
         """One group of rows, or why not: a group is kept whole or refused."""
         reason = next((row for row in group if isinstance(row, str)), None)
         if reason is not None:
@@ -493,6 +541,8 @@ class _Rows:
             self.lengths.append(len(row.ids))
             self.truncated += row.cut > 0
             self.cut += row.cut
+        self.targets += [] if target is None else [target] * len(group)
+        self.weights += [] if weight is None else [weight]
 
     def add_document(self, ids: npt.NDArray[np.uint32], row_tokens: int, number: int) -> None:
         if len(ids) < 2:
@@ -508,7 +558,7 @@ class _Rows:
         self.mask.append(mask)
         self.lengths += lengths.tolist()
 
-    def dataset(self, group: int, what: str, targets: npt.NDArray[np.int64] | None = None) -> TokenDataset:
+    def dataset(self, group: int, what: str) -> TokenDataset:
         if not self.lengths:
             first = f"; the first: row {self.refused[0]['row']}, {self.refused[0]['reason']}" if self.refused else ""
             raise DataError(
@@ -525,7 +575,9 @@ class _Rows:
             "refused": self.refused,
         }
         ids, mask = np.concatenate(self.ids), np.concatenate(self.mask)
-        return TokenDataset(ids, mask, offsets, group=group, figures=figures, targets=targets)
+        targets = np.array(self.targets, np.int64) if self.targets else None
+        weights = np.array(self.weights) if any(weight != 1 for weight in self.weights) else None
+        return TokenDataset(ids, mask, offsets, group=group, figures=figures, targets=targets, weights=weights)
 
 
 def _rows_of(records: Iterable[_T], make: Callable[[list[_T]], _Rows]) -> _Rows:
@@ -542,7 +594,8 @@ def _chat_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: 
     made = _each_or_why(template, dialogues, template.encode_rows)
     for number, rendered in enumerate(made):
         for row in [rendered] if isinstance(rendered, str) else rendered:
-            rows.add(number, [row if isinstance(row, str) else _fit(row, max_tokens, on_long)])
+            fitted = row if isinstance(row, str) else _fit(row, max_tokens, on_long)
+            rows.add(number, [fitted], weight=chunk[number].weight)
     rows.records = len(chunk)
     return rows.packed()
 
@@ -559,7 +612,47 @@ def _preference_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, c
         chosen, rejected = pair
         if isinstance(chosen, _Row) and isinstance(rejected, _Row) and chosen.ids == rejected.ids:
             pair = ["chosen and rejected are the same tokens"]
-        rows.add(number, pair)
+        rows.add(number, pair, weight=chunk[number].weight)
+    rows.records = len(chunk)
+    return rows.packed()
+
+
+def _others(records: Sequence[Chat]) -> list[Chat]:
+    """For each record the next one, round the end, with another prompt. Raises DataError if all prompts are one."""
+    prompts = [record.messages[:-1] for record in records]
+    if len(set(prompts)) < 2:
+        raise DataError(
+            "judged answers need two prompts or more", got=f"{len(records)} answers to {len(set(prompts))}",
+            mend="the reference point is what a model says of answers to other prompts: add rows",
+        )  # fmt: skip
+    others = [records[0]] * len(records)
+    for i in reversed(range(2 * len(records))):
+        here, after = i % len(records), (i + 1) % len(records)
+        others[here] = records[after] if prompts[after] != prompts[here] else others[after]
+    return others
+
+
+def _last_answer(record: Chat) -> Message:
+    return next((m for m in reversed(record.messages) if m.role == "assistant"), record.messages[-1])
+
+
+def _judged_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: list[tuple[Chat, Chat]]) -> _Rows:
+    rows = _Rows()
+    sides = [
+        Dialogue((*record.messages[:-1], answer), record.tools)
+        for record, other in chunk
+        for answer in (record.messages[-1], _last_answer(other))
+    ]
+    prompts = _each_or_why(
+        template, [Dialogue(r.messages[:-1], r.tools) for r, _ in chunk], partial(template.encode_many, prompt=True)
+    )
+    rendered = _each_or_why(template, sides, template.encode_rows)
+    for number, (record, _) in enumerate(chunk):
+        prompt, (its, foreign) = prompts[number], rendered[2 * number : 2 * number + 2]
+        pair = [_after(prompt, its, max_tokens, on_long), _after(prompt, foreign, max_tokens, "truncate")]
+        if record.label is None:
+            pair = ["`label` does not say true or false"]
+        rows.add(number, pair, weight=record.weight, target=int(record.label or False))
     rows.records = len(chunk)
     return rows.packed()
 
@@ -651,8 +744,9 @@ def _fingerprint(
     offsets: npt.NDArray[np.int64],
     group: int,
     targets: npt.NDArray[np.int64] | None,
+    weights: npt.NDArray[np.float64] | None,
 ) -> str:
     digest = hashlib.sha256(f"{group} {len(ids)} {len(offsets)}".encode())
-    for array in (ids, mask, offsets, *([] if targets is None else [targets])):
+    for array in (ids, mask, offsets, *(extra for extra in (targets, weights) if extra is not None)):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -1,13 +1,14 @@
 """The one vocabulary of the data room: what a row of text, a conversation and a preference are.
 
 As JSON lines: `{"text"}`, `{"messages"}`, `{"prompt", "chosen", "rejected"}`; the last three are lists of messages in
-OpenAI's shape, and `tools` stands beside them.
+OpenAI's shape, and `tools` stands beside them. So does `weight` where a row counts more or less than others.
 Not here: reading foreign formats (`sources`), tokens (`chat_template`, `loader`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -86,10 +87,18 @@ class Chat:
     source: str = ""
     tags: Mapping[str, Any] = field(default_factory=dict)
     tools: Tools = ()
+    weight: float = 1.0
+    """How much the row counts; 2 is the row twice."""
+
+    @property
+    def label(self) -> bool | None:
+        """Whether people liked the last answer; None where nobody said so."""
+        found = self.tags.get("label")
+        return found if isinstance(found, bool) else None
 
     def to_json(self) -> dict[str, Any]:
-        messages = [m.to_json() for m in self.messages]
-        return {"messages": messages, "source": self.source, "tags": dict(self.tags)} | _tools_to_json(self.tools)
+        row = {"messages": [m.to_json() for m in self.messages], "source": self.source, "tags": dict(self.tags)}
+        return row | _tools_to_json(self.tools) | _weight_to_json(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +111,18 @@ class Preference:
     source: str = ""
     tags: Mapping[str, Any] = field(default_factory=dict)
     tools: Tools = ()
+    weight: float = 1.0
+    """How much the row counts; 2 is the row twice."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        row = {
             "prompt": [m.to_json() for m in self.prompt],
             "chosen": [m.to_json() for m in self.chosen],
             "rejected": [m.to_json() for m in self.rejected],
             "source": self.source,
             "tags": dict(self.tags),
-        } | _tools_to_json(self.tools)
+        }
+        return row | _tools_to_json(self.tools) | _weight_to_json(self.weight)
 
 
 Record = Text | Chat | Preference
@@ -189,6 +201,22 @@ def tools_from_json(value: object) -> Tools:
 
 def _tools_to_json(tools: Tools) -> dict[str, Any]:
     return {"tools": [dict(tool) for tool in tools]} if tools else {}
+
+
+def _weight_to_json(weight: float) -> dict[str, Any]:
+    return {"weight": weight} if weight != 1 else {}
+
+
+def weight_from_json(value: object) -> float:
+    """A row's `weight`; 1 where there is none. Raises DataError for what is no number above 0."""
+    if value is None:
+        return 1.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise DataError(
+            "the row's `weight` cannot be one", got=repr(value)[:60], wanted="a number above 0",
+            mend="leave rows that shall count for nothing out",
+        )  # fmt: skip
+    return float(value)
 
 
 def messages_from_json(values: object) -> tuple[Message, ...]:

@@ -25,9 +25,9 @@ from prairie.data.records import (
     Record,
     Role,
     Text,
-    Tools,
     tool_call_from_json,
     tools_from_json,
+    weight_from_json,
 )
 from prairie.errors import DataError
 
@@ -258,11 +258,11 @@ def _wanted(records: list[Record], want: Want | None, format: str, file: Path) -
     kept: list[Record] = []
     for record in records:
         if want == "chat" and isinstance(record, Preference):
-            chat = Chat((*record.prompt, *record.chosen), record.source, record.tags, record.tools)
+            chat = Chat((*record.prompt, *record.chosen), record.source, record.tags, record.tools, record.weight)
             if chat.messages not in [c.messages for c in kept if isinstance(c, Chat)]:  # a ranking: its best, once
                 kept.append(chat)
         elif isinstance(record, {"text": Text, "chat": Chat, "preference": Preference}[want]):
-            if want == "chat" and isinstance(record, Chat) and record.tags.get("label") is False:
+            if want == "chat" and isinstance(record, Chat) and record.label is False:
                 raise DataError("people disliked this answer (`label` is false), so it is not learnt")
             kept.append(record)
         else:
@@ -279,12 +279,14 @@ def _text(row: Row, source: str) -> Iterator[Record]:
         raise DataError("the row has no text", got=type(text).__name__, wanted="a string in `text`")
     if not text.strip():
         raise DataError("the text is empty")
+    if weight_from_json(row.get("weight")) != 1:
+        raise DataError("a text takes no `weight`", got=row["weight"], mend="rename the key, or give the text twice")
     label = row.get("label")
     yield Text(text, source, str(label) if isinstance(label, str | int) else None)
 
 
 def _messages(row: Row, source: str) -> Iterator[Record]:
-    yield _chat(_turns(row.get("messages")), source, _tags(row, "messages"), tools_from_json(row.get("tools")))
+    yield _chat(_turns(row.get("messages")), source, _tags(row, "messages"), row)
 
 
 def _sharegpt(row: Row, source: str) -> Iterator[Record]:
@@ -292,7 +294,7 @@ def _sharegpt(row: Row, source: str) -> Iterator[Record]:
     turns = _turns(row.get(key))
     if isinstance(system := row.get("system"), str) and system:
         turns = (Message("system", system), *turns)
-    yield _chat(turns, source, _tags(row, key, "system"), tools_from_json(row.get("tools")))
+    yield _chat(turns, source, _tags(row, key, "system"), row)
 
 
 def _alpaca(row: Row, source: str) -> Iterator[Record]:
@@ -304,7 +306,8 @@ def _alpaca(row: Row, source: str) -> Iterator[Record]:
         if not isinstance(instance, Mapping):
             raise DataError("an instance is no object", got=type(instance).__name__)
         answer = _string(instance.get("output"), "output")
-        yield _chat((*_instruction(row, instance.get("input")), Message("assistant", answer)), source, tags)
+        messages = (*_instruction(row, instance.get("input")), Message("assistant", answer))
+        yield _chat(messages, source, tags, {"weight": row.get("weight")})
 
 
 def _ranking(row: Row, source: str) -> Iterator[Record]:
@@ -320,7 +323,7 @@ def _ranking(row: Row, source: str) -> Iterator[Record]:
     for rank, worse in enumerate(others, 1):
         if worse != best:
             sides = (Message("assistant", best),), (Message("assistant", worse),)
-            yield _preference(prompt, *sides, source, {**tags, "rank": rank})
+            yield _preference(prompt, *sides, source, {**tags, "rank": rank}, {"weight": row.get("weight")})
 
 
 def _prompt_completion(row: Row, source: str) -> Iterator[Record]:
@@ -328,7 +331,7 @@ def _prompt_completion(row: Row, source: str) -> Iterator[Record]:
     if pair is None:
         raise DataError("the row has no prompt and completion", got=f"the keys {', '.join(map(str, row))}")
     prompt, answer = _as_messages(row[pair[0]], "user"), _as_messages(row[pair[1]], "assistant")
-    yield _chat((*prompt, *answer), source, _tags(row, *pair), tools_from_json(row.get("tools")))
+    yield _chat((*prompt, *answer), source, _tags(row, *pair), row)
 
 
 def _preferences(row: Row, source: str) -> Iterator[Record]:
@@ -352,14 +355,14 @@ def _preferences(row: Row, source: str) -> Iterator[Record]:
         system_turns = prompt[:1] if prompt and prompt[0].role == "system" and shared[:1] != prompt[:1] else ()
         chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
         prompt = (*system_turns, *shared)
-    yield _preference(prompt, chosen, rejected, source, tags, tools_from_json(row.get("tools")))
+    yield _preference(prompt, chosen, rejected, source, tags, row)
 
 
 def _hh(row: Row, source: str) -> Iterator[Record]:
     chosen, rejected = (_dialogue(row.get(side)) for side in ("chosen", "rejected"))
     shared = _shared(chosen, rejected)
     rest = chosen[len(shared) :], rejected[len(shared) :]
-    yield _preference(shared, *rest, source, _tags(row, "chosen", "rejected"))
+    yield _preference(shared, *rest, source, _tags(row, "chosen", "rejected"), {"weight": row.get("weight")})
 
 
 _PARSERS: dict[str, Callable[[Row, str], Iterator[Record]]] = {
@@ -393,7 +396,9 @@ def _tags(row: Row, *used: str) -> dict[str, Any]:
     if isinstance(tags := row.get("tags"), Mapping):
         return dict(tags)
     return {
-        key: value for key, value in row.items() if key not in (*used, "source", "tags", "tools") and value is not None
+        key: value
+        for key, value in row.items()
+        if key not in (*used, "source", "tags", "tools", "weight") and value is not None
     }
 
 
@@ -504,12 +509,13 @@ def _shared(a: tuple[Message, ...], b: tuple[Message, ...]) -> tuple[Message, ..
     return a[:count]
 
 
-def _chat(messages: tuple[Message, ...], source: str, tags: Mapping[str, Any], tools: Tools = ()) -> Chat:
+def _chat(messages: tuple[Message, ...], source: str, tags: Mapping[str, Any], beside: Row) -> Chat:
+    """`beside`: the row, whose tools and weight stand beside its conversation."""
     if not any(message.role == "assistant" for message in messages):
         got = f"roles {', '.join(message.role for message in messages) or 'none'}"
         raise DataError("the conversation has no assistant turn", got=got, wanted="at least one answer")
     _check_answers(messages)
-    return Chat(messages, source, tags, tools)
+    return Chat(messages, source, tags, tools_from_json(beside.get("tools")), weight_from_json(beside.get("weight")))
 
 
 def _preference(
@@ -518,8 +524,9 @@ def _preference(
     rejected: tuple[Message, ...],
     source: str,
     tags: Mapping[str, Any],
-    tools: Tools = (),
+    beside: Row,
 ) -> Preference:
+    """`beside`: the row, whose tools and weight stand beside its answers."""
     if not prompt or prompt[-1].role not in ("user", "tool"):
         last = prompt[-1].role if prompt else "no prompt"
         raise DataError("the prompt does not end with a question", got=last, wanted="a user or tool turn at its end")
@@ -530,7 +537,8 @@ def _preference(
         _check_answers(side)
     if chosen == rejected:
         raise DataError("chosen and rejected are the same")
-    return Preference(prompt, chosen, rejected, source, tags, tools)
+    tools, weight = tools_from_json(beside.get("tools")), weight_from_json(beside.get("weight"))
+    return Preference(prompt, chosen, rejected, source, tags, tools, weight)
 
 
 def _check_answers(messages: tuple[Message, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The chat actor's wheel: people talk and vote, their votes become a dataset, a DPO candidate learns, people judge it.
+"""The chat actor's wheel: people talk and vote, their votes become a dataset, a candidate learns, people judge it.
 
 The same roles serve simulated users (who are sent over HTTP) and real ones (whose votes lie in the store already).
 Not here: the turn itself (`loop`), the rules for votes (`curate`), the statistics (`gate`).
@@ -10,17 +10,17 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from prairie.data.loader import TokenDataset
-from prairie.data.records import Message, Preference
+from prairie.data.records import Chat, Message, Preference
 from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
 from prairie.evals.judge import Opinion, length_controlled
 from prairie.evals.statistics import Interval
-from prairie.flywheel.curate import curate, gold_of, is_held_out
+from prairie.flywheel.curate import Curated, curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
 from prairie.flywheel.health import ChatHealth
 from prairie.flywheel.probes import Ask, Probe, probes, sycophancy_probe
@@ -31,7 +31,7 @@ from prairie.pipeline.data_stages import train_records
 from prairie.pipeline.held_out import score_suite, suite
 from prairie.pipeline.model_stages import base_of, learn, load_language_model, open_start
 from prairie.pipeline.publishing import register
-from prairie.recipe import GateRules, Learning, Users
+from prairie.recipe import GateRules, Users, VoteLearning
 from prairie.store.artifacts import Artifact
 from prairie.store.feedback import Vote
 from prairie.store.registry import Registry, Version
@@ -42,10 +42,16 @@ from prairie.train.objectives.dpo import reference_logprobs
 LEARNING_CODE = (
     "data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages", "pipeline/held_out",
 )  # fmt: skip
-LEAST_PAIRS = 8
+LEAST_ROWS = 8
 CROWD = 12
 """Simulated people who talk at the same time: enough to fill the engine's batches."""
 T = TypeVar("T")
+VoteObjective = Literal["dpo", "kto"]
+TEACHES: Mapping[VoteObjective, tuple[str, str]] = {
+    "dpo": ("preferences", "a choice, an edit, or a thumb up and one down on the same question"),
+    "kto": ("judged answers", "a thumb up or down, or a rating"),
+}
+"""What an objective learns from, and which votes give it."""
 JUDGES_AT_ONCE = 2 * CROWD
 """Simulated people who judge between two looks at the verdict."""
 JUDGES_OF_JUDGES = 12
@@ -63,6 +69,8 @@ class ChatActor:
     report: TalkReport | None = None
     gold: Sequence[Preference] = ()
     """Preferences that are known to be right, by which people are trusted."""
+    objective: VoteObjective = "dpo"
+    """What the learner takes: preferences (dpo), or answers that people liked or not (kto)."""
 
     def act(self, champion: Version) -> Artifact:
         """The dataset of the votes that no earlier turn has used up. Raises DataError when they teach too little, or a
@@ -78,7 +86,7 @@ class ChatActor:
             for vote in self.context.home.feedback.votes(line=self.line, purpose="chat")
             if vote.event.id not in used and not is_held_out(vote.event.user or "")
         ]
-        return dataset(self.context, self.line, teaching, self.gold)
+        return dataset(self.context, self.line, teaching, self.gold, self.objective)
 
 
 def learned_events(context: Context, line: str) -> set[str]:
@@ -89,45 +97,69 @@ def learned_events(context: Context, line: str) -> set[str]:
     return {event for artifact in found if artifact for event in artifact.events}
 
 
-def dataset(context: Context, line: str, votes: Sequence[Vote], gold: Sequence[Preference] = ()) -> Artifact:
-    """An immutable artifact of preferences that names every event it holds."""
+def dataset(
+    context: Context,
+    line: str,
+    votes: Sequence[Vote],
+    gold: Sequence[Preference] = (),
+    objective: VoteObjective = "dpo",
+) -> Artifact:
+    """An immutable artifact of preferences, or of judged answers (`objective` kto), that names every event it holds."""
     curated = curate(votes, gold=gold_of(gold))
-    if len(curated.pairs) < LEAST_PAIRS:
+    rows, events, liked, disliked = _taught(curated, objective)
+    if len(rows) < LEAST_ROWS or not liked or not disliked:
         raise DataError(
             f"the votes on `{line}` teach too little",
-            got=f"{len(curated.pairs)} preferences from {len(votes)} votes",
-            wanted=f"at least {LEAST_PAIRS}",
-            mend="let people vote more: a choice, an edit, or a thumb up and one down on the same question",
+            got=f"{len(rows)} {TEACHES[objective][0]} from {len(votes)} votes"
+            + (f", {len(liked)} of them liked" if objective == "kto" else ""),
+            wanted=f"at least {LEAST_ROWS}" + (", liked and disliked ones" if objective == "kto" else ""),
+            mend=f"let people vote more: {TEACHES[objective][1]}",
         )
-    health = ChatHealth.of(curated.pairs)
+    health = ChatHealth.of(liked, disliked)
     health.check()
     store, code = context.home.artifacts, code_revision(("data/clean", "data/personal", "flywheel/curate"))
-    config: dict[str, Any] = {"line": line, "events": curated.events}
+    config: dict[str, Any] = {"line": line, "events": events}
+    if objective != "dpo":
+        config["objective"] = objective
     if gold:
         config["gold"] = [preference.to_json() for preference in gold]
     found = store.find(store.id_of("votes", config, [], code))
     if found is not None:
         return found
     figures = {
-        "rows": len(curated.pairs),
+        "rows": len(rows),
         "votes": len(votes),
-        "users": len({pair.tags["user"] for pair in curated.pairs}),
+        "users": len({row.tags["user"] for row in rows}),
         "dropped": dict(curated.dropped),
         "masked": dict(curated.masked),
-        "kind": "preference",
+        "kind": "judged" if objective == "kto" else "preference",
         "health": health.to_json(),
     }
-    with store.create("votes", f"votes-{line}", config, [], code, figures=figures, events=curated.events) as folder:
-        write_records(folder / "train.jsonl", curated.pairs)
+    with store.create("votes", f"votes-{line}", config, [], code, figures=figures, events=events) as folder:
+        write_records(folder / "train.jsonl", rows)
     return store.get(store.id_of("votes", config, [], code))
+
+
+def _taught(
+    curated: Curated, objective: VoteObjective
+) -> tuple[Sequence[Preference | Chat], list[str], list[str], list[str]]:
+    """What an objective learns from, the events behind it, and the texts of answers liked and not liked."""
+    if objective == "kto":
+        judged = curated.labelled
+        liked, disliked = ([a.messages[-1].content for a in judged if a.label is said] for said in (True, False))
+        return judged, curated.labelled_events, liked, disliked
+    pairs = curated.pairs
+    return (
+        pairs, curated.events, [pair.chosen[-1].content for pair in pairs], [p.rejected[-1].content for p in pairs],
+    )  # fmt: skip
 
 
 @dataclass
 class ChatLearner:
-    """DPO from the champion (an adapter goes on learning, a full model gets one)."""
+    """DPO or KTO from the champion (an adapter goes on learning, a full model gets one)."""
 
     context: Context
-    config: Learning
+    config: VoteLearning
     title: str = "turn"
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -138,7 +170,7 @@ class ChatLearner:
         return register(Registry(self.context.home), champion.line, candidate, self.context)
 
 
-def make_candidate(context: Context, config: Learning, parent: Artifact, records: Artifact, title: str) -> Artifact:
+def make_candidate(context: Context, config: VoteLearning, parent: Artifact, records: Artifact, title: str) -> Artifact:
     """What `parent` becomes by learning from `records`: the artifact that is there, or a new one."""
     home, store = context.home, context.home.artifacts
     keys = {**config.model_dump(mode="json"), "seed": context.recipe.seed}
@@ -153,12 +185,12 @@ def make_candidate(context: Context, config: Learning, parent: Artifact, records
 
 
 def learn_candidate(
-    context: Context, config: Learning, parent: Artifact, records: Artifact, folder: Path, scratch: Path, title: str
+    context: Context, config: VoteLearning, parent: Artifact, records: Artifact, folder: Path, scratch: Path, title: str
 ) -> dict[str, Any]:
     """The work of `make_candidate`: fills `folder`, returns the figures."""
     start, rows = open_start(parent), train_records(records.path)
     return learn(
-        config, "dpo", rows, start, base_of(parent), folder, scratch, context.runtime, title,
+        config, config.objective, rows, start, base_of(parent), folder, scratch, context.runtime, title,
         kept=context.home.references, tracked=context.home.root / "tracking",
     )  # fmt: skip
 

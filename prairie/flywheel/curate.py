@@ -4,7 +4,7 @@
     (DPO)     edit          the corrected text over the answer that was corrected
               thumbs        an answer with a thumb up over one with a thumb down, same user and same prompt
     weak      regenerate    the answer that was asked for instead, over the one that was not liked; an act and not a
-    (apart)                 word, so it weighs `REGENERATE_WEIGHT` and is never mixed with the pairs
+    (apart)                 word, so it weighs `REGENERATE_WEIGHT`; a turn does not learn from it
     labelled  thumb         prompt, answer and up or down
     (KTO)     rating        4 and 5 are up, 1 and 2 down, 3 says nothing
               copy          up, at `COPY_WEIGHT`, unless the same user said otherwise; abandon says nothing by itself
@@ -17,7 +17,7 @@ What keeps one person, or one person with many names, from steering a model:
   - near copies of what the same user said before are dropped, of anybody for edits and thumbs;
   - a user gives at most `per_user` pairs, and at most `MOST_OF_MEDIAN` times what the user in the middle gives;
   - a user is trusted as far as they agree with gold questions and with others on the same two answers; who is wrong
-    more often than not is not learned from.
+    more often than not is not learned from. The others' pairs and labels weigh as they are trusted, a stranger's 1.
 Personal data is masked in all that is written (`prairie.data.personal`). Every record names the events it stands on.
 """
 
@@ -48,6 +48,7 @@ NEAR = 0.8
 TRUST_PRIOR = (4.0, 1.0)
 """Agreements and disagreements that everybody is given beforehand: a stranger is trusted to 80%, who is wrong twice is
 not cast out for it."""
+STRANGER = TRUST_PRIOR[0] / sum(TRUST_PRIOR)
 LEAST_TRUST = 0.5
 LEAST_CHECKS = 5
 """Comparisons with gold or with others below which nobody is judged."""
@@ -73,6 +74,11 @@ class Curated:
     """Personal data in the pairs, by kind."""
     trust: dict[str, float] = field(default_factory=dict)
     """Of the users who were compared with gold or with others."""
+
+    @property
+    def labelled_events(self) -> list[str]:
+        """Every event that stands behind a labelled answer."""
+        return list(dict.fromkeys(event for answer in self.labelled for event in answer.tags["events"]))
 
     @property
     def all_events(self) -> list[str]:
@@ -260,8 +266,7 @@ def _preference(
     tags: dict[str, Any] = {"why": one.why, "user": one.user, "events": list(one.events)}
     if one.user in trusted:
         tags["trust"] = round(trusted[one.user], 3)
-    if one.why == "regenerate":
-        tags["weight"] = REGENERATE_WEIGHT
+    weight = _weight(one.user, trusted, REGENERATE_WEIGHT if one.why == "regenerate" else 1.0)
 
     def clean(text: str) -> str:
         found, counts = mask_personal(text, names)
@@ -270,7 +275,12 @@ def _preference(
 
     prompt = tuple(_masked(message, clean) for message in one.prompt)
     chosen, rejected = Message("assistant", clean(one.better)), Message("assistant", clean(one.text))
-    return Preference(prompt, (chosen,), (rejected,), "votes", tags, _tools(one.worse))
+    return Preference(prompt, (chosen,), (rejected,), "votes", tags, _tools(one.worse), weight)
+
+
+def _weight(user: str, trusted: Mapping[str, float], weight: float) -> float:
+    """How much a record counts: what its kind weighs, times how far its user is trusted against a stranger."""
+    return round(weight * trusted.get(user, STRANGER) / STRANGER, 3)
 
 
 def _masked(message: Message, clean: Callable[[str], str]) -> Message:
@@ -309,9 +319,9 @@ def _others(result: Curated, votes: Sequence[Vote], share: int, names: FindNames
         answer = mask_personal(response.text or "", names)[0]
         said = mask_personal(event.text or "", names)[0]
         if what == "label" and answer.strip():
-            tags |= {"label": label, **({"weight": weight} if weight != 1 else {})}
-            tags |= {"reasons": event.reasons} if event.reasons else {}
-            result.labelled.append(Chat((*asked, Message("assistant", answer)), "votes", tags, _tools(response)))
+            tags |= {"label": label, **({"reasons": event.reasons} if event.reasons else {})}
+            messages, weight = (*asked, Message("assistant", answer)), _weight(user, result.trust, weight)
+            result.labelled.append(Chat(messages, "votes", tags, _tools(response), weight))
         elif what == "edit":
             result.edits.append(Chat((*asked, Message("assistant", said)), "votes", tags, _tools(response)))
         elif what == "comment":

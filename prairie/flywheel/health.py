@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from prairie.data.records import Preference
 from prairie.errors import DataError
 from prairie.flywheel.probes import refuses, repeats_itself
 
@@ -37,12 +36,12 @@ class ChatHealth:
     """Share of different texts."""
 
     @classmethod
-    def of(cls, pairs: Sequence[Preference]) -> ChatHealth:
-        chosen = [pair.chosen[-1].content for pair in pairs]
-        rejected = [pair.rejected[-1].content for pair in pairs]
+    def of(cls, chosen: Sequence[str], rejected: Sequence[str]) -> ChatHealth:
+        """Of what people preferred or liked, at least one answer, against what they did not."""
+        other = fmean(map(len, rejected)) if rejected else fmean(map(len, chosen))
         return cls(
             len(chosen), round(fmean(map(len, chosen)), 2),
-            round(fmean(map(len, chosen)) / max(1.0, fmean(map(len, rejected))), 4),
+            round(fmean(map(len, chosen)) / max(1.0, other), 4),
             round(fmean(map(repeats_itself, chosen)), 4), round(fmean(map(refuses, chosen)), 4),
             round(len(set(chosen)) / len(chosen), 4),
         )  # fmt: skip

@@ -17,13 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prairie.data.sources import read_records, write_records
+from prairie.data.records import Text
+from prairie.data.sources import write_records
 from prairie.errors import RequestError
-from prairie.flywheel.chat import LEARNING_CODE, LEAST_PAIRS, learn_candidate, make_candidate
+from prairie.flywheel.chat import LEARNING_CODE, LEAST_ROWS, learn_candidate, make_candidate
 from prairie.pipeline.context import Context, Made, Work, code_revision
+from prairie.pipeline.data_stages import train_records
 from prairie.pipeline.handlers import HANDLERS
 from prairie.pipeline.publishing import register
-from prairie.recipe import KINDS, Learning, resolve_recipe
+from prairie.recipe import KINDS, VoteLearning, resolve_recipe
 from prairie.runtime import Runtime
 from prairie.store.artifacts import Artifact
 from prairie.store.home import Home
@@ -104,7 +106,7 @@ def _without(home: Home, artifact: Artifact, forgotten: set[str], runtime: Runti
             wanted="a candidate of a turn", mend="run its recipe again",
         )  # fmt: skip
     parent, records = (_without(home, home.artifacts.get(id), forgotten, runtime) for id in artifact.inputs)
-    if records.figures["rows"] < LEAST_PAIRS:
+    if records.figures["rows"] < LEAST_ROWS:
         return parent  # what is left teaches too little: as if this turn had not been
     context = _context(home, runtime, _seed(artifact))
     return make_candidate(context, _learning(artifact), parent, records, artifact.name)
@@ -170,7 +172,7 @@ def _holds(home: Home, artifact: Artifact, forgotten: set[str]) -> bool:
 
 def _fewer_votes(home: Home, artifact: Artifact, forgotten: set[str]) -> Artifact:
     """The same dataset without the rows that stand on a forgotten event."""
-    rows = read_records(artifact.path / "train.jsonl", want="preference").records
+    rows = [row for row in train_records(artifact.path) if not isinstance(row, Text)]
     kept = [row for row in rows if not forgotten & set(row.tags["events"])]
     events = list(dict.fromkeys(event for row in kept for event in row.tags["events"]))
     config = {**artifact.manifest["config"], "events": events, "without_forgotten": True}
@@ -226,8 +228,8 @@ def _made(home: Home, name: str, id: str) -> Made:
     return Made(name, artifact.kind, artifact.figures, artifact)
 
 
-def _learning(artifact: Artifact) -> Learning:
-    return Learning.model_validate({k: v for k, v in artifact.manifest["config"].items() if k != "seed"})
+def _learning(artifact: Artifact) -> VoteLearning:
+    return VoteLearning.model_validate({k: v for k, v in artifact.manifest["config"].items() if k != "seed"})
 
 
 def _seed(artifact: Artifact) -> int:

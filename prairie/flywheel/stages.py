@@ -69,6 +69,7 @@ def turn(work: Work) -> dict[str, Any]:
         context,
         config.line,
         simulated_talk(context, url, config.line, config.users, config.tasks, work.name, work.identity),
+        objective=config.learn.objective,
     )
     learner = ChatLearner(context, config.learn, work.name)
     gate = ChatGate(

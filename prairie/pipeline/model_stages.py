@@ -47,6 +47,7 @@ from prairie.train.objective import Objective, length_baseline
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, kept_reference
+from prairie.train.objectives.kto import KTO, KTOConfig
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.objectives.seq2seq import Seq2Seq
@@ -172,7 +173,7 @@ def job_of(config: Learning, model: ModelConfig) -> Job:
     dtype = "float32" if config.dtype == "auto" else config.dtype
     return Job(
         model, config.tokens_per_batch, longest, rank, config.optimizer, dtype, config.activation_checkpointing,
-        quantize=config.quantize, keeps_logits=getattr(config, "objective", "") == "dpo",
+        quantize=config.quantize, keeps_logits=getattr(config, "objective", "") in ("dpo", "kto"),
     )  # fmt: skip
 
 
@@ -318,7 +319,7 @@ def _lesson(
     marked = not start.model.config.causal
     dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
     dataset.check_refused(config.max_refused)
-    about = {**_tell_of(dataset, title, runtime), **_packed(config, start, dataset)}
+    about = {**_tell_of(dataset, objective, title, runtime), **_packed(config, start, dataset)}
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     learned = _objective(objective, config, start, dataset, runtime, kept)
@@ -357,7 +358,7 @@ def _packed(config: Learning, start: Start, dataset: TokenDataset) -> dict[str, 
     return {"quantized": quantize(start.model, config.quantize, rows).to_json()}
 
 
-def _tell_of(dataset: TokenDataset, title: str, runtime: Runtime) -> dict[str, Any]:
+def _tell_of(dataset: TokenDataset, objective: str, title: str, runtime: Runtime) -> dict[str, Any]:
     """Says what is about to be learnt from, and what length alone would tell; gives the figures of it."""
     found = dataset.figures
     line = (
@@ -365,9 +366,14 @@ def _tell_of(dataset: TokenDataset, title: str, runtime: Runtime) -> dict[str, A
         f"{found['truncated_rows']:,} rows lose {found['truncated_tokens']:,} tokens, {found['refused_rows']:,} refused"
     )
     about: dict[str, Any] = {}
-    if dataset.group == 2:
+    if dataset.weights is not None:
+        line += f", {found['weighted_rows']:,} of another weight than 1"
+    if objective in ("dpo", "reward"):
         about["length_baseline"] = length_baseline(dataset)
         line += f"; length alone tells {about['length_baseline']:.0%} of the pairs"
+    if objective == "kto" and dataset.targets is not None:
+        about["liked"] = float(dataset.targets.mean())
+        line += f"; {about['liked']:.0%} of the answers were liked"
     runtime.progress.say(line)
     return about
 
@@ -435,6 +441,20 @@ def dataset_of(
 ) -> TokenDataset:
     """Tokens of records for an objective; `labels` are its classes, `marked` is for models that read both ways. Raises
     DataError when nothing is left."""
+    if objective == "kto":
+        judged = [r for r in records if isinstance(r, Chat) and r.label is not None]
+        if len(judged) != len(records):
+            raise DataError(
+                "kto needs answers with a label", got=f"{len(records) - len(judged)} other rows",
+                wanted='`label` true or false in each row: {"messages": ..., "label": true}',
+            )  # fmt: skip
+        return TokenDataset.from_judged(judged, _needed(template), config.max_tokens, on_long=config.on_long)
+    disliked = sum(isinstance(r, Chat) and r.label is False for r in records)
+    if disliked:
+        raise DataError(
+            f"{objective} would learn answers that people disliked", got=f"{disliked} rows whose `label` is false",
+            mend="learn from them with objective kto, or leave them out with `want: chat` of the prepare stage",
+        )  # fmt: skip
     if objective in ("dpo", "reward"):
         pairs = [r for r in records if isinstance(r, Preference)]
         if len(pairs) != len(records):
@@ -469,7 +489,7 @@ def _needed(template: ChatTemplate | None) -> ChatTemplate:
 def _as_chat(record: Record) -> Chat:
     """A preference trains as its chosen side."""
     if isinstance(record, Preference):
-        return Chat((*record.prompt, *record.chosen), record.source, record.tags)
+        return Chat((*record.prompt, *record.chosen), record.source, record.tags, record.tools, record.weight)
     assert isinstance(record, Chat)
     return record
 
@@ -601,8 +621,8 @@ def _with_head(start: Start, objective: str, labels: tuple[str, ...], seed: int)
 def _objective(
     name: str, config: Learning, start: Start, dataset: TokenDataset, runtime: Runtime, kept: Path
 ) -> Objective:
-    """The objective for a dataset; DPO's reference is the starting model, so this comes before any step. What was
-    computed of it lies in `kept`."""
+    """The objective for a dataset; the reference of DPO and KTO is the starting model, so this comes before any step.
+    What was computed of it lies in `kept`."""
     match name:
         case "dpo":
             family = DPOConfig(
@@ -610,6 +630,9 @@ def _objective(
             )
             reference = kept_reference(kept, start.model, dataset, start.adapters, dtype=runtime.torch_dtype())
             return DPO(family, reference)
+        case "kto":
+            judged = KTOConfig(config.beta, config.desirable_weight, config.undesirable_weight)
+            return KTO(judged, kept_reference(kept, start.model, dataset, start.adapters, dtype=runtime.torch_dtype()))
         case "reward":
             return Reward()
         case "classification":

@@ -4,16 +4,19 @@ An Objective owns meaning: what is supervised, what the loss is a sum over, what
 steps, optimisers, checkpoints or files: that is `trainer`.
 
 ONE normalisation: `loss` returns a SUM and `count` says what that sum is over. The trainer divides the sum of each
-micro-batch by the count of the whole step, so the gradient does not depend on how a step was split or packed.
+micro-batch by the count of the whole step, so the gradient does not depend on how a step was split or packed. Where
+rows have weights, both the sum and the count are weighted: a row of weight 2 is the row twice, of 0.25 a quarter of it.
+What a loss needs to know of the whole step beforehand (`WholeStep`) is a sum over all its rows as well.
 
 Shapes: N tokens of all rows, flat; R rows; D width of the model; V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -58,6 +61,36 @@ class Objective(Protocol):
         `model` and `batch` are of the kind that the objective is for: most take a Transformer and tokens.
         """
         ...
+
+
+@runtime_checkable
+class WholeStep(Objective, Protocol):
+    """An objective whose loss needs figures of all rows of the step first; alone, its `loss` raises TrainingError."""
+
+    def sums(self, model: Any, batch: Any, adapters: Sequence[AdapterRows]) -> list[float]:
+        """What this batch adds to the figures; no gradient."""
+        ...
+
+    def knowing(self, sums: Sequence[float]) -> Objective:
+        """The objective of a step, of all of whose batches `sums` are the sums."""
+        ...
+
+
+def for_step(
+    objective: Objective,
+    model: Any,
+    batches: Iterable[Any],
+    adapters: Sequence[AdapterRows],
+    *,
+    dtype: torch.dtype = torch.float32,
+    total: Callable[[Sequence[float]], list[float]] = list,
+) -> Objective:
+    """The objective that knows what it must of a step of these batches; `total` adds what other ranks found."""
+    if not isinstance(objective, WholeStep):
+        return objective
+    with judging(model, adapters), computing_in(dtype, model):
+        found = [objective.sums(model, batch, adapters) for batch in batches]
+    return objective.knowing(total([math.fsum(column) for column in zip(*found, strict=True)]))
 
 
 def layout_for(model: Transformer, batch: Batch) -> Layout:
@@ -108,6 +141,20 @@ def row_sums(values_N: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.segment_reduce(values_N, "sum", lengths=torch.tensor(lengths, device=values_N.device))
 
 
+def row_weights(batch: Batch) -> Tensor:
+    """(R,) float64 on the CPU: how much each row counts, 1 where nothing was said."""
+    return batch.weights_R if batch.weights_R is not None else torch.ones(len(batch.lengths), dtype=torch.float64)
+
+
+def refuse_weights(batch: Batch) -> None:
+    """Raises TrainingError for rows with weights, which an objective would otherwise not look at."""
+    if batch.weights_R is not None:
+        raise TrainingError(
+            "this objective learns without weights", got="rows with a `weight`",
+            wanted="causal_lm, dpo, kto or reward, or rows without",
+        )  # fmt: skip
+
+
 def supervised_per_row(batch: Batch) -> Tensor:
     """How many tokens of each row are supervised: (R,) float32 on the CPU."""
     return row_sums((batch.labels_N != IGNORED).float(), batch.lengths)
@@ -146,6 +193,7 @@ def held_out_figures(
 ) -> dict[str, float]:
     """The objective's own loss and figures over a whole dataset, each divided by the one `count` of it."""
     count, sums = 0.0, {"loss": 0.0}
+    objective = for_step(objective, model, every_batch(dataset, tokens_per_batch), adapters)
     with judging(model, adapters):
         for batch in every_batch(dataset, tokens_per_batch):
             loss, figures = objective.loss(model, batch, adapters)

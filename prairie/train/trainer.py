@@ -48,7 +48,7 @@ from prairie.train.checkpoint import (
 )
 from prairie.train.config import TrainConfig
 from prairie.train.memory import keep_freed_memory
-from prairie.train.objective import Learner, Objective, computing_in, judging
+from prairie.train.objective import Learner, Objective, computing_in, for_step, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
 from prairie.train.ranks import Ranks
@@ -85,6 +85,7 @@ def accumulate_gradients(
     place in the step, not on who computes it. Raises TrainingError if nothing in the step is supervised.
     """
     count = count_of(objective, batches, ranks)
+    objective = for_step(objective, model, batches, adapters, dtype=dtype, total=ranks.total)
     losses: list[Tensor] = []
     figures: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):

@@ -13,14 +13,14 @@ from prairie.flywheel.loop import Flywheel
 from prairie.models.weights import read_manifest
 from prairie.pipeline.context import Context
 from prairie.pipeline.model_stages import load_language_model
-from prairie.recipe import GateRules, Learning, resolve_recipe
+from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent
 from prairie.store.home import Home
 
 pytestmark = pytest.mark.long
 
-LEARN = Learning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
+LEARN = VoteLearning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 
 @pytest.fixture
@@ -56,6 +56,32 @@ def test_votes_become_a_better_champion_and_are_learned_once(context):
     with pytest.raises(DataError, match=r"the votes on `spark` teach too little: got 0 preferences from 0 votes"):
         wheel(context).turn()
     assert [t.number for t in home.registry.turns("spark")] == [1]
+
+
+def test_thumbs_alone_turn_the_wheel_by_kto(context):
+    """Every teacher's choices are taken back; what they liked and disliked one by one is learned from instead."""
+    home, learn = context.home, LEARN.model_copy(update={"objective": "kto"})
+    actor = ChatActor(context, "spark", objective="kto")
+    for event in [e for e in home.feedback.events() if not is_held_out(e.user)]:
+        home.feedback.add(FeedbackEvent(event.response_id, "retract", {"event": event.id}, user=event.user))
+        home.feedback.add(FeedbackEvent(event.response_id, "thumb", "up", user=event.user))
+        if event.user.endswith("4"):
+            home.feedback.add(FeedbackEvent(event.value["over"][0], "copy", {}, user=event.user))
+    champion = home.registry.champion("spark")
+    with pytest.raises(DataError, match=r"teach too little: got \d+ judged answers from \d+ votes, \d+ of them liked"):
+        actor.act(champion)
+    for event in [e for e in home.feedback.events() if e.kind == "choice" and not is_held_out(e.user)][:20]:
+        home.feedback.add(FeedbackEvent(event.value["over"][0], "thumb", "down", user=event.user))
+    gate = ChatGate(context, GateRules(items=5), ["numbers"], max_tokens=8)
+    turned = Flywheel("spark", home.registry, actor, ChatLearner(context, learn), gate).turn(key="k")
+    rows = read_records(turned.records.path / "train.jsonl").records
+    assert turned.records.figures["kind"] == "judged" and len(rows) == turned.records.figures["rows"]
+    assert {row.label for row in rows} == {True, False} and not any(is_held_out(row.tags["user"]) for row in rows)
+    assert set(turned.records.events) == {event for row in rows for event in row.tags["events"]}
+    candidate = home.artifacts.get(turned.candidate.artifact_id)
+    assert candidate.manifest["config"]["objective"] == "kto" and candidate.figures["margin"] > 0
+    assert turned.verdict.wins == turned.verdict.n == 28, turned.verdict.text()
+    assert learned_events(context, "spark") == set(turned.records.events)
 
 
 @pytest.mark.slow

@@ -109,10 +109,8 @@ def test_what_was_done_and_not_said_is_kept_apart():
     result = curate([again, copied, left])
     assert result.pairs == [] and result.events == []
     assert [(p.chosen[0].content, p.rejected[0].content) for p in result.weak] == [("fine", "meh")]
-    assert result.weak[0].tags["weight"] == REGENERATE_WEIGHT < 1
-    assert [(c.messages[-1].content, c.tags["label"], c.tags["weight"]) for c in result.labelled] == [
-        ("useful", True, 0.25)
-    ]
+    assert result.weak[0].weight == REGENERATE_WEIGHT < 1
+    assert [(c.messages[-1].content, c.tags["label"], c.weight) for c in result.labelled] == [("useful", True, 0.25)]
     assert set(result.all_events) == {again.event.id, copied.event.id}
 
 
@@ -162,6 +160,18 @@ def test_who_contradicts_everybody_is_not_learned_from():
     assert {pair.tags["user"] for pair in result.pairs} == {"ann", "bob", "cid", "sam"}
     assert result.trust["eve"] < 0.5 < result.trust["ann"] and "sam" not in result.trust
     assert result.dropped["a user who is wrong more often than not"] == 8
+
+
+def test_what_somebody_says_weighs_as_they_are_trusted():
+    shared = [(f"good {n}", f"bad {n}") for n in range(8)]
+    votes = [choice(a, b, prompt=f"q{a}", user=user) for user in ("ann", "bob") for a, b in shared]
+    mixed = [*shared[:6], *(pair[::-1] for pair in shared[6:])]
+    votes += [choice(*pair, prompt=f"q{asked}", user="cid") for pair, (asked, _) in zip(mixed, shared, strict=True)]
+    votes += [choice("x", "y", user="sam"), vote("thumb", "up", answer("z"), user="cid")]
+    result = curate(votes)
+    weights = {pair.tags["user"]: pair.weight for pair in result.pairs}
+    assert weights == {"ann": 1.136, "bob": 1.136, "cid": 0.962, "sam": 1.0}  # 10/11 (two are ties), 10/13, over 0.8
+    assert result.labelled[0].weight == 0.962
 
 
 def test_gold_tells_even_when_the_liars_are_the_many():

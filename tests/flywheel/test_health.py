@@ -4,22 +4,17 @@ import random
 
 import pytest
 
-from prairie.data.records import Message, Preference
 from prairie.errors import DataError
 from prairie.flywheel.health import ENOUGH, ChatHealth
 
 WORDS = ["fox", "oak", "rain", "bird", "grass", "wind", "sun", "wave", "story", "old", "green", "waits", "sings"]
 
 
-def pairs(chosen, rejected, count=40):
+def texts(*sides, count=40):
+    """(liked, disliked)."""
     chance = random.Random(0)
-    return [
-        Preference(
-            (Message("user", f"question {n}"),), (Message("assistant", chosen(chance)),),
-            (Message("assistant", rejected(chance)),),
-        )
-        for n in range(count)
-    ]  # fmt: skip
+    both = [[side(chance) for side in sides] for _ in range(count)]
+    return [one for one, _ in both], [other for _, other in both]
 
 
 def sentence(chance, words=9):
@@ -27,7 +22,7 @@ def sentence(chance, words=9):
 
 
 def test_ordinary_votes_are_healthy():
-    health = ChatHealth.of(pairs(sentence, sentence))
+    health = ChatHealth.of(*texts(sentence, sentence))
     assert health.faults() == [] and health.answers == 40 and 0.8 < health.length_ratio < 1.25
     assert health.repetition == health.refusals == 0 and health.distinct > 0.9
     health.check()
@@ -47,9 +42,9 @@ def test_a_collapse_is_refused_in_one_sentence(chosen, fault):
     with pytest.raises(
         DataError, match="the preferred answers have collapsed, they are not learnt from: got .*" + fault
     ):
-        ChatHealth.of(pairs(chosen, sentence)).check()
+        ChatHealth.of(*texts(chosen, sentence)).check()
 
 
 def test_a_few_votes_are_too_few_to_speak_of_shares():
-    refusing = pairs(lambda chance: "I cannot answer that.", sentence, ENOUGH - 1)
-    ChatHealth.of(refusing).check()
+    refusing = texts(lambda chance: "I cannot answer that.", sentence, count=ENOUGH - 1)
+    ChatHealth.of(*refusing).check()

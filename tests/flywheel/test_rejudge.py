@@ -15,14 +15,14 @@ from prairie.flywheel.remake import Rebase
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, save_model
 from prairie.pipeline.context import Context
-from prairie.recipe import GateRules, Learning, resolve_recipe
+from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent, Response
 from prairie.store.home import Home
 
 pytestmark = pytest.mark.long
 
-LEARN = Learning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
+LEARN = VoteLearning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 
 @pytest.fixture

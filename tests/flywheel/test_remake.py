@@ -13,14 +13,14 @@ from prairie.flywheel.chat import ChatActor, ChatLearner
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.remake import rebuild, reproduce
 from prairie.pipeline.context import Context
-from prairie.recipe import Learning, resolve_recipe
+from prairie.recipe import VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent
 from prairie.store.home import Home
 
 pytestmark = pytest.mark.long
 
-LEARN = Learning(steps=4, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
+LEARN = VoteLearning(steps=4, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ import pytest
 from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
 from prairie.flywheel.loop import Flywheel
 from prairie.pipeline.context import Context
-from prairie.recipe import GateRules, Learning, resolve_recipe
+from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
 
 KILLS = int(os.environ.get("PRAIRIE_KILLS", "100"))
-LEARN = Learning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
+LEARN = VoteLearning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 
 def turn(home):

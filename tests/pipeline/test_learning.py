@@ -322,3 +322,27 @@ def test_an_encoder_decoder_learns_answers(home, tmp_path):
     tree["stages"]["wrong"] = learning(1, data="chats", start="t5")
     with pytest.raises(ModelError, match="an encoder-decoder cannot learn by causal_lm"):
         run_here(tree, home)
+
+
+def test_thumbs_teach_by_kto_and_by_nothing_else(home, tmp_path):
+    """Labelled answers in a recipe: weights are told, the liked ones become likelier, and no other objective takes
+    what was disliked for good."""
+    rows = [{**row, "label": n % 3 > 0, "weight": 0.5 if n % 4 else 1.0} for n, row in enumerate(chat_rows(36))]
+    thumbs = write_jsonl(tmp_path / "thumbs.jsonl", rows)
+    kto = learning(8, objective="kto", data="thumbs", start="base", lr=3e-3, desirable_weight=1.2, tokens_per_batch=512)
+    tree = tree_of(
+        tmp_path,
+        thumbs={"kind": "prepare", "source": "file", "path": str(thumbs), "held_out": 0.2},
+        base=learning(2, data="chats", tokenizer="tokenizer", shape=SHAPE),
+        kto=kto | {"evaluation": {"every": 4, "by": "accuracy"}},
+    )
+    made = run_here(tree, home)
+    figures, lines = made["kto"].figures, [line for line in lines_of(made["kto"]) if "loss" in line]
+    assert 0.5 < figures["liked"] < 0.8 and 0 < figures["data"]["weighted_rows"] < figures["data"]["rows"]
+    assert "length_baseline" not in figures and lines[-1]["margin"] > 0.05 and lines[-1]["reference_point"] >= 0
+    tree["stages"]["sft"] = learning(2, data="thumbs", start="base")
+    with pytest.raises(DataError, match=r"causal_lm would learn answers that people disliked: got \d+ rows"):
+        run_here(tree, home)
+    tree["stages"]["sft"] = learning(2, objective="kto", data="chats", start="base")
+    with pytest.raises(DataError, match="kto needs answers with a label"):
+        run_here(tree, home)

@@ -18,6 +18,8 @@ from prairie.serve.server import bind, serve_on, url_of
 from prairie.store.home import Home
 
 KILLS = int(os.environ.get("PRAIRIE_KILLS", "100"))
+READY_WITHIN_S = 600
+"""A server that gets no processor time on a busy machine is slow, not wrong."""
 
 
 def server_in_a_process(root, port):
@@ -71,8 +73,8 @@ def test_a_killed_server_loses_and_doubles_nothing(where, tmp_path, monkeypatch,
         child, url = server_in_a_process(root, 0)
         people = [People(url, number) for number in range(3)]
         try:
-            deadline = time.monotonic() + 60
-            while httpx.get(f"{url}/readyz", timeout=60).status_code != 200:
+            deadline = time.monotonic() + READY_WITHIN_S
+            while httpx.get(f"{url}/readyz", timeout=READY_WITHIN_S).status_code != 200:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             if life:

@@ -20,6 +20,7 @@ from prairie.train.objective import Objective
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
+from prairie.train.objectives.kto import KTO, KTOConfig
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.ranks import Ranks
@@ -95,13 +96,32 @@ class Learner:
         return found, float(sums.loss) / sums.count
 
 
-OBJECTIVES = ("causal_lm", "masked_lm", "classification", "reward", "dpo", "ipo", "dpo_lora")
+def weighted(dataset: TokenDataset, seed: int = 4) -> TokenDataset:
+    """The same rows, each group with a weight of its own."""
+    weights = np.random.default_rng(seed).uniform(0.2, 3, len(dataset))
+    return TokenDataset(
+        dataset.ids, dataset.mask, dataset.offsets, group=dataset.group, targets=dataset.targets, weights=weights
+    )
+
+
+def judged(dataset: TokenDataset) -> TokenDataset:
+    """The same pairs as answers, liked and not by turns, each with a mismatched one."""
+    targets = np.arange(len(dataset)).repeat(2) % 2
+    return TokenDataset(dataset.ids, dataset.mask, dataset.offsets, group=2, targets=targets)
+
+
+OBJECTIVES = (
+    "causal_lm", "causal_lm_weighted", "masked_lm", "classification", "reward_weighted", "dpo", "ipo",
+    "dpo_lora_weighted", "kto_weighted",
+)  # fmt: skip
 
 
 def tiny_learner(kind: str, rows: int = 12) -> Learner:
     """One of OBJECTIVES on `rows` groups of rows."""
-    pairs = kind in ("reward", "dpo", "ipo", "dpo_lora")
+    kind, is_weighted = kind.removesuffix("_weighted"), kind.endswith("_weighted")
+    pairs = kind in ("reward", "dpo", "ipo", "dpo_lora", "kto")
     model, dataset = tiny_model(), tiny_dataset(rows, group=2 if pairs else 1)
+    dataset = weighted(dataset) if is_weighted else dataset
     adapters: list[AdapterRows] = []
     objective: Objective
     if kind == "causal_lm":
@@ -112,9 +132,14 @@ def tiny_learner(kind: str, rows: int = 12) -> Learner:
         model, dataset, objective = model.with_scores(("a", "b", "c")), labelled(dataset), Classification()
     elif kind == "reward":
         model, objective = model.with_scores(LABELS), Reward()
+    elif kind == "kto":
+        config = KTOConfig(beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
+        # A reference point, for those who ask for the loss of a batch alone; a step finds its own.
+        dataset = weighted(judged(dataset)) if is_weighted else judged(dataset)
+        objective = KTO(config, reference_logprobs(tiny_model(seed=9), dataset), 0.4)
     else:
-        config = DPOConfig(loss="ipo") if kind == "ipo" else DPOConfig(label_smoothing=0.1, sft_weight=0.3)
-        objective = DPO(config, reference_logprobs(tiny_model(seed=9), dataset))
+        family = DPOConfig(loss="ipo") if kind == "ipo" else DPOConfig(label_smoothing=0.1, sft_weight=0.3)
+        objective = DPO(family, reference_logprobs(tiny_model(seed=9), dataset))
     if kind == "dpo_lora":
         model.requires_grad_(False)
         adapters = [AdapterRows(moved_adapter(model))]
@@ -188,7 +213,7 @@ def of_learner(kind: str):
 
 RUNS = {
     **TRAINERS, "pretrain": pretrain_trainer, "sft": full_trainer, "lora": lora_trainer, "dpo": of_learner("dpo"),
-    "reward": of_learner("reward"), "masked_lm": of_learner("masked_lm"),
+    "kto": of_learner("kto"), "reward": of_learner("reward"), "masked_lm": of_learner("masked_lm"),
     "classification": of_learner("classification"),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.loop import Flywheel
 from prairie.pipeline.context import Context
-from prairie.recipe import GateRules, Learning, resolve_recipe
+from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
 
@@ -130,7 +130,7 @@ def turn_the_wheel(home: Home) -> str:
     """A whole turn on the votes in the store: DPO from the champion, judged by the people who do not teach."""
     recipe = resolve_recipe({"name": "t", "seed": 3, "stages": {"base": {"kind": "import", "path": "-"}}})
     context = Context(recipe, home, Runtime(threads=1, seed=3, progress=Progress(io.StringIO(), quiet=True)))
-    learn = Learning(
+    learn = VoteLearning(
         steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, sft_weight=0.2, adapter={"rank": 4}
     )
     gate = ChatGate(context, GateRules(items=20), ["numbers"], max_tokens=16)

@@ -19,12 +19,19 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.loss import IGNORED
-from prairie.train.objective import every_batch, hidden_states, judging, require_next_tokens
+from prairie.train.objective import (
+    every_batch,
+    hidden_states,
+    judging,
+    require_next_tokens,
+    row_sums,
+    supervised_per_row,
+)
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Sum of -log p(next token) over the supervised tokens."""
+    """Sum of -log p(next token) over the supervised tokens, each as often as its row's weight says."""
 
     name: str = "causal_lm"
     group: int = 1
@@ -34,14 +41,19 @@ class CausalLM:
         return {}
 
     def count(self, batch: Batch) -> float:
-        return float(batch.supervised)
+        if batch.weights_R is None:
+            return float(batch.supervised)
+        return float((supervised_per_row(batch).double() * batch.weights_R).sum())
 
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         require_next_tokens(model)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
-        return model.cross_entropy(hidden_ND, labels_N, adapters), {}
+        if batch.weights_R is None:
+            return model.cross_entropy(hidden_ND, labels_N, adapters), {}
+        logps_R = row_sums(model.logprobs(hidden_ND, labels_N, adapters), batch.lengths)
+        return -(logps_R * batch.weights_R.to(logps_R)).sum(), {}
 
 
 def held_out_loss(
@@ -52,7 +64,8 @@ def held_out_loss(
     tokenizer: Tokenizer | None = None,
     tokens_per_batch: int = 8192,
 ) -> dict[str, float]:
-    """Mean -log p (nats) over all supervised tokens of `dataset`, its perplexity and the count.
+    """Mean -log p (nats) over all supervised tokens of `dataset`, its perplexity and the count; weights are not
+    looked at, it is a figure of the text.
 
     With `tokenizer` also `bits_per_byte`: the same sum in bits over the UTF-8 bytes of the supervised tokens, which may
     be compared between models of different tokenizers. Raises TrainingError if nothing is supervised.

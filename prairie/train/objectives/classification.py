@@ -17,7 +17,7 @@ from prairie.data.loader import Batch
 from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
-from prairie.train.objective import row_scores
+from prairie.train.objective import refuse_weights, row_scores
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Classification:
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        refuse_weights(batch)
         if batch.targets_R is None:
             raise TrainingError("classification needs rows with a label", got="rows without", wanted="`label` in each")
         scores_RL = row_scores(model, batch, adapters)

@@ -6,6 +6,7 @@ h = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected)
   + sft_weight * -log p(chosen) per token of that row   (arXiv 2404.19733: keeps the chosen answer likely)
 
 Every term is a sum over PAIRS, the NLL being averaged inside its own row, so that one count (pairs) divides them all.
+A pair of weight w is a sum over w pairs, in the loss, the figures and the count.
 The reference is a number per row, computed once per dataset: no second model stays in memory.
 
 Not here: which of two answers is preferred (data, flywheel), the division by the count (trainer).
@@ -43,6 +44,7 @@ from prairie.train.objective import (
     require_next_tokens,
     require_pairs,
     row_sums,
+    row_weights,
     supervised_per_row,
 )
 
@@ -94,7 +96,7 @@ class DPO:
         return asdict(self.config)
 
     def count(self, batch: Batch) -> float:
-        return len(batch.lengths) / 2
+        return float(row_weights(batch)[0::2].sum())
 
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
@@ -104,7 +106,8 @@ class DPO:
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
         logps_R = row_sums(model.logprobs(hidden_ND, labels_N, adapters), batch.lengths)
         lengths_R = supervised_per_row(batch).to(logps_R.device)
-        return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config)
+        weights_P = None if batch.weights_R is None else batch.weights_R[0::2].to(logps_R)
+        return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config, weights_P)
 
     def _reference(self, batch: Batch) -> Tensor:
         require_pairs(batch)
@@ -118,12 +121,14 @@ class DPO:
 
 
 def preference_loss(
-    logps_R: Tensor, reference_R: Tensor, lengths_R: Tensor, config: DPOConfig
+    logps_R: Tensor, reference_R: Tensor, lengths_R: Tensor, config: DPOConfig, weights_P: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The formulas above. Returns the SUM over pairs and sums of figures; divide each by P for means.
 
-    logps_R, reference_R: log-probabilities of rows, summed over supervised tokens; lengths_R: how many those are.
+    logps_R, reference_R: log-probabilities of rows, summed over supervised tokens; lengths_R: how many those are;
+    weights_P: how much each pair counts, else each once.
     """
+    w_P = torch.ones_like(logps_R[0::2]) if weights_P is None else weights_P
     ratios_R = logps_R - reference_R
     scores_R = ratios_R / lengths_R.clamp(min=1) if config.loss == "ipo" else ratios_R
     h_P = scores_R[0::2] - scores_R[1::2]
@@ -135,22 +140,22 @@ def preference_loss(
         if e:
             losses_P = losses_P - e * logsigmoid(-config.beta * h_P)
     nll_P = -logps_R[0::2] / lengths_R[0::2].clamp(min=1)
-    loss = losses_P.sum()
+    loss = (w_P * losses_P).sum()
     if config.sft_weight:
-        loss = loss + config.sft_weight * nll_P.sum()
+        loss = loss + config.sft_weight * (w_P * nll_P).sum()
     with torch.no_grad():
         rewards_R = config.beta * ratios_R.detach()
-        figures = {
-            "preference_loss": losses_P.sum(),
-            "accuracy": (rewards_R[0::2] > rewards_R[1::2]).float().sum(),
-            "margin": (rewards_R[0::2] - rewards_R[1::2]).sum(),
-            "logps_chosen": logps_R[0::2].sum(),
-            "logps_rejected": logps_R[1::2].sum(),
-            "nll_chosen": nll_P.sum(),
-            "length_chosen": lengths_R[0::2].sum(),
-            "length_rejected": lengths_R[1::2].sum(),
+        figures_P = {
+            "preference_loss": losses_P,
+            "accuracy": (rewards_R[0::2] > rewards_R[1::2]).float(),
+            "margin": rewards_R[0::2] - rewards_R[1::2],
+            "logps_chosen": logps_R[0::2],
+            "logps_rejected": logps_R[1::2],
+            "nll_chosen": nll_P,
+            "length_chosen": lengths_R[0::2],
+            "length_rejected": lengths_R[1::2],
         }
-    return loss, {name: value.detach() for name, value in figures.items()}
+        return loss, {name: (w_P * value_P).sum() for name, value_P in figures_P.items()}
 
 
 def reference_logprobs(

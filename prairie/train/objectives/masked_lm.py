@@ -25,7 +25,7 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.loss import IGNORED
-from prairie.train.objective import hidden_states
+from prairie.train.objective import hidden_states, refuse_weights
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class MaskedLM:
     def loss(
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        refuse_weights(batch)
         hidden_ND, labels_N = hidden_states(model, self.with_holes(batch), adapters)
         return model.cross_entropy(hidden_ND, labels_N, adapters), {}
 

@@ -22,7 +22,7 @@ from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.cross_attention import Memory
-from prairie.train.objective import require_pairs
+from prairie.train.objective import refuse_weights, require_pairs
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Seq2Seq:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         require_pairs(batch)
+        refuse_weights(batch)
         start_id = model.config.start_id
         if start_id is None:
             raise TrainingError(
