@@ -13,8 +13,6 @@ all buckets, M = N x heads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,12 +22,12 @@ from torch import Tensor
 
 from prairie.ops.elementwise import softcap
 from prairie.ops.relative import RelativeBias
-from prairie.ops.threads import on_threads
+from prairie.ops.threads import by_bands, kernels, share_out, worth_compiling
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
 COMPILED_WORK = 1 << 27
-"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.attention_kernel`) are
+"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.kernels`) are
 asked: a few milliseconds of work. Below it numba is not even imported."""
 HALVES = (torch.float16, torch.bfloat16)
 QUERY_BLOCK = 64
@@ -382,11 +380,11 @@ def buckets_of(lengths: Sequence[int], prefixes: Sequence[int] = ()) -> list[lis
 def is_worth_compiling(work: int, heads: int, size: int) -> bool:
     """Whether causal attention on a CPU goes through the compiled loops; `work`: the sum of length x length over the
     rows. The same batch is always computed in the same way, so that a run repeats its bits."""
-    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and _kernels() is not None
+    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and kernels() is not None
 
 
 class _Tasks(NamedTuple):
-    """See `attention_kernel.forward`."""
+    """See `kernels.forward`."""
 
     tasks: np.ndarray
     groups: np.ndarray
@@ -434,34 +432,17 @@ class _CompiledAttention(torch.autograd.Function):
 
 
 def _in_threads(name: str, tasks: _Tasks, tensors: Mapping[str, Tensor]) -> None:
-    """A function of `attention_kernel` on all threads; which of them does what does not change a bit.
-
-    Raises MemoryError if a thread could not finish."""
-    kernels = _kernels()
-    assert kernels is not None
+    """A function of `ops.kernels` on all threads."""
+    loops = kernels()
+    assert loops is not None
     (N, H, D), K = tensors["q"].shape, tensors["k"].shape[1]
-    tickets, job = np.zeros(2, np.int64), np.zeros(1, kernels.JOB)
-    numbers: dict[str, Any] = {
+    fields = {
         "tokens": N, "heads": H, "kv_heads": K, "size": D, "task_count": len(tasks.tasks),
         "group_count": len(tasks.groups), "row_count": len(tasks.rows), "longest": tasks.longest, "scale": D**-0.5,
-        "tickets": tickets.ctypes.data, "tasks": tasks.tasks.ctypes.data, "groups": tasks.groups.ctypes.data,
-        "rows": tasks.rows.ctypes.data, **{field: tensor.data_ptr() for field, tensor in tensors.items()},
+        "tasks": tasks.tasks.ctypes.data, "groups": tasks.groups.ctypes.data, "rows": tasks.rows.ctypes.data,
+        **{field: tensor.data_ptr() for field, tensor in tensors.items()},
     }  # fmt: skip
-    for field, number in numbers.items():
-        job[field] = number
-    on_threads(getattr(kernels, name), job, min(torch.get_num_threads(), len(tasks.tasks)))
-    if tickets[1] != len(tasks.tasks):  # compiled loops cannot raise
-        raise MemoryError(f"attention of {N} tokens found no memory for its rows")
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    """None where numba is not there: torch's forms do the same."""
-    try:
-        from prairie.ops import attention_kernel
-    except ImportError:
-        return None
-    return attention_kernel
+    share_out(name, loops.JOB, len(tasks.tasks), fields)
 
 
 class _MatrixAttention(torch.autograd.Function):
@@ -640,15 +621,34 @@ class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_NC: Tensor, heads: int, kv_heads: int, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(turns)
-        q, k, v = qkv_NC.view(len(qkv_NC), heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], 1)
+        N, size = len(qkv_NC), qkv_NC.shape[1] // (heads + 2 * kv_heads)
+        ctx.numbers = {"tokens": N, "heads": heads, "kv_heads": kv_heads, "size": size}
+        ctx.compiled = worth_compiling(qkv_NC)
+        if ctx.compiled:
+            q, k, v = (qkv_NC.new_empty(N, count, size) for count in (heads, kv_heads, kv_heads))
+            cosines = torch.view_as_real(turns).contiguous()
+            by_bands("turn_heads", {"x": qkv_NC, "turns": cosines, "q": q, "k": k, "v": v}, **ctx.numbers, way=1)
+            return q, k, v
+        q, k, v = qkv_NC.view(N, heads + 2 * kv_heads, -1).split([heads, kv_heads, kv_heads], 1)
         return _turn(q, turns), _turn(k, turns), v.contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         q, k, v = grads
-        back = ctx.saved_tensors[0].conj().resolve_conj()
         heads, kv_heads = q.shape[1], k.shape[1]
         grad = q.new_empty(len(q), heads + 2 * kv_heads, q.shape[2])
+        if ctx.compiled:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            given = {
+                "gain": grad,
+                "turns": torch.view_as_real(ctx.saved_tensors[0]).contiguous(),
+                "q": q,
+                "k": k,
+                "v": v,
+            }
+            by_bands("turn_heads_backward", given, **ctx.numbers, way=-1)
+            return grad.flatten(1), None, None, None
+        back = ctx.saved_tensors[0].conj().resolve_conj()
         for part, turned in ((slice(0, heads), q), (slice(heads, heads + kv_heads), k)):
             if grad.dtype == torch.float32:
                 torch.mul(_complex(turned), back, out=_complex(grad[:, part]))

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prairie.ops.threads import bands, by_bands, worth_compiling
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -85,15 +87,29 @@ def _scaled(x: Tensor, inverse: Tensor, weight_D: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
+        ctx.compiled = worth_compiling(x) and weight_D.dtype == torch.float32
+        if ctx.compiled:
+            out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+            given = {"x": x, "weight": weight_D.contiguous(), "inverse": inverse, "out": out}
+            by_bands("rms_norm", given, **_size(x), eps=eps)
+        else:
+            inverse = _inverse_rms(x, eps)
+            out = _scaled(x, inverse, weight_D)
         ctx.save_for_backward(x, weight_D, inverse)
-        return _scaled(x, inverse, weight_D)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """With r = 1/rms: dx = r (g w - x r^2 mean(g w x)), dw = sum of g x r; sums over D or N are matrix-vector."""
         x, weight_D, inverse = ctx.saved_tensors
         size = x.shape[-1]
+        if ctx.compiled:
+            gain = torch.empty_like(x)
+            given = {"x": x, "weight": weight_D.contiguous(), "inverse": inverse, "grad": grads[0].contiguous()}
+            sums = x.new_empty(bands(inverse.numel()), size) if ctx.needs_input_grad[1] else None
+            more = {} if sums is None else {"sums": sums}
+            by_bands("rms_norm_backward", {**given, **more, "gain": gain}, **_size(x))
+            return gain, None if sums is None else sums.sum(0), None
         grad_ND, x_ND, inverse_N = grads[0].reshape(-1, size).float(), x.reshape(-1, size).float(), inverse.flatten()
         weight = weight_D.float()
         product_ND = grad_ND * x_ND
@@ -109,6 +125,12 @@ class _RMSNorm(torch.autograd.Function):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_NF2: Tensor) -> Tensor:
+        ctx.compiled = worth_compiling(gate_up_NF2)
+        if ctx.compiled:
+            out = gate_up_NF2.new_empty(*gate_up_NF2.shape[:-1], gate_up_NF2.shape[-1] // 2)
+            by_bands("swiglu", {"x": gate_up_NF2, "out": out}, **_size(gate_up_NF2))
+            ctx.save_for_backward(gate_up_NF2)
+            return out
         gate, up = gate_up_NF2.chunk(2, -1)
         silu = F.silu(gate)
         ctx.save_for_backward(gate_up_NF2, silu)
@@ -116,11 +138,19 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        gate_up_NF2, silu = ctx.saved_tensors
-        gate, up = gate_up_NF2.chunk(2, -1)
+        gate_up_NF2, *kept = ctx.saved_tensors
         grad = torch.empty_like(gate_up_NF2)
+        if ctx.compiled:
+            given = {"x": gate_up_NF2, "grad": grads[0].contiguous(), "gain": grad}
+            by_bands("swiglu_backward", given, **_size(gate_up_NF2))
+            return grad
+        gate, up = gate_up_NF2.chunk(2, -1)
         d_gate, d_up = grad.chunk(2, -1)
-        torch.mul(grads[0], silu, out=d_up)
+        torch.mul(grads[0], kept[0], out=d_up)
         torch.mul(grads[0], up, out=d_gate)
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return grad
+
+
+def _size(x: Tensor) -> dict[str, int]:
+    return {"tokens": x.numel() // x.shape[-1], "width": x.shape[-1]}

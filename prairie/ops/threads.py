@@ -8,13 +8,67 @@ Not here: what the loops do; they share their work by tickets, so that it does n
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+COMPILED_NUMBERS = 1 << 21
+"""Least numbers that an operator by elements reads for which its compiled loops are asked: below that it takes a
+millisecond or two, and numba is not even imported."""
+
+
+def worth_compiling(x: Tensor) -> bool:
+    """Whether an operator that works on x by elements goes through compiled loops. The same batch is always computed in
+    the same way, so that a run repeats its bits."""
+    large = x.numel() >= COMPILED_NUMBERS and x.dtype == torch.float32 and x.device.type == "cpu"
+    return large and x.is_contiguous() and kernels() is not None
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """`ops.kernels`; None where numba is not there: torch's forms do the same."""
+    try:
+        from prairie.ops import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def by_bands(name: str, tensors: Mapping[str, Tensor], **numbers: float) -> None:
+    """A function of `ops.kernels` that works by elements on bands of tokens; `tensors` are contiguous, the fields of
+    its BAND_JOB are called so."""
+    loops = kernels()
+    assert loops is not None
+    addresses = {field: tensor.data_ptr() for field, tensor in tensors.items()}
+    share_out(name, loops.BAND_JOB, bands(int(numbers["tokens"])), {**numbers, **addresses})
+
+
+def bands(tokens: int) -> int:
+    """How many tasks so many tokens are."""
+    loops = kernels()
+    assert loops is not None
+    return -(-tokens // int(loops.BAND))
+
+
+def share_out(name: str, record: np.dtype[Any], tasks: int, fields: Mapping[str, float]) -> None:
+    """A function of `ops.kernels` on all threads, with a record of these fields; which of them does what does not
+    change a bit. Raises MemoryError if a task was not done: compiled loops cannot raise."""
+    tickets, job = np.zeros(2, np.int64), np.zeros(1, record)
+    job["tickets"] = tickets.ctypes.data
+    for field, number in fields.items():
+        job[field] = number
+    on_threads(getattr(kernels(), name), job, min(torch.get_num_threads(), tasks))
+    if tickets[1] != tasks:
+        raise MemoryError(f"the compiled loops of {name} found no memory")
 
 
 def on_threads(loops: Any, job: np.ndarray, threads: int) -> None:
