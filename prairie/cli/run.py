@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import HomeOption, JsonOption, emit
+from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit
 from prairie.errors import UsageError
 
 
@@ -25,7 +25,7 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would happen; train nothing.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="End when the stages are done.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +51,7 @@ def run(
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with Prairie.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changed keys.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,7 +62,7 @@ def plan(
 def demo(
     port: Annotated[int, typer.Option(help="Where the chat page stays open.")] = 8000,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="End instead of keeping the chat page open.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads to compute with; default: all cores.")] = None,
+    threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
