@@ -3,6 +3,7 @@
     python -m benchmarks.flywheel [--case "hidden preference"] [--quick] --json
 
     hidden preference   true win rate of the champion against the first model after five turns; required 0.8
+    reward judge        the same where a reward model judges, trained on the votes of 60 people who do not teach; 0.8
     noise               share of 200 comparisons by coins, or by a split crowd, that promote nobody; 0.95
     adversaries N%      lowest true win rate of a champion against the first model, when N% of all people, teachers and
                         judges, vote against their taste; 0.5
@@ -12,10 +13,10 @@
     power               share of 200 true 55% winners that are promoted within the people planned beforehand; 0.8
     turn                seconds of a turn on 200 votes with the demo's model; 180
 
-`hidden preference` and `adversaries` train: a tiny model, the real curation, learner and gate (`benchmarks.worlds`).
-Counts of verdicts need no model: `noise`, `power` and the three regressions give the real gate, suite and probes
-simulated votes and answers. `turn` is the demo's own stage over HTTP; its model is made beforehand and kept. What is
-made lies in the machine's folder for temporary files and is used again.
+`hidden preference`, `reward judge` and `adversaries` train: a tiny model, the real curation, learner and gate
+(`benchmarks.worlds`). Counts of verdicts need no model: `noise`, `power` and the three regressions give the real
+gate, suite and probes simulated votes and answers. `turn` is the demo's own stage over HTTP; its model is made
+beforehand and kept. What is made lies in the machine's folder for temporary files and is used again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.measure import Case, Found, forget_peak, peak_rss_mb, run
 
 KEPT = Path(tempfile.gettempdir()) / "prairie-benchmarks"
 """Models that are made once."""
-TEACHERS, VOTES_EACH = 60, 8
+TEACHERS, VOTES_EACH, JUDGES = 60, 8, 60
 
 
 # --- worlds that train ------------------------------------------------------------------------------------------------
@@ -49,6 +50,23 @@ def hidden_preference(quick: bool) -> Found:
             turned = world.turn(number, TEACHERS, VOTES_EACH)
             climbed.append(world.true_win_rate().value)
             verdicts.append(_short(turned.verdict))
+        return {"rate": climbed[-1], "rss_mb": peak_rss_mb(), "by_turn": climbed, "verdicts": verdicts}
+
+
+def reward_judge(quick: bool) -> Found:
+    """Five turns (two when quick) with honest people, each judged by a reward model that is trained for it."""
+    from prairie.errors import DataError
+
+    with _worlds() as world_of:
+        world = world_of(1, 0.0)
+        climbed, verdicts = [0.5], list[Any]()
+        for number in range(1, 3 if quick else 6):
+            try:
+                verdict = world.turn(number, TEACHERS, VOTES_EACH, JUDGES).verdict
+                verdicts.append({**_short(verdict), "judge_accuracy": verdict.judge_accuracy.to_json()})
+            except DataError as error:  # a judge that guesses is none
+                verdicts.append({"promoted": False, "reasons": [str(error)]})
+            climbed.append(world.true_win_rate().value)
         return {"rate": climbed[-1], "rss_mb": peak_rss_mb(), "by_turn": climbed, "verdicts": verdicts}
 
 
@@ -285,6 +303,7 @@ def case(name: str, unit: str, ours: Callable[[bool], Found], required: float, l
 
 CASES = [
     case("hidden preference", "true win rate", hidden_preference, 0.8),
+    case("reward judge", "true win rate", reward_judge, 0.8),
     case("noise", "share not promoted", noise, 0.95),
     *(
         case(

@@ -16,10 +16,11 @@ from typing import Any
 
 from prairie.data.records import Message
 from prairie.evals.statistics import Interval
-from prairie.flywheel.chat import JUDGES_AT_ONCE, JUDGES_OF_JUDGES, ChatActor, ChatGate, ChatLearner
+from prairie.flywheel.chat import JUDGES_AT_ONCE, JUDGES_OF_JUDGES, ChatActor, ChatGate, ChatLearner, judged_vote
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.gate import Comparison, vote_test
 from prairie.flywheel.loop import Flywheel, Turned
+from prairie.flywheel.reward_judge import train_reward_judge
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, people, win_rate_true
 from prairie.pipeline.context import Context
 from prairie.pipeline.handlers import HANDLERS
@@ -81,10 +82,19 @@ class World:
         shutil.copytree(self.home.root, root)
         return World(root, seed, adversarial)
 
-    def turn(self, number: int, teachers: int, each: int) -> Turned:
-        """One turn of the real wheel."""
+    def turn(self, number: int, teachers: int, each: int, judges: int = 0) -> Turned:
+        """One turn of the real wheel. `judges`: so many people who do not teach vote too, beforehand, and a reward
+        model that is trained on their votes judges in place of people. Raises DataError when it judges no better than
+        chance."""
         actor = ChatActor(self.context, LINE, self._meet(number, teachers, each))
         gate = ChatGate(self.context, GATE, TASKS, self._vote(number), MAX_TOKENS)
+        if judges:
+            champion = self.home.registry.champion(LINE)
+            assert champion is not None
+            self._meet(number, judges, each, teaching=False)(champion)
+            judge = train_reward_judge(self.context, LINE)
+            vote = judged_vote(self.context, judge, GATE, TASKS, MAX_TOKENS, judge.accuracy)
+            gate = ChatGate(self.context, GATE, TASKS, vote, MAX_TOKENS, units="questions")
         return Flywheel(LINE, self.home.registry, actor, ChatLearner(self.context, LEARN), gate).turn()
 
     def true_win_rate(self) -> Interval:
@@ -97,11 +107,11 @@ class World:
         new, old = (self._answers(version, asked, seed) for version, seed in ((champion, 1), (self.first, 100_001)))
         return win_rate_true(new, old, asked)
 
-    def _meet(self, number: int, count: int, each: int) -> Callable[[Version], TalkReport]:
+    def _meet(self, number: int, count: int, each: int, teaching: bool = True) -> Callable[[Version], TalkReport]:
         """People ask the champion, get two answers each time, and choose; their votes are on the disk afterwards."""
 
         def meet(champion: Version) -> TalkReport:
-            crowd = self._crowd(count, f"turn{number}-user", teaching=True)
+            crowd = self._crowd(count, f"turn{number}-user", teaching=teaching)
             questions = items(TASKS, "train", 200, self.seed * 100 + number, distinct=False)
             questions = list({item.id: item for item in questions}.values())
             asked = [(user, item) for user in crowd for item in user.asks(questions, each, f"{self.seed}/{number}")]
@@ -110,7 +120,7 @@ class World:
             talks, report = [], TalkReport(requests=len(asked))
             for place, (user, item) in enumerate(asked):
                 rng = random.Random(f"{self.seed}/{number}/{user.name}/{item.id}")
-                id = f"{number}-{place}"
+                id = f"{number}-{place}" if teaching else f"{number}-judges-{place}"
                 answers = [
                     Response(
                         f"{id}:{side}", LINE, (Message("user", item.prompt),), line=LINE, text=texts[2 * place + side],

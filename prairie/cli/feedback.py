@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from prairie.cli.options import GoldOption, HomeOption, JsonOption, emit, open_home, read_gold, say, short, table, when
+from prairie.cli.options import (
+    GoldOption,
+    HomeOption,
+    JsonOption,
+    NamesOption,
+    emit,
+    find_names,
+    open_home,
+    read_gold,
+    say,
+    short,
+    table,
+    when,
+)
 from prairie.errors import UsageError
 
 if TYPE_CHECKING:
@@ -145,6 +158,7 @@ def curate(
     split: Annotated[str, typer.Option("--split", help="Hold out by user or by time.")] = "user",
     share: Annotated[float, typer.Option("--share", min=0.0, max=0.9, help="How much is held out.")] = 0.25,
     gold: GoldOption = None,
+    names: NamesOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -155,7 +169,7 @@ def curate(
         raise UsageError("no such way to hold out", got=split, wanted="user or time")
     with open_home(home) as store:
         way: Literal["user", "time"] = "time" if split == "time" else "user"
-        artifact = feedback_dataset(store, line, split=way, share=share, gold=read_gold(gold))
+        artifact = feedback_dataset(store, line, split=way, share=share, gold=read_gold(gold), names=find_names(names))
     facts = {"id": artifact.id, "path": str(artifact.path), "events": len(artifact.events), **artifact.figures}
 
     def text() -> str:

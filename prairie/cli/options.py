@@ -13,6 +13,7 @@ import typer
 from prairie.errors import NotFoundError
 
 if TYPE_CHECKING:
+    from prairie.data.personal import FindNames
     from prairie.data.records import Preference
     from prairie.store.home import Home
 
@@ -42,6 +43,20 @@ def emit(obj: Any, as_json: bool, text: str | Callable[[], str] = "") -> None:
 def say(text: str) -> None:
     """A line beside the result, on stderr."""
     print(text, file=sys.stderr)
+
+
+NamesOption = Annotated[
+    bool, typer.Option("--names", help="Mask names of people too, by a library that is installed (extra `names`).")
+]
+
+
+def find_names(asked: bool) -> FindNames | None:
+    """What finds names, if it is asked for. Raises UsageError when no library that does is installed."""
+    if not asked:
+        return None
+    from prairie.data.personal_names import name_finder
+
+    return name_finder()
 
 
 def open_home(home: Path | None, *, make: bool = False) -> Home:

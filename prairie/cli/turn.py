@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from prairie.cli.options import GoldOption, HomeOption, JsonOption, ThreadsOption, emit, open_home, read_gold
+from prairie.cli.options import (
+    GoldOption,
+    HomeOption,
+    JsonOption,
+    NamesOption,
+    ThreadsOption,
+    emit,
+    find_names,
+    open_home,
+    read_gold,
+)
 
 LEARN = {
     "epochs": 2, "tokens_per_batch": 4096, "lr": 1e-3, "beta": 0.1, "sft_weight": 0.2, "weight_decay": 0.0,
@@ -35,6 +45,7 @@ def turn(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Learn and judge; record and promote nothing.")] = False,
     tasks: TasksOption = "",
     gold: GoldOption = None,
+    names: NamesOption = False,
     judge: JudgeOption = None,
     judge_model: JudgeModelOption = "default",
     threads: ThreadsOption = None,
@@ -44,7 +55,7 @@ def turn(
     """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
     context = _context(line, home, threads, overrides or [], as_json)
     with context.home.lock("run"):
-        wheel = _wheel(context, line, tasks, gold, judge, judge_model)
+        wheel = _wheel(context, line, tasks, gold, names, judge, judge_model)
         turned = wheel.turn(dry=dry_run)
     found = {**turned.to_json(), "dry_run": dry_run}
     emit(found, as_json, f"turn {turned.number} of {line}: {turned.candidate.name}\n{turned.verdict.text()}")
@@ -69,6 +80,8 @@ def rejudge(
 
     context, turns = _context("rejudge", home, threads, [], as_json), list[Any]()
     registry = Registry(context.home)
+    if line is not None:
+        registry.require_vertical(line)
     with context.home.lock("run"):
         for vertical, base in registry.waiting().items():
             if line in (None, vertical):
@@ -130,7 +143,9 @@ def _chat_gate(context: Any, line: str, tasks: str, judge: str | None, judge_mod
     return ChatGate(context, rules, names, judged_vote(context, asked, rules, names), units="questions")
 
 
-def _wheel(context: Any, line: str, tasks: str, gold: Path | None, judge: str | None, judge_model: str) -> Any:
+def _wheel(
+    context: Any, line: str, tasks: str, gold: Path | None, names: bool, judge: str | None, judge_model: str
+) -> Any:
     """The loop of a line: people's votes, or, for a line that plays Go, games."""
     from prairie.flywheel.chat import ChatActor, ChatLearner
     from prairie.flywheel.loop import Flywheel
@@ -145,7 +160,7 @@ def _wheel(context: Any, line: str, tasks: str, gold: Path | None, judge: str | 
     return Flywheel(
         line,
         Registry(context.home),
-        ChatActor(context, line, gold=read_gold(gold), objective=config.learn.objective),
+        ChatActor(context, line, gold=read_gold(gold), objective=config.learn.objective, names=find_names(names)),
         ChatLearner(context, config.learn, f"turn-{line}"),
         _chat_gate(context, line, tasks, judge, judge_model),
     )

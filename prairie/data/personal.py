@@ -9,8 +9,8 @@
     ip        IPv4 and IPv6
 
 A number that fails its check is no such number and stays: a checksum is wrong in nine of ten made-up numbers. English
-and Chinese text alike; full-width digits count. Names of people have no such rule: `names` is whatever finds them, a
-library of the caller's choice, and without it names stay.
+and Chinese text alike; full-width digits count. Names of people have no such rule: `names` is whatever finds them, as
+`personal_names` does by a library, and without it names stay.
 Not here: what is done with a text afterwards (`prairie.flywheel.curate`), secrets of machines.
 """
 

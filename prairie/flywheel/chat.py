@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from prairie.data.loader import TokenDataset
+from prairie.data.personal import FindNames
 from prairie.data.records import Chat, Message, Preference
 from prairie.data.sources import write_records
 from prairie.engine.language_model import LanguageModel
@@ -71,6 +72,8 @@ class ChatActor:
     """Preferences that are known to be right, by which people are trusted."""
     objective: VoteObjective = "dpo"
     """What the learner takes: preferences (dpo), or answers that people liked or not (kto)."""
+    names: FindNames | None = None
+    """What finds names of people, to mask them as other personal data is."""
 
     def act(self, champion: Version) -> Artifact:
         """The dataset of the votes that no earlier turn has used up. Raises DataError when they teach too little, or a
@@ -86,7 +89,7 @@ class ChatActor:
             for vote in self.context.home.feedback.votes(line=self.line, purpose="chat")
             if vote.event.id not in used and not is_held_out(vote.event.user or "")
         ]
-        return dataset(self.context, self.line, teaching, self.gold, self.objective)
+        return dataset(self.context, self.line, teaching, self.gold, self.objective, self.names)
 
 
 def learned_events(context: Context, line: str) -> set[str]:
@@ -103,9 +106,10 @@ def dataset(
     votes: Sequence[Vote],
     gold: Sequence[Preference] = (),
     objective: VoteObjective = "dpo",
+    names: FindNames | None = None,
 ) -> Artifact:
     """An immutable artifact of preferences, or of judged answers (`objective` kto), that names every event it holds."""
-    curated = curate(votes, gold=gold_of(gold))
+    curated = curate(votes, gold=gold_of(gold), names=names)
     rows, events, liked, disliked = _taught(curated, objective)
     if len(rows) < LEAST_ROWS or not liked or not disliked:
         raise DataError(
@@ -121,6 +125,8 @@ def dataset(
     config: dict[str, Any] = {"line": line, "events": events}
     if objective != "dpo":
         config["objective"] = objective
+    if names is not None:
+        config["names"] = True
     if gold:
         config["gold"] = [preference.to_json() for preference in gold]
     found = store.find(store.id_of("votes", config, [], code))
@@ -178,9 +184,11 @@ def make_candidate(context: Context, config: VoteLearning, parent: Artifact, rec
     identity = store.id_of("candidate", keys, inputs, code)
     if store.find(identity) is None:
         figures: dict[str, Any] = {}
-        with store.create("candidate", title, keys, inputs, code, figures=figures) as folder:
-            figures.update(learn_candidate(context, config, parent, records, folder, home.work(identity), title))
-        home.clear_work(identity)
+        with (
+            home.working(identity) as scratch,
+            store.create("candidate", title, keys, inputs, code, figures=figures) as folder,
+        ):
+            figures.update(learn_candidate(context, config, parent, records, folder, scratch, title))
     return store.get(identity)
 
 

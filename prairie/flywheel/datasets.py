@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
+from prairie.data.personal import FindNames
 from prairie.data.records import Preference, Record
 from prairie.data.sources import write_records
 from prairie.errors import DataError
@@ -31,12 +32,16 @@ def feedback_dataset(
     split: Split = "user",
     share: float = HELD_OUT_SHARE,
     gold: Sequence[Preference] = (),
+    names: FindNames | None = None,
 ) -> Artifact:
     """Curates the votes on a line that count now. The same votes are the same artifact. `gold`: preferences known to be
-    right, by which people are trusted. Raises DataError when nobody said anything that gives a record."""
+    right, by which people are trusted; `names`: what finds names of people, to mask them too. Raises DataError when
+    nobody said anything that gives a record."""
     votes = home.feedback.votes(line=line, purpose="chat")
     train, held_out = split_votes(votes, split, share)
-    parts = {name: curate(some, gold=gold_of(gold)) for name, some in (("train", train), ("held_out", held_out))}
+    parts = {
+        name: curate(some, gold=gold_of(gold), names=names) for name, some in (("train", train), ("held_out", held_out))
+    }
     events = list(dict.fromkeys(event for part in parts.values() for event in part.all_events))
     if not events:
         raise DataError(
@@ -44,6 +49,8 @@ def feedback_dataset(
             wanted="a choice, an edit, a thumb, a rating or a comment",
         )  # fmt: skip
     config = {"line": line, "split": split, "share": share, "events": events, "gold": [p.to_json() for p in gold]}
+    if names is not None:
+        config["names"] = True
     code = code_revision(("data", "flywheel/curate", "flywheel/datasets"))
     id = home.artifacts.id_of("feedback", config, [], code)
     if (found := home.artifacts.find(id)) is not None:

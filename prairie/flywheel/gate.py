@@ -111,6 +111,38 @@ class TaskChange:
         return cls(row["task"], row["before"], row["after"], Interval(**row["change"]), row["margin"])
 
 
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """What stood in the way of a candidate: the rule that spoke, and its figures as they are written. A page makes a
+    sentence of them in its own language."""
+
+    rule: str
+    figures: Mapping[str, str | int]
+
+    def __str__(self) -> str:
+        return RULES[self.rule].format(**self.figures)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rule": self.rule, "figures": dict(self.figures)}
+
+
+RULES = {
+    "few_users": "only {n} users voted ({votes} votes); at least {least} are needed before an interval means much",
+    "prefer_champion": "users prefer the champion: the win rate is at most {high}, at whatever moment one looks",
+    "not_worth": "the win rate is at most {high}, below the {wanted} that would be worth finding",
+    "undecided": "undecided: {n} people say {interval}; this may be noise, more people may vote",
+    "undecided_planned": "undecided: {n} people say {interval} and {planned} were planned; this may be noise, more"
+    " people may vote",
+    "undecided_games": "undecided after all {games} games: {interval}",
+    "unfair_judge": "the judge is not fair: of two answers of the champion the one shown first wins {rate} {interval}",
+    "not_measured": "the candidate was not measured on {task}",
+    "falls": "{task} falls by {by} {interval}, more than {margin}",
+    "unclear": "{task} changes by {by} {interval}: {items} items are too few to rule out a fall of {margin}",
+    "probe": "the probe `{probe}` is {value}, outside {low} to {high}",
+}
+"""Every rule that can refuse a candidate; the studio page has them in other languages."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the gate decided and on what grounds; `reasons` name what stood in the way and are empty when it passed."""
@@ -142,6 +174,8 @@ class Verdict:
     """What is independent: people, or pairs of games."""
     rules: Mapping[str, Any] | None = None
     """What a match was played by."""
+    because: Sequence[Reason] = ()
+    """The `reasons` as rules and figures; empty in a verdict from before there were any."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -165,6 +199,7 @@ class Verdict:
             "trials": self.trials,
             "units": self.units,
             "rules": dict(self.rules) if self.rules is not None else None,
+            "because": [reason.to_json() for reason in self.because],
         }
 
     @classmethod
@@ -176,6 +211,7 @@ class Verdict:
             "suite": {name: TaskChange.from_json(change) for name, change in row["suite"].items()},
             "probes": tuple(map(Probe.from_json, row["probes"])),
             "reasons": tuple(row["reasons"]),
+            "because": tuple(Reason(found["rule"], found["figures"]) for found in row.get("because", ())),
             "test": SequentialTest.from_json(row["test"]) if row.get("test") else None,
             "judge_noise": Interval(**row["judge_noise"]) if row.get("judge_noise") else None,
             "judge_accuracy": Interval(**row["judge_accuracy"]) if row.get("judge_accuracy") else None,
@@ -260,18 +296,14 @@ def judge(
     test = vote_test(comparisons, least_users)
     noise = _judge_noise(against_itself)
     changes = _suite_changes(suite_before or {}, suite_after or {}, margin, margins or {})
-    reasons = [
+    because = [
         *_about_votes(test, len(outcomes), least_users, planned),
         *_about_suite(suite_before or {}, suite_after or {}, changes),
-        *(
-            f"the probe `{probe.name}` is {probe.value:.2f}, outside {probe.low:.2f} to {probe.high:.2f}"
-            for probe in probes
-            if not probe.holds
-        ),
+        *_about_probes(probes),
         *_about_judge(noise),
     ]
     return Verdict(
-        passed=not reasons,
+        passed=not because,
         win_rate=votes.value,
         low=votes.low,
         high=votes.high,
@@ -283,7 +315,8 @@ def judge(
         confidence=confidence,
         suite=changes,
         probes=tuple(probes),
-        reasons=tuple(reasons),
+        reasons=tuple(map(str, because)),
+        because=tuple(because),
         test=test,
         planned=planned,
         judge_noise=noise,
@@ -315,24 +348,29 @@ def judge_games(
     pairs = paired_games(outcomes)
     test = sequential_test(pairs, wanted=wanted, error=ERROR, least=LEAST_USERS)
     games = clustered_interval(outcomes, [number // 2 for number in range(len(outcomes))], confidence)
-    reasons = [
-        *_about_games(test, len(outcomes)),
-        *(f"the probe `{p.name}` is {p.value:.2f}, outside {p.low:.2f} to {p.high:.2f}" for p in probes if not p.holds),
-    ]
+    because = [*_about_games(test, len(outcomes)), *_about_probes(probes)]
     return Verdict(
-        passed=not reasons, win_rate=games.value, low=games.low, high=games.high, n=len(outcomes), users=games.n,
+        passed=not because, win_rate=games.value, low=games.low, high=games.high, n=len(outcomes), users=games.n,
         wins=list(outcomes).count(1), ties=list(outcomes).count(0.5), losses=list(outcomes).count(0),
-        confidence=confidence, suite={}, probes=tuple(probes), reasons=tuple(reasons), test=test, trials="games",
-        units="pairs", rules=rules,
+        confidence=confidence, suite={}, probes=tuple(probes), reasons=tuple(map(str, because)), test=test,
+        trials="games", units="pairs", rules=rules, because=tuple(because),
     )  # fmt: skip
 
 
-def _about_games(test: SequentialTest, games: int) -> list[str]:
+def _about_games(test: SequentialTest, games: int) -> list[Reason]:
     if test.decision == "better":
         return []
     if test.decision == "not better":
-        return [f"the win rate is at most {test.high:.1%}, below the {test.wanted:.0%} that would be worth finding"]
-    return [f"undecided after all {games} games: [{test.low:.1%}, {test.high:.1%}]"]
+        return [Reason("not_worth", {"high": f"{test.high:.1%}", "wanted": f"{test.wanted:.0%}"})]
+    return [Reason("undecided_games", {"games": games, "interval": f"[{test.low:.1%}, {test.high:.1%}]"})]
+
+
+def _about_probes(probes: Sequence[Probe]) -> list[Reason]:
+    return [
+        Reason("probe", {"probe": p.name, "value": f"{p.value:.2f}", "low": f"{p.low:.2f}", "high": f"{p.high:.2f}"})
+        for p in probes
+        if not p.holds
+    ]
 
 
 def _check(comparisons: Sequence[Comparison]) -> None:
@@ -350,22 +388,18 @@ def _check(comparisons: Sequence[Comparison]) -> None:
         seen.add(key)
 
 
-def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | None) -> list[str]:
+def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | None) -> list[Reason]:
     if test.n < least_users:
-        return [
-            f"only {test.n} users voted ({n} votes); at least {least_users} are needed before an interval means much"
-        ]
+        return [Reason("few_users", {"n": test.n, "votes": n, "least": least_users})]
     if test.decision == "better":
         return []
+    high = f"{test.high:.1%}"
     if test.high < 0.5:
-        return [f"users prefer the champion: the win rate is at most {test.high:.1%}, at whatever moment one looks"]
+        return [Reason("prefer_champion", {"high": high})]
     if test.decision == "not better":
-        return [f"the win rate is at most {test.high:.1%}, below the {test.wanted:.0%} that would be worth finding"]
-    plan = f" and {planned} were planned" if planned else ""
-    return [
-        f"undecided: {test.n} people say [{test.low:.1%}, {test.high:.1%}]{plan}; this may be noise, more people may"
-        " vote"
-    ]
+        return [Reason("not_worth", {"high": high, "wanted": f"{test.wanted:.0%}"})]
+    figures: dict[str, str | int] = {"n": test.n, "interval": f"[{test.low:.1%}, {high}]"}
+    return [Reason("undecided_planned", {**figures, "planned": planned}) if planned else Reason("undecided", figures)]
 
 
 def _judge_noise(comparisons: Sequence[Comparison]) -> Interval | None:
@@ -374,13 +408,11 @@ def _judge_noise(comparisons: Sequence[Comparison]) -> Interval | None:
     return clustered_interval([c.outcome for c in comparisons], [c.user for c in comparisons], FAIR)
 
 
-def _about_judge(noise: Interval | None) -> list[str]:
+def _about_judge(noise: Interval | None) -> list[Reason]:
     if noise is None or noise.low <= 0.5 <= noise.high:
         return []
-    return [
-        f"the judge is not fair: of two answers of the champion the one shown first wins {noise.value:.1%}"
-        f" [{noise.low:.1%}, {noise.high:.1%}]"
-    ]
+    interval = f"[{noise.low:.1%}, {noise.high:.1%}]"
+    return [Reason("unfair_judge", {"rate": f"{noise.value:.1%}", "interval": interval})]
 
 
 def _suite_changes(
@@ -406,17 +438,16 @@ def _change(before: TaskScore, after: TaskScore) -> Interval:
 
 def _about_suite(
     before: Mapping[str, TaskScore], after: Mapping[str, TaskScore], changes: Mapping[str, TaskChange]
-) -> list[str]:
-    reasons = [f"the candidate was not measured on {name}" for name in before if name not in after]
+) -> list[Reason]:
+    reasons = [Reason("not_measured", {"task": name}) for name in before if name not in after]
     for change in changes.values():
-        found, interval = change.change, f"[{change.change.low:+.1%}, {change.change.high:+.1%}]"
+        found = change.change
+        about = {"task": change.task, "interval": f"[{found.low:+.1%}, {found.high:+.1%}]"}
         if change.fell:
-            reasons.append(f"{change.task} falls by {-found.value:.1%} {interval}, more than {change.margin:.1%}")
+            reasons.append(Reason("falls", {**about, "by": f"{-found.value:.1%}", "margin": f"{change.margin:.1%}"}))
         elif change.unclear:
-            reasons.append(
-                f"{change.task} changes by {found.value:+.1%} {interval}: {found.n} items are too few to rule out a"
-                f" fall of {3 * change.margin:.1%}"
-            )
+            far = {"by": f"{found.value:+.1%}", "items": found.n, "margin": f"{3 * change.margin:.1%}"}
+            reasons.append(Reason("unclear", {**about, **far}))
     return reasons
 
 

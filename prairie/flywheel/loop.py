@@ -68,9 +68,14 @@ class Flywheel:
     gate: Gate
 
     def turn(self, *, dry: bool = False, key: str | None = None) -> Turned:
-        """One turn; `dry` judges and promotes nobody. Raises NotFoundError if the line has no champion; whatever fails
-        on the way changes no line. A turn whose process died is done again and ends as it would have; what was turned
-        under the same `key` before is not turned twice, its recorded outcome is returned."""
+        """One turn; `dry` judges and promotes nobody. Raises NotFoundError if the line has no champion, BusyError while
+        another process or thread turns it; whatever fails on the way changes no line. A turn whose process died is done
+        again and ends as it would have; what was turned under the same `key` before is not turned twice, its recorded
+        outcome is returned."""
+        with self.registry.home.lock(f"turn-{self.line}"):
+            return self._turn(dry, key)
+
+    def _turn(self, dry: bool, key: str | None) -> Turned:
         known = self.registry.turn_of(self.line, key) if key is not None else None
         if known is not None:
             return self._recall(known)

@@ -158,9 +158,11 @@ class Rebase:
             made = {name: _made(home, name, read) for name, read in reads.items()}
             config: Any = KINDS[artifact.kind].model_validate(_of_the_stage(keys))
             figures: dict[str, Any] = {}
-            with store.create(artifact.kind, artifact.name, keys, inputs, code, figures=figures) as folder:
-                figures.update(handler.make(Work(context, artifact.name, config, made, folder, home.work(id), id)))
-            home.clear_work(id)
+            with (
+                home.working(id) as scratch,
+                store.create(artifact.kind, artifact.name, keys, inputs, code, figures=figures) as folder,
+            ):
+                figures.update(handler.make(Work(context, artifact.name, config, made, folder, scratch, id)))
         return store.get(id)
 
 

@@ -108,10 +108,13 @@ def _trained(
     if (found := store.find(id)) is not None:
         return found
     figures: dict[str, Any] = {}
-    with store.create("judge", f"judge-{line}", config, [base.id], code, figures=figures, events=events) as folder:
+    with (
+        home.working(id) as scratch,
+        store.create("judge", f"judge-{line}", config, [base.id], code, figures=figures, events=events) as folder,
+    ):
         start = open_start(base)
         figures.update(learn(
-            LEARN, "reward", pairs, start, base_of(base), folder, home.work(id), context.runtime, f"judge-{line}",
+            LEARN, "reward", pairs, start, base_of(base), folder, scratch, context.runtime, f"judge-{line}",
             kept=home.references,
         ))  # fmt: skip
         right = _outcomes(start, asked)
@@ -119,7 +122,6 @@ def _trained(
         figures["accuracy_on_others"] = accuracy.to_json()
         write_records(folder / "tried.jsonl", asked)
         (folder / "accuracy.json").write_text(json.dumps(accuracy.to_json()) + "\n", encoding="utf-8")
-    home.clear_work(id)
     return store.get(id)
 
 

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,6 +97,14 @@ class Home:
     def references(self) -> Path:
         """Where log-probabilities of reference models are kept; may be deleted at any time."""
         return self.root / "references"
+
+    @contextmanager
+    def working(self, id: str) -> Iterator[Path]:
+        """The work folder of `id` for one process and one thread at a time, since equal work has equal ids; removed
+        when the block ends well, kept after a crash. Raises BusyError naming the holder's pid."""
+        with self.lock(f"work-{id}"):
+            yield self.work(id)
+            self.clear_work(id)
 
     def clear_work(self, id: str) -> None:
         """Removes a work folder once its artifact stands."""

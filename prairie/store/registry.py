@@ -338,6 +338,14 @@ class Registry:
         with self.home.database.read() as connection:
             return connection.execute(select(func.max(REGISTRY_EVENTS.c.id))).scalar() or 0
 
+    def require_vertical(self, name: str) -> None:
+        """Raises NotFoundError unless `name` is a vertical of a line."""
+        known = [line for line in self.lines() if ":" in line]
+        if name not in known:
+            raise NotFoundError(
+                "no such vertical", got=name, wanted=" | ".join(known) or "LINE:NAME of one that was published"
+            )
+
     def waiting(self) -> dict[str, Version]:
         """Verticals whose line has a new base: vertical -> the base's champion, against which it is to be judged again.
 

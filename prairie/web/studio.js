@@ -91,6 +91,7 @@ function drawLine(line) {
     h("div", { class: "row" },
       h("h2", {}, line.line),
       h("button", { type: "button", class: "text-button rollback", onclick: () => confirm(t("studio.rollback.sure", { name: line.line })) && change(() => rollBack(line.line)) }, t("studio.rollback"))),
+    line.waits_for ? h("p", { class: "waits" }, t("studio.waits_for", { name: line.waits_for, line: line.line })) : null,
     table([t("studio.version"), t("studio.made"), ""], rows),
     h("ul", { class: "faint" }, events));
 }
@@ -105,8 +106,20 @@ function drawTurn(line, turn) {
     h("p", {}, t("studio.match", { candidate: turn.candidate_name ?? "?", champion: turn.champion_name ?? "?" })),
     known ? interval(verdict.win_rate, verdict.low, verdict.high) : null,
     h("p", {}, t(verdict.trials === "games" ? "studio.games" : "studio.people", { n: verdict.n, users: verdict.users, rows: turn.rows ?? 0, votes: turn.votes })),
-    verdict.reasons?.length ? h("ul", { class: "faint" }, verdict.reasons.map((reason) => h("li", {}, reason))) : null,
+    verdict.reasons?.length ? h("ul", { class: "faint reasons" }, reasons(verdict).map((reason) => h("li", {}, reason))) : null,
     h("small", {}, time(turn.created * 1000)));
+}
+
+/** Why the candidate was refused, in the page's language; verdicts from before there were rules in them say it in English. */
+function reasons(verdict) {
+  if (!verdict.because?.length) return verdict.reasons;
+  return verdict.because.map(({ rule, figures }) => t("because." + rule, { ...figures, probe: probe(figures.probe) }));
+}
+
+/** The name of a probe, as the gate writes it, in the page's language where that has one. */
+function probe(name) {
+  const found = t("probe." + name);
+  return found === "probe." + name ? name : found;
 }
 
 /** A win rate with its interval, against the middle that it had to leave. */

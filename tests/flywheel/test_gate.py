@@ -7,12 +7,8 @@ import pytest
 
 from prairie.errors import DataError
 from prairie.evals.harness import TaskScore
-from prairie.flywheel.gate import (
-    Comparison,
-    judge,
-    required_sample_size,
-)
-from prairie.flywheel.probes import length_probe
+from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size
+from prairie.flywheel.probes import Probe, length_probe
 
 
 def votes(rng, users, each, win_rate=0.5, ties=0.3, spread=0.0, uneven=False):
@@ -211,3 +207,16 @@ def test_the_verdict_fits_a_screen_and_json():
     assert len(lines) < 24 and max(map(len, lines)) <= 140
     body = json.loads(json.dumps(verdict.to_json(), allow_nan=False))
     assert body["passed"] is False and body["suite"]["units"]["holds"] is False and body["users"] == 20
+
+
+def test_reasons_are_rules_with_their_figures():
+    votes = [Comparison(f"u{n}", f"q{m}", float(m % 2)) for n in range(8) for m in range(4)]
+    few, many = judge(votes[:8]), judge(votes, probes=[Probe("length ratio", 3.0, 0.3, 2.0)], planned=90)
+    assert [reason.rule for reason in few.because] == ["few_users"]
+    assert [reason.rule for reason in many.because] == ["undecided_planned", "probe"]
+    for verdict in (few, many):
+        assert tuple(map(str, verdict.because)) == verdict.reasons and not verdict.passed
+        assert Verdict.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
+    old = many.to_json()
+    del old["because"]
+    assert Verdict.from_json(old).because == () and Verdict.from_json(old).reasons == many.reasons

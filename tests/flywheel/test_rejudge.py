@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
@@ -25,12 +26,18 @@ pytestmark = pytest.mark.long
 LEARN = VoteLearning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
 
-@pytest.fixture
-def context(voted):
-    """With spark:poet@1, an adapter on spark@1 that learned from votes, and spark@2, another model."""
+def context_of(home):
     recipe = resolve_recipe({"name": "t", "seed": 3, "stages": {"base": {"kind": "import", "path": "-"}}})
-    with Home(voted) as home:
-        context = Context(recipe, home, Runtime(threads=1, seed=3, progress=Progress(io.StringIO(), quiet=True)))
+    return Context(recipe, home, Runtime(threads=1, seed=3, progress=Progress(io.StringIO(), quiet=True)))
+
+
+@pytest.fixture(scope="module")
+def _with_a_vertical(make_voted, tmp_path_factory):
+    """`voted` with spark:poet@1, an adapter on spark@1 that learned from votes, and spark@2, another model."""
+    root = tmp_path_factory.mktemp("vertical") / "home"
+    make_voted(root)
+    with Home(root) as home:
+        context = context_of(home)
         registry, first = home.registry, home.artifacts.get(home.registry.champion("spark").artifact_id)
         poet = make_candidate(
             context, LEARN, first, ChatActor(context, "spark").act(registry.champion("spark")), "poet"
@@ -44,7 +51,18 @@ def context(voted):
                     (folder / path.name).write_bytes(path.read_bytes())
         second = next(artifact for artifact in home.artifacts.list() if artifact.name == "second")
         registry.register("spark", second.id, kind="model")
-        yield context
+    return root
+
+
+@pytest.fixture
+def voted(_with_a_vertical, tmp_path):
+    return shutil.copytree(_with_a_vertical, tmp_path / "voted")
+
+
+@pytest.fixture
+def context(voted):
+    with Home(voted) as home:
+        yield context_of(home)
 
 
 def judges_vote(home):
@@ -74,6 +92,14 @@ def test_a_vertical_waits_for_its_lines_new_base_and_no_other(context, voted, ca
         assert "stands on the base before spark@2 and is served on it; it waits" in capsys.readouterr().out
     registry.rollback("spark")
     assert registry.waiting() == {}
+
+
+def test_what_is_no_vertical_is_an_error(voted, capsys):
+    for name in ("spark:poem", "spark", "nobody"):
+        with pytest.raises(SystemExit) as end:
+            main(["rejudge", name, "--home", str(voted)])
+        assert end.value.code == 1
+        assert f"no such vertical: got {name}, wanted spark:poet" in capsys.readouterr().err
 
 
 def test_it_is_trained_on_the_new_base_judged_and_waits_no_more(context, voted, capsys):

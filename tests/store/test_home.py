@@ -90,3 +90,16 @@ def test_work_folders(home):
     for name in ("../up", "", ".hidden", "a/b"):
         with pytest.raises(RequestError):
             home.work(name)
+
+
+def test_work_is_one_callers_and_kept_when_it_fails(home):
+    with home.working("abc") as folder:
+        (folder / "half").touch()
+        with pytest.raises(BusyError, match=r"`work-abc` of .* is in use"), home.working("abc"):
+            pass
+    assert not folder.exists()
+    with pytest.raises(ZeroDivisionError), home.working("abc") as folder:
+        (folder / "half").touch()
+        1 / 0  # noqa: B018
+    with home.working("abc") as again:
+        assert (again / "half").exists()

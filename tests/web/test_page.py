@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from prairie.flywheel.gate import RULES
+
 WEB = Path(__file__).parents[2] / "prairie" / "web"
+FLYWHEEL = WEB.parent / "flywheel"
 SOURCES = {
     path.name: path.read_text(encoding="utf-8")
     for path in sorted(WEB.iterdir())
@@ -56,6 +59,18 @@ def test_every_word_that_is_asked_for_exists_and_every_word_is_used():
     stems = set(re.findall(r'\bt\("([\w.]+\.)" \+', ALL_CODE)) | set(re.findall(r"\bt\(`([\w.]+\.)\$\{", ALL_CODE))
     made = {key for key in known if any(key.startswith(stem) for stem in stems)}
     assert known == exact | made, f"written, but never shown: {sorted(known - exact - made)}"
+
+
+def test_every_rule_of_the_gate_and_every_probe_has_its_words():
+    """Reasons are told by rule and figures, so that the page says them in its own language."""
+    languages = strings()
+    for rule, sentence in RULES.items():
+        for words in languages.values():
+            assert sorted(re.findall(r"\{\w+\}", words[f"because.{rule}"])) == sorted(re.findall(r"\{\w+\}", sentence))
+    assert len([key for key in languages["en"] if key.startswith("because.")]) == len(RULES)
+    sources = [(FLYWHEEL / name).read_text(encoding="utf-8") for name in ("chat.py", "go.py", "probes.py")]
+    probes = set(re.findall(r'(?:Probe\(|_share\(|name = )"([a-z ]+)"', "".join(sources)))
+    assert len(probes) == 7 and probes == {key[6:] for key in languages["zh"] if key.startswith("probe.")}
 
 
 # References and safety

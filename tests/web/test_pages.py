@@ -10,7 +10,9 @@ from tiny_site import Site, follow_to, go_home
 
 from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner
 from prairie.flywheel.curate import is_held_out
+from prairie.flywheel.gate import Comparison, judge
 from prairie.flywheel.loop import Flywheel
+from prairie.flywheel.probes import Probe
 from prairie.pipeline.context import Context
 from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
@@ -124,6 +126,26 @@ def follow(open_page: Any, site: Site, home: Home) -> None:
     assert ask(page, "Is it fine?").locator(".origin").inner_text().startswith("spark@2"), "the new model answers"
 
     roll_back(page, site, home)
+
+
+def test_what_waits_and_why_is_said_in_the_pages_language(open_page: Any, voted: Path) -> None:
+    """A vertical on an old base, and a turn that was refused, on the Chinese page."""
+    with Home(voted) as home:
+        registry, first = home.registry, home.registry.champion("spark")
+        probe = Probe("length ratio", 3.0, 0.3, 2.0)
+        comparisons = [Comparison(f"user-{n}", f"q{m}", float(m % 2)) for n in range(8) for m in range(4)]
+        verdict = judge(comparisons, probes=[probe], planned=100)
+        registry.record_turn("spark", 1, first.artifact_id, first.artifact_id, None, verdict.to_json(), False)
+        vertical = registry.register("spark:poet", first.artifact_id, kind="adapter", base="0" * 16)
+        registry.promote(vertical)
+        site = Site(home).start()
+        try:
+            page = open_page(site, to="studio", ready=".turned .reasons li", locale="zh-CN")
+            told = page.locator(".turned .reasons").inner_text()
+            assert "计划需要 100 人" in told and "探针“长度之比”为 3.00，超出 0.30 到 2.00" in told
+            page.locator("#lines [data-line='spark:poet'] .waits").get_by_text("prairie rejudge spark:poet").wait_for()
+        finally:
+            site.stop()
 
 
 def turn_the_wheel(home: Home) -> str:
