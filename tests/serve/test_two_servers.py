@@ -36,23 +36,23 @@ def answer(http):
     return found["id"], found["prairie"]["version"]
 
 
-def follows(http, name, limit_s=20.0):
+def follows(http, number, limit_s=20.0):
     deadline = time.monotonic() + limit_s
-    while (found := answer(http)[1]) != name:
-        assert time.monotonic() < deadline, f"{http.base_url} answers by {found}, not by {name}"
+    while (found := answer(http)[1]) != number:
+        assert time.monotonic() < deadline, f"{http.base_url} answers by version {found}, not by {number}"
         time.sleep(0.05)
 
 
 def test_a_promotion_on_one_is_seen_by_the_other(servers):
     home, here, there = servers
     for http in (here, there):
-        follows(http, "spark@1")
+        follows(http, 1)
     there.post("/v1/studio/lines/spark/promote", json={"version": 2}).raise_for_status()
     for http in (here, there):
-        follows(http, "spark@2")
+        follows(http, 2)
     here.post("/v1/studio/lines/spark/rollback", json={}).raise_for_status()
     for http in (there, here):
-        follows(http, "spark@1")
+        follows(http, 1)
     assert [event.number for event in home.registry.history("spark")] == [1, 2, 1]
 
 
