@@ -446,8 +446,8 @@ def _about_suite(
         if change.fell:
             reasons.append(Reason("falls", {**about, "by": f"{-found.value:.1%}", "margin": f"{change.margin:.1%}"}))
         elif change.unclear:
-            far = {"by": f"{found.value:+.1%}", "items": found.n, "margin": f"{3 * change.margin:.1%}"}
-            reasons.append(Reason("unclear", {**about, **far}))
+            fall = f"{3 * change.margin:.1%}"
+            reasons.append(Reason("unclear", {**about, "by": f"{found.value:+.1%}", "items": found.n, "margin": fall}))
     return reasons
 
 

@@ -13,6 +13,8 @@ from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.gate import Comparison, judge
 from prairie.flywheel.loop import Flywheel
 from prairie.flywheel.probes import Probe
+from prairie.models.lora import LoRA, LoRAConfig
+from prairie.models.weights import load_model, read_manifest
 from prairie.pipeline.context import Context
 from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
@@ -136,8 +138,18 @@ def test_what_waits_and_why_is_said_in_the_pages_language(open_page: Any, voted:
         comparisons = [Comparison(f"user-{n}", f"q{m}", float(m % 2)) for n in range(8) for m in range(4)]
         verdict = judge(comparisons, probes=[probe], planned=100)
         registry.record_turn("spark", 1, first.artifact_id, first.artifact_id, None, verdict.to_json(), False)
-        vertical = registry.register("spark:poet", first.artifact_id, kind="adapter", base="0" * 16)
-        registry.promote(vertical)
+        base = home.artifacts.get(first.artifact_id)
+        lora, hashes = LoRA.create(load_model(base.path), LoRAConfig(rank=2), seed=1), read_manifest(base.path)
+        with home.artifacts.create("adapter", "poet", {}, [base.id]) as folder:
+            words = {name: hashes[name] for name in ("tokenizer_hash", "template_hash")}
+            lora.save(folder, base_artifact=base.id, **words)
+        with home.artifacts.create("model", "second", {"n": 2}) as folder:
+            for path in base.path.iterdir():
+                if path.name != "manifest.json":
+                    (folder / path.name).write_bytes(path.read_bytes())
+        made = {artifact.name: artifact.id for artifact in home.artifacts.list()}
+        registry.promote(registry.register("spark:poet", made["poet"], kind="adapter", base=base.id))
+        registry.promote(registry.register("spark", made["second"], kind="model"))
         site = Site(home).start()
         try:
             page = open_page(site, to="studio", ready=".turned .reasons li", locale="zh-CN")
