@@ -43,6 +43,7 @@ from prairie.train.objectives.dpo import reference_logprobs
 LEARNING_CODE = (
     "data", "models", "ops", "train", "flywheel/chat", "flywheel/curate", "pipeline/model_stages", "pipeline/held_out",
 )  # fmt: skip
+DATASET_CODE = ("data/clean", "data/personal", "data/personal_names", "flywheel/curate")
 LEAST_ROWS = 8
 CROWD = 12
 """Simulated people who talk at the same time: enough to fill the engine's batches."""
@@ -121,7 +122,7 @@ def dataset(
         )
     health = ChatHealth.of(liked, disliked)
     health.check()
-    store, code = context.home.artifacts, code_revision(("data/clean", "data/personal", "flywheel/curate"))
+    store, code = context.home.artifacts, code_revision(DATASET_CODE)
     config: dict[str, Any] = {"line": line, "events": events}
     if objective != "dpo":
         config["objective"] = objective

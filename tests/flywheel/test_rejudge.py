@@ -9,6 +9,7 @@ import pytest
 from prairie.cli.main import main
 from prairie.data.records import Message
 from prairie.errors import RequestError
+from prairie.flywheel import chat
 from prairie.flywheel.chat import ChatActor, ChatGate, make_candidate
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.loop import Flywheel
@@ -16,6 +17,7 @@ from prairie.flywheel.remake import Rebase
 from prairie.models.transformer import Transformer
 from prairie.models.weights import load_model, save_model
 from prairie.pipeline.context import Context
+from prairie.pipeline.held_out import suite
 from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.feedback import FeedbackEvent, Response
@@ -102,7 +104,8 @@ def test_what_is_no_vertical_is_an_error(voted, capsys):
         assert f"no such vertical: got {name}, wanted spark:poet" in capsys.readouterr().err
 
 
-def test_it_is_trained_on_the_new_base_judged_and_waits_no_more(context, voted, capsys):
+def test_it_is_trained_on_the_new_base_judged_and_waits_no_more(context, voted, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "suite", lambda tasks, count: suite(tasks, 5))  # what ends the waiting is the votes
     registry = context.home.registry
     registry.promote("spark@2")
     base, served = registry.resolve("spark@2").artifact_id, registry.champion("spark:poet")
