@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import threading
 import weakref
@@ -28,22 +29,25 @@ from torch import Tensor
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import rotary_turns
-from prairie.ops.packed import PackedWeight, lay_together
+from prairie.ops.packed import PANEL, PackedWeight, in_one_piece, in_panels, lay_in_panels
 
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
     from prairie.engine.scheduler import Step
     from prairie.models.lora import LoRA
+    from prairie.ops.linear import LowRank
 
 log = logging.getLogger("prairie.engine")
 GROUPS = ("qkv", "o", "gate_up", "down")
-LANES, PARTS = 8, 3
+LANES = 8
 """As in `ops.decoder`, which is imported late."""
 MOST_LAYERS = 400
 """The phases of a step have numbers of 12 bits."""
 MOST_THREADS = 64
 HEAD_PIECES = 16
 """Pieces of the head for each thread."""
+SEGMENT = 48
+"""Tokens, at most, that one thread takes through an adapter at once."""
 NOTHING = np.zeros(0, dtype=np.int64)
 
 
@@ -58,9 +62,11 @@ def covers(model: Transformer) -> bool:
         and not c.attention_softcap and not c.logit_softcap and not c.logit_bias
     )  # fmt: skip
     whole = all(size % LANES == 0 for size in (c.dim, c.q_dim, c.ffn_dim, c.head_dim))
+    packed = isinstance(model.layers[0].qkv, PackedWeight)
     return (
         plain
         and whole
+        and (not packed or c.ffn_dim % PANEL == 0)  # a panel belongs to gates or to ups
         and c.layers <= MOST_LAYERS
         and model.embed.dtype == torch.float32
         and model.embed.device.type == "cpu"
@@ -70,9 +76,13 @@ def covers(model: Transformer) -> bool:
 
 def _kinds(model: Transformer) -> bool:
     """All matrices of the blocks are kept alike, in a way that is computed with here."""
-    weights = [getattr(block, group) for block in model.layers for group in GROUPS]
-    kinds = {weight.bits if isinstance(weight, PackedWeight) else str(weight.dtype) for weight in weights}
+    kinds = {weight.bits if isinstance(weight, PackedWeight) else str(weight.dtype) for weight in _weights(model)}
     return len(kinds) == 1 and kinds <= {"torch.float32", "bf16", "int8"}
+
+
+def _weights(model: Transformer) -> list[Tensor | PackedWeight]:
+    """The matrices of the blocks."""
+    return [getattr(block, group) for block in model.layers for group in GROUPS]
 
 
 @cache
@@ -91,9 +101,10 @@ class Adapter:
     """An adapter as `ops.decoder` takes it."""
 
     pairs: np.ndarray
-    """(L, 4, PARTS, 5)"""
-    rank: int
-    tensors: tuple[Tensor, ...]
+    """(L, 4, PAIRS)"""
+    width: int
+    """The most ranks that a layer has."""
+    tensors: list[Tensor]
     """What the addresses in `pairs` point to."""
 
 
@@ -184,16 +195,22 @@ class CompiledDecoder:
             record[name] = getattr(c, name)
         record["ffn"], record["vocab"] = c.ffn_dim, c.vocab_size
         record["eps"], record["query_scale"] = c.norm_eps, model.query_scale * c.head_dim**-0.5
-        record["kind"] = ("float32", "bf16", "int8").index(getattr(model.layers[0].qkv, "bits", "float32"))
+        packed = [weight for weight in _weights(model) if isinstance(weight, PackedWeight)]
+        lay_in_panels(packed)
+        bits = packed[0].bits if packed else "float32"
+        record["kind"] = {"float32": decoder.FLOAT32, "bf16": decoder.BFLOAT16, "int8": decoder.INT8}[bits]
+        record["rows_at_once"] = PANEL if packed else decoder.TILE_ROWS
+        record["heads_at_once"] = PANEL // math.gcd(PANEL, c.head_dim) if packed else 1
+        record["adapter_kind"] = decoder.BFLOAT16 if packed else decoder.PANELS
         weights = [[self._addresses(getattr(block, name)) for name in GROUPS] for block in model.layers]
         self._keep("weights", np.array([[numbers for numbers, _ in row] for row in weights]))
         self._keep("scales", np.array([[scales for _, scales in row] for row in weights]))
         record["head"], record["head_scales"] = self._addresses(model.head_weight)
         if model.quantization is not None and model.quantization.head:
-            packed = PackedWeight(model.head_weight, model.quantization.bits)
-            lay_together([packed])
+            head = PackedWeight(model.head_weight, model.quantization.bits)
+            lay_in_panels([head])
             record["head_kind"] = record["kind"]
-            record["head"], record["head_scales"] = self._addresses(packed)
+            record["head"], record["head_scales"] = self._addresses(head)
 
         def stacked(name: str) -> np.ndarray | None:
             rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]
@@ -249,30 +266,40 @@ class CompiledDecoder:
     def _laid_out(self, lora: LoRA) -> Adapter | None:
         if lora.touches(self.model.linear(None, "embed")) or lora.touches(self.model.linear(None, "head")):
             return None
-        pairs = np.zeros((self.config.layers, len(GROUPS), PARTS, 5), dtype=np.int64)
+        decoder = _kernels()
+        assert decoder is not None
+        dtype = torch.bfloat16 if self.plan[0]["adapter_kind"] == decoder.BFLOAT16 else torch.float32
+        pairs = np.zeros((self.config.layers, len(GROUPS), decoder.PAIRS), dtype=np.int64)
         tensors: list[Tensor] = []
-        widest = LANES
+        places: list[tuple[int, int, int]] = []
         for layer in range(self.config.layers):
             for group, name in enumerate(GROUPS):
                 at = self.model.linear(layer, name)
                 changes = lora.plain_changes(at)
                 if changes is None:
                     return None
-                if not changes:
-                    continue
-                a_RI = torch.cat([change.a_RI for change in changes]).detach().float()
-                b_OR = torch.cat([change.b_OR for change in changes], 1).detach().float()
+                pair = pairs[layer, group]
+                read: list[Tensor] = []
+                written: list[Tensor] = []
                 for number, (_, rows) in enumerate(at.rows()):
-                    used = b_OR[rows].abs().amax(0) > 0
-                    if not used.any():
-                        continue
-                    short = -int(used.sum()) % LANES
-                    a = F.pad(a_RI[used], (0, 0, 0, short)).contiguous()
-                    b = F.pad(b_OR[rows][:, used], (0, short)).contiguous()
-                    tensors += [a, b]
-                    pairs[layer, group, number] = len(a), a.data_ptr(), b.data_ptr(), rows.start, rows.stop
-                    widest = max(widest, len(a))
-        return Adapter(pairs, widest, tuple(tensors))
+                    place = decoder.PART + 5 * number
+                    pair[place + decoder.FIRST], pair[place + decoder.LAST] = rows.start, rows.stop
+                    a_RI, b_OR = _used(changes, rows)
+                    if len(a_RI):
+                        pair[place + decoder.AT], pair[place + decoder.RANK] = sum(len(a) for a in read), len(a_RI)
+                        read.append(a_RI)
+                        written.append(in_panels(b_OR.to(dtype)))
+                        places.append((layer, group, place + decoder.B))
+                if read:
+                    places.insert(len(places) - len(written), (layer, group, decoder.A))
+                    a_PIR = in_panels(torch.cat(read).to(dtype))
+                    pair[decoder.INNER] = PANEL * len(a_PIR)
+                    tensors += [a_PIR, *written]  # in the order in which they are wanted
+        lora.forget_changes()
+        tensors = in_one_piece(tensors)
+        for place, tensor in zip(places, tensors, strict=True):
+            pairs[place] = tensor.data_ptr()
+        return Adapter(pairs, int(pairs[:, :, decoder.INNER].max()), tensors)
 
     # ---- a step
 
@@ -298,9 +325,9 @@ class CompiledDecoder:
         runs = _runs(step.counts, count, decoder.RUN)
         record["tokens"], record["run_count"], record["ready_count"] = count, len(runs), wanted
         record["sampled"], record["threads"] = sampled, threads
-        segments, pairs = self._lay_out(step.adapters, count)
-        given = (positions, of_row, own_slots, runs, last[ready], segments, pairs)
-        names = ("positions", "of_row", "own_slots", "runs", "ready", "segments", "pairs")
+        segments = self._segments(step.adapters, count)
+        given = (positions, of_row, own_slots, runs, last[ready], segments)
+        names = ("positions", "of_row", "own_slots", "runs", "ready", "segments")
         for name, array in zip(names, given, strict=True):
             record[name] = address(array)
         x = self._room("x", count, c.dim)
@@ -327,17 +354,28 @@ class CompiledDecoder:
         with np.errstate(invalid="ignore"):
             return logits, best[:wanted, 0], found[:wanted, 1] + np.log(found[:wanted, 2])
 
-    def _lay_out(self, adapters: list[tuple[LoRA, slice]], count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens each adapter of a step changes, (S, 2), and how, (S, L, 4, PARTS, 5)."""
-        self.plan[0]["segment_count"] = len(adapters)
-        if not adapters:
-            return NOTHING, NOTHING
-        found = [self.adapter(lora) for lora, _ in adapters]
-        width = max(adapter.rank for adapter in found if adapter is not None)
-        self.plan[0]["inner_width"] = width
-        self._room("inner", count * PARTS * width, 1)
-        segments = np.array([(rows.start, rows.stop - rows.start) for _, rows in adapters], dtype=np.int64)
-        return segments, np.stack([adapter.pairs for adapter in found if adapter is not None])
+    def _segments(self, adapters: list[tuple[LoRA, slice]], count: int) -> np.ndarray:
+        """(S, 3) the tokens of a step in segments: first token, count, address of their adapter's `pairs`, 0 for none.
+        No segments where there is no adapter."""
+        found: list[tuple[int, int, int]] = []
+        end, width = 0, PANEL
+
+        def cut(until: int, pairs: int) -> None:
+            found.extend((start, min(SEGMENT, until - start), pairs) for start in range(end, until, SEGMENT))
+
+        for lora, rows in adapters:
+            adapter = self.adapter(lora)
+            assert adapter is not None
+            cut(rows.start, 0)
+            end = rows.start
+            cut(rows.stop, address(adapter.pairs))
+            end, width = rows.stop, max(width, adapter.width)
+        if found:
+            cut(count, 0)
+            self.plan[0]["inner_width"] = width
+            self._room("inner", count * width, 1)
+        self.plan[0]["segment_count"] = len(found)
+        return np.array(found, dtype=np.int64) if found else NOTHING
 
     def _room(self, name: str, count: int, columns: int, dtype: type = np.float32) -> np.ndarray:
         """The first `count` rows of a scratch array, which grows by powers of two and is kept."""
@@ -356,6 +394,18 @@ class CompiledDecoder:
 def address(array: np.ndarray) -> int:
     where: int = array.__array_interface__["data"][0]
     return where
+
+
+def _used(changes: list[LowRank], rows: slice) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of the outputs `rows` of a layer, without the ranks that these do not use (of a fused layer
+    those of its other parts), filled up to whole vectors."""
+    if not changes:
+        return torch.empty(0, 0), torch.empty(0, 0)
+    b_OR = torch.cat([change.b_OR[rows] for change in changes], 1).detach().float()
+    used = b_OR.abs().amax(0) > 0
+    short = -int(used.sum()) % LANES
+    a_RI = torch.cat([change.a_RI for change in changes]).detach().float()[used]
+    return F.pad(a_RI, (0, 0, 0, short)), F.pad(b_OR[:, used], (0, short))
 
 
 def _places(step: Step, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

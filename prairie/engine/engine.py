@@ -111,6 +111,8 @@ class Engine:
                 mend="pass lora.hash",
             )
         self.adapters.setdefault(adapter_hash, lora.to(self.model.head_weight.device))
+        if self.is_compiled and self.runner.compiled is not None:
+            self.runner.compiled.adapter(lora)  # laid out now, and not when the first request comes
 
     def remove_adapter(self, adapter_hash: str) -> None:
         """New requests cannot name it; requests under way finish with it. Unknown names are ignored."""

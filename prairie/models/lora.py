@@ -42,6 +42,7 @@ from prairie.models.transformer import FusedLinear, Transformer
 from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.linear import Addition, LowRank, adapt, adapt_embedding, adapted_weight, row_lengths
+from prairie.ops.packed import PackedWeight
 
 __all__ = ["AdapterRows", "LoRA", "LoRAConfig"]
 
@@ -276,6 +277,12 @@ class LoRA(nn.Module):
         change = self._change(at)
         return below if change is None else [*below, change]
 
+    def forget_changes(self) -> None:
+        """Gives back what is kept of the changes, here and below; they are fused again when they are wanted."""
+        self._served.clear()
+        if self.parent is not None:
+            self.parent.forget_changes()
+
     def add_to_embedding(self, x_NO: Tensor, tokens_N: Tensor, at: FusedLinear, rows: slice | None) -> Tensor:
         """The same for the embeddings x of tokens. PEFT knows no dropout here."""
         if self.parent is not None:
@@ -313,7 +320,7 @@ class LoRA(nn.Module):
         kept = self._served.get((at.layer, at.group))
         if kept is None or kept[0] != version:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._served[at.layer, at.group] = (version, self._fuse(at, pairs))
+                kept = self._served[at.layer, at.group] = (version, _served(self._fuse(at, pairs), at.weight))
         return kept[1]
 
     def _fuse(self, at: FusedLinear, pairs: Mapping[str, Pair]) -> LowRank:
@@ -368,6 +375,13 @@ class LoRA(nn.Module):
             return self.paths
         outside = set(self.paths) - {match[0] for match in numbered}
         return sorted(ends | {path.rsplit(".", 1)[-1] for path in outside})
+
+
+def _served(change: LowRank, weight: Tensor | PackedWeight) -> LowRank:
+    """What is answered with: on a base that is served in bfloat16 or 8 bits an adapter is rounded to bfloat16."""
+    if not isinstance(weight, PackedWeight) or weight.bits not in ("bf16", "int8") or change.gain_O is not None:
+        return change
+    return LowRank(*(tensor.bfloat16().to(tensor.dtype) for tensor in (change.a_RI, change.b_OR)))
 
 
 def _targets_of(model: Transformer, targets: Literal["all-linear"] | Sequence[str] | None) -> dict[str, Part]:

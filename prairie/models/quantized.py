@@ -18,7 +18,7 @@ from prairie.errors import ModelError
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of
 from prairie.ops.attention import PackedDocuments
-from prairie.ops.packed import FEW_ROWS, Bits, PackedWeight, lay_together
+from prairie.ops.packed import FEW_ROWS, Bits, PackedWeight
 
 LONGEST_SAMPLE = 512
 
@@ -65,14 +65,12 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], he
         raise ModelError("quantising needs some tokens to measure its error on", got="none")
     model.loaded_hashes = (hash_of(model), "")
     before, bytes_before = _logits(model, rows), bytes_of(model)
-    packed = []
     for at in model.linears():
         if at.layer is not None:
             block = model.layers[at.layer]
-            packed.append(PackedWeight(at.dense(), bits))
+            packed = PackedWeight(at.dense(), bits)
             delattr(block, at.group)
-            setattr(block, at.group, packed[-1])
-    lay_together(packed)
+            setattr(block, at.group, packed)
     if head:
         with torch.no_grad():
             for weight in (model.embed, *([] if model.head is None else [model.head])):

@@ -2,8 +2,9 @@
 
 torch's product of a few rows with a weight reads memory at a quarter of what this chip can, and each of its operators
 costs microseconds of Python: a step of a small model is spent there. numba compiles these loops on the user's machine
-without a compiler; the heart is a tile of up to 3 x 4 dot products kept in registers, written in LLVM's own terms
-because no vectoriser finds it. Weights are float32, bfloat16 or int8 with a scale a row; all arithmetic is float32.
+without a compiler; the heart are two tiles of sums kept in registers, written in LLVM's own terms because no vectoriser
+finds them: 6 tokens with 16 rows of a weight in panels, and 3 x 4 dot products where rows lie as they are (float32
+weights, keys). Weights are float32, bfloat16 or int8 with a scale a row; all arithmetic is float32.
 
 A step is a row of phases, each of them pieces that any thread may take (a ticket). A phase is over when its pieces are
 done, not when all threads have come: one that the machine has set aside holds nobody up unless it holds a piece.
@@ -14,8 +15,8 @@ Not here: which models can be computed so and who calls it (`engine.compiled`), 
 Kept in one file: numba's cache on disk knows a kernel is stale by the date of the file it stands in.
 
 Legend: N tokens of the step, D width, H query heads, K kv heads, G = H / K, E size of a head, F width of the MLP,
-L layers, V vocabulary, T threads, R rows that want logits, S segments of tokens that share an adapter, M runs of tokens
-of one sequence.
+L layers, V vocabulary, T threads, R rows that want logits, S segments: neighbouring tokens that share an adapter or
+have none, M runs of tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -32,20 +33,36 @@ from numba.extending import intrinsic
 
 LANES = 8
 """Numbers in a vector. Rows of every weight must be whole vectors."""
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-AHEAD_BYTES = 1024
+FLOAT32, BFLOAT16, INT8, PANELS = 0, 1, 2, 3
+"""Forms of a weight: float32 as it is; in panels (`ops.packed`) bfloat16, int8 with a scale a row, float32."""
+SIZES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, PANELS: 4}
+"""Bytes of a number."""
+PANEL = 16
+"""Rows of a weight that lie together, column by column."""
+AHEAD_BYTES = 2048
 """How far ahead of a product its weight is asked for."""
-TOKENS_AT_ONCE = 32
+TOKENS_AT_ONCE = 48
 """Tokens whose inputs stay in the second cache while all rows of a weight pass by."""
+COLUMNS_AT_ONCE = 512
+"""Of a panel: they stay in the first cache while a block of tokens passes by."""
+GROUP = 6
+"""Tokens, at most, that are multiplied with a panel at once: 12 sums, 2 vectors of the panel, a number of an input and
+a mask fill 16 registers."""
 QKV, OUT, GATE_UP, DOWN = 0, 1, 2, 3
 PARTS = 3
 """The most layers that are fused into one (q, k, v)."""
+A, INNER, PART = 0, 1, 2
+AT, RANK, B, FIRST, LAST = 0, 1, 2, 3, 4
+PAIRS = PART + 5 * PARTS
+"""What there is to know of an adapter's change of a fused layer: the address of A, whose rows are the ranks of all
+parts and are filled up to whole panels, and how many rows that makes; then, for each part, which row is its first, how
+many it has (whole vectors, or none), the address of its B, its first and last column."""
 PIECE_BYTES = 1 << 17
 """Of a weight, at most, in a piece: it stays in the second cache while blocks of tokens pass by."""
 PIECES_EACH = 6
 """At least so many pieces of a phase for each thread."""
-ROWS_AT_ONCE = 12
-"""Rows of a weight in a piece come in whole multiples of this: whole tiles."""
+TILE_ROWS = 12
+"""Rows of a weight in rows come in whole multiples of this in a piece: whole tiles."""
 HEAD_ROWS = 96
 """Rows of the head whose logits are looked through while they are in the first cache."""
 RUN = 8
@@ -61,6 +78,8 @@ PLAN = np.dtype(
     [(name, np.int64) for name in (
         # the model; weights and scales (L, 4) addresses, of QKV, OUT, GATE_UP, DOWN
         "kind", "layers", "dim", "heads", "kv_heads", "head_dim", "ffn", "weights", "scales",
+        # rows of a weight and heads in a piece come in whole multiples of these
+        "rows_at_once", "heads_at_once",
         # norms (L, 2, D), last_norm (D,), qk_norms (L, 2, E), biases (L, columns); 0 where there are none
         "norms", "last_norm", "qk_norms", "qkv_bias", "out_bias", "mlp_bias", "down_bias",
         # windows (L,) how many tokens a layer sees, 0 for all; turned (L,) whether it turns queries and keys
@@ -71,9 +90,9 @@ PLAN = np.dtype(
         # (N, E) cosines, then sines, for layers that turn and for those that do not; position, row in tables and own
         # slot of each token (N,); runs (M, 2) first token and count
         "tokens", "x", "turns", "plain", "positions", "of_row", "own_slots", "runs", "run_count",
-        # segments (S, 2) first token and count; pairs (S, L, 4, PARTS, 5) rank (whole vectors), addresses of A and B,
-        # first and last column; inner (N, PARTS, inner_width)
-        "segments", "segment_count", "pairs", "inner", "inner_width",
+        # adapters, if there are any: segments (S, 3) first token, count, address of pairs (L, 4, PAIRS), 0 for none;
+        # inner (N, inner_width) what each adapter reads
+        "segments", "segment_count", "adapter_kind", "inner", "inner_width",
         # scratch; y has a copy for each thread
         "y", "qkv", "mixed", "gate_up", "act",
         # ready (R,) tokens that want logits (R, V). Of the first `sampled` tokens each one's likeliest goes to best[0];
@@ -88,77 +107,153 @@ PLAN = np.dtype(
 _LOG2E = np.float32(math.log2(math.e))
 
 
-def _tile(kind: int, rows: int, tokens: int, chains: int = 1, strides: int = 1) -> Any:
+def _tile(rows: int, tokens: int, chains: int = 1, strides: int = 1) -> Any:
     """An intrinsic: `rows` x `tokens` dot products of `length` numbers, all sums in registers.
 
-    tile(w, w_step, scales, x, x_step, y, y_step, length, adds, ahead): addresses, and steps in numbers from one row to
-    the next; y[token, row] becomes the product times the row's scale (INT8), or gains it where `adds`. Each product is
-    kept in so many `chains` of sums, which do not wait for each other; a turn of the loop goes on by so many `strides`
-    of vectors in each, and asks for what lies `ahead` bytes behind what it reads of the weight.
+    tile(w, w_step, x, x_step, y, y_step, length, adds, ahead): addresses, and steps in numbers from one row to the
+    next; y[token, row] becomes the product, or gains it where `adds`. Each is kept in so many `chains` of sums, which
+    do not wait for each other; a turn of the loop goes on by so many `strides` of vectors in each, and asks for what
+    lies `ahead` bytes behind what it reads of the weight.
     """
     i64, f32 = ir.IntType(64), ir.FloatType()
-    element = {FLOAT32: f32, BFLOAT16: ir.IntType(16), INT8: ir.IntType(8)}[kind]
-    size = {FLOAT32: 4, BFLOAT16: 2, INT8: 1}[kind]
     vector = ir.VectorType(f32, LANES)
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        w, w_step, scales, x, x_step, y, y_step, length, adds, ahead = args
+        w, w_step, x, x_step, y, y_step, length, adds, ahead = args
 
         def number(value: int) -> Any:
             return ir.Constant(i64, value)
 
-        def address(base: Any, index: Any, bytes_each: int) -> Any:
-            return b.add(base, b.mul(index, number(bytes_each)))
+        def address(base: Any, index: Any) -> Any:
+            return b.add(base, b.mul(index, number(4)))
 
-        def load(at: Any, kind_of: Any, align: int) -> Any:
-            return b.load(b.inttoptr(at, ir.PointerType(kind_of)), align=align)
+        def load(at: Any, kind_of: Any) -> Any:
+            return b.load(b.inttoptr(at, ir.PointerType(kind_of)), align=4)
 
-        w_rows = [address(w, b.mul(w_step, number(m)), size) for m in range(rows)]
-        x_rows = [address(x, b.mul(x_step, number(n)), 4) for n in range(tokens)]
+        w_rows = [address(w, b.mul(w_step, number(m))) for m in range(rows)]
+        x_rows = [address(x, b.mul(x_step, number(n))) for n in range(tokens)]
         zero = ir.Constant(vector, [0.0] * LANES)
         sums = [
             [[cgutils.alloca_once_value(b, zero) for _ in range(chains)] for _ in range(tokens)] for _ in range(rows)
         ]
 
         def advance(at: Any, chain: int) -> None:
-            wide = ir.VectorType(element, LANES)
-            values = [_widened(b, kind, load(address(row, at, size), wide, size)) for row in w_rows]
+            values = [load(address(row, at), vector) for row in w_rows]
             for n in range(tokens):  # weights before inputs: 12 sums, 3 weights and an input fill 16 registers
-                x_n = load(address(x_rows[n], at, 4), vector, 4)
+                x_n = load(address(x_rows[n], at), vector)
                 for m in range(rows):
-                    kept = sums[m][n][chain]
-                    b.store(b.fadd(b.load(kept), b.fmul(values[m], x_n, flags=("fast",)), flags=("fast",)), kept)
+                    _gain(b, sums[m][n][chain], values[m], x_n)
 
         turn = LANES * chains * strides
         whole = b.sub(length, b.srem(length, number(turn)))
         with cgutils.for_range_slice(b, number(0), whole, number(turn), i64) as (at, _):
             for row in w_rows:
-                for line in range(0, turn * size, 64):
-                    _ask_for(b, b.add(address(row, at, size), b.add(ahead, number(line))))
+                for line in range(0, turn * 4, 64):
+                    _ask_for(b, b.add(address(row, at), b.add(ahead, number(line))))
             for step in range(chains * strides):
                 advance(b.add(at, number(step * LANES)), step % chains)
         if turn > LANES:
             with cgutils.for_range_slice(b, whole, length, number(LANES), i64) as (at, _):
                 advance(at, 0)
         for m in range(rows):
-            scale = load(address(scales, number(m), 4), f32, 4) if kind == INT8 else None
             for n in range(tokens):
-                total = b.load(sums[m][n][0])
-                for chain in sums[m][n][1:]:
-                    total = b.fadd(total, b.load(chain))
-                total = _sum_of(b, total)
-                if scale is not None:
-                    total = b.fmul(total, scale)
-                place = address(y, b.add(b.mul(y_step, number(n)), number(m)), 4)
-                before = b.select(b.icmp_signed("!=", adds, number(0)), load(place, f32, 4), ir.Constant(f32, 0.0))
+                total = _sum_of(b, _joined(b, sums[m][n]))
+                place = address(y, b.add(b.mul(y_step, number(n)), number(m)))
+                before = b.select(b.icmp_signed("!=", adds, number(0)), load(place, f32), ir.Constant(f32, 0.0))
                 b.store(b.fadd(before, total), b.inttoptr(place, ir.PointerType(f32)))
         return context.get_dummy_value()
 
     @intrinsic
-    def tile(typing: Any, w: Any, w_step: Any, scales: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any, adds: Any, ahead: Any) -> Any:  # fmt: skip # noqa: E501
-        return types.void(*[types.int64] * 10), codegen
+    def tile(typing: Any, w: Any, w_step: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any, adds: Any, ahead: Any) -> Any:  # fmt: skip # noqa: E501
+        return types.void(*[types.int64] * 9), codegen
 
     return tile
+
+
+def _panel_tile(kind: int, tokens: int, chains: int = 1) -> Any:
+    """An intrinsic: the products of `tokens` inputs with a panel of a weight, all sums in registers.
+
+    tile(w, scales, x, x_step, y, y_step, length, adds): addresses, and steps in numbers from one token to the next;
+    y[token, 0..16] becomes the product of `length` columns times the rows' scales (INT8), or gains it where `adds`.
+    """
+    i64, f32, i32 = ir.IntType(64), ir.FloatType(), ir.IntType(32)
+    vector, words, bytes_of = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES), ir.VectorType(ir.IntType(8), LANES)
+    column, turn = PANEL * SIZES[kind], 4
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        w, scales, x, x_step, y, y_step, length, adds = args
+
+        def number(value: int) -> Any:
+            return ir.Constant(i64, value)
+
+        def load(at: Any, kind_of: Any, align: int = 4) -> Any:
+            return b.load(b.inttoptr(at, ir.PointerType(kind_of)), align=align)
+
+        def widened(at: Any) -> tuple[Any, Any]:
+            """A column of the panel: rows 0..8 and 8..16."""
+            if kind == BFLOAT16:  # rows r and r + 8 are the halves of a word
+                both = load(at, words, 2)
+                low, high = (
+                    b.shl(both, ir.Constant(words, [16] * LANES)),
+                    b.and_(both, ir.Constant(words, [-(1 << 16)] * LANES)),
+                )
+                return b.bitcast(low, vector), b.bitcast(high, vector)
+            if kind == INT8:
+                low, high = (b.sext(load(b.add(at, number(half)), bytes_of, 1), words) for half in (0, LANES))
+                return b.sitofp(low, vector), b.sitofp(high, vector)
+            return load(at, vector), load(b.add(at, number(4 * LANES)), vector)
+
+        zero = ir.Constant(vector, [0.0] * LANES)
+        sums = [[[cgutils.alloca_once_value(b, zero) for _ in range(chains)] for _ in range(2)] for _ in range(tokens)]
+        rows = [b.add(x, b.mul(x_step, number(4 * n))) for n in range(tokens)]
+        with cgutils.for_range_slice(b, number(0), length, number(turn), i64) as (at, _):
+            start = b.add(w, b.mul(at, number(column)))
+            for line in range(0, turn * column, 64):
+                _ask_for(b, b.add(start, number(AHEAD_BYTES + line)))
+            for step in range(turn):
+                halves = widened(b.add(start, number(step * column)))
+                place = b.mul(b.add(at, number(step)), number(4))
+                for n in range(tokens):
+                    x_n = _spread(b, load(b.add(rows[n], place), f32))
+                    for half in range(2):
+                        _gain(b, sums[n][half][step % chains], halves[half], x_n)
+        for half in range(2):
+            offset = number(4 * LANES * half)
+            scale = load(b.add(scales, offset), vector) if kind == INT8 else None
+            for n in range(tokens):
+                total = _joined(b, sums[n][half])
+                if scale is not None:
+                    total = b.fmul(total, scale)
+                place = b.add(b.add(y, b.mul(y_step, number(4 * n))), offset)
+                before = b.select(b.icmp_signed("!=", adds, number(0)), load(place, vector), zero)
+                b.store(b.fadd(before, total), b.inttoptr(place, ir.PointerType(vector)), align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typing: Any, w: Any, scales: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any, adds: Any) -> Any:
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
+
+
+def _gain(b: Any, kept: Any, one: Any, other: Any) -> None:
+    """A sum gains a product."""
+    b.store(b.fadd(b.load(kept), b.fmul(one, other, flags=("fast",)), flags=("fast",)), kept)
+
+
+def _joined(b: Any, chains: Any) -> Any:
+    """What the chains of a sum come to."""
+    total = b.load(chains[0])
+    for chain in chains[1:]:
+        total = b.fadd(total, b.load(chain))
+    return total
+
+
+def _spread(b: Any, value: Any) -> Any:
+    """A vector of one number."""
+    i32, vector = ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(i32, 0))
+    return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(i32, LANES), [0] * LANES))
 
 
 def _ask_for(b: Any, address: Any) -> None:
@@ -168,14 +263,6 @@ def _ask_for(b: Any, address: Any) -> None:
         "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
     )
     b.call(name, [b.inttoptr(address, pointer), i32(0), i32(3), i32(1)])
-
-
-def _widened(b: Any, kind: int, values: Any) -> Any:
-    """Numbers of a weight as float32."""
-    vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-    if kind == BFLOAT16:
-        return b.bitcast(b.shl(b.zext(values, wide), ir.Constant(wide, [16] * LANES)), vector)
-    return b.sitofp(b.sext(values, wide), vector) if kind == INT8 else values
 
 
 def _sum_of(b: Any, vector: Any) -> Any:
@@ -190,56 +277,130 @@ def _sum_of(b: Any, vector: Any) -> Any:
     return b.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
 
-def _products(kind: int) -> Any:
-    """products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight
-    of this kind with all tokens; addresses are those of row 0 and token 0."""
-    size = np.int64({FLOAT32: 4, BFLOAT16: 2, INT8: 1}[kind])
-    one = _tile(kind, 1, 1, 8 if kind == INT8 else 4)
-    two, three, tile14 = _tile(kind, 1, 2, 4), _tile(kind, 1, 3, 2), _tile(kind, 1, 4)
-    tile34 = _tile(kind, 3, 4, strides=2 if kind == FLOAT32 else 4)
+@intrinsic
+def _float_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.float32)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.FloatType())
+    )
+
+
+@intrinsic
+def _whole_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.int64)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.IntType(64))
+    )
+
+
+@njit(nogil=True, inline="always")
+def _floats(address, shape):
+    return carray(_float_pointer(address), shape)
+
+
+@njit(nogil=True, inline="always")
+def _wholes(address, shape):
+    return carray(_whole_pointer(address), shape)
+
+
+_score = _tile(1, 1, 4)
+_row_two, _row_three, _row_four = _tile(1, 2, 4), _tile(1, 3, 2), _tile(1, 4)
+_rows_by_tokens = _tile(3, 4, strides=2)
+
+
+@njit(nogil=True, error_model="numpy")
+def _row_products(w, w_step, x, x_step, y, y_step, length, low, high, tokens, adds):
+    """Rows low..high of a weight in rows with all tokens; addresses are those of row 0 and token 0."""
+    ahead = w_step * 4 * max(1, AHEAD_BYTES // (length * 8))
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        count = min(tokens - start, TOKENS_AT_ONCE)
+        xs, ys, fours, left = x + start * x_step * 4, y + start * y_step * 4, count // 4, count % 4
+        row = low
+        while fours and row < high:
+            wr, whole = w + row * w_step * 4, row + 3 <= high
+            for four in range(fours):
+                xr, yr = xs + four * 4 * x_step * 4, ys + (row + four * 4 * y_step) * 4
+                if whole:
+                    _rows_by_tokens(wr, w_step, xr, x_step, yr, y_step, length, adds, 3 * w_step * 4)
+                else:
+                    _row_four(wr, w_step, xr, x_step, yr, y_step, length, adds, ahead)
+            row += 3 if whole else 1
+        xs, ys = xs + fours * 4 * x_step * 4, ys + fours * 4 * y_step * 4
+        for row in range(low, high if left else low):
+            wr, yr = w + row * w_step * 4, ys + row * 4
+            if left == 1:
+                _score(wr, w_step, xs, x_step, yr, y_step, length, adds, ahead)
+            elif left == 2:
+                _row_two(wr, w_step, xs, x_step, yr, y_step, length, adds, ahead)
+            else:
+                _row_three(wr, w_step, xs, x_step, yr, y_step, length, adds, ahead)
+
+
+def _panel_products(kind: int) -> Any:
+    """panel_products(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight in
+    panels with all tokens; `low` begins a panel. Addresses are those of row 0 and token 0."""
+    size = np.int64(SIZES[kind])
+    one, two, three = _panel_tile(kind, 1, 4), _panel_tile(kind, 2, 2), _panel_tile(kind, 3, 2)
+    four, five, six = _panel_tile(kind, 4), _panel_tile(kind, 5), _panel_tile(kind, 6)
 
     @njit(nogil=True, error_model="numpy")
-    def products(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
-        ahead = w_step * size * max(1, AHEAD_BYTES // (length * size))
+    def panel(w, scales, x, x_step, y, y_step, length, count, adds):
+        """A panel with some tokens, in groups of about the same size."""
+        groups = (count + GROUP - 1) // GROUP
+        for start in range(0, length, COLUMNS_AT_ONCE):
+            columns, gains = min(COLUMNS_AT_ONCE, length - start), adds or start > 0
+            ws, token = w + start * PANEL * size, 0
+            for group in range(groups):
+                own = (count - token) // (groups - group)
+                xs, ys = x + (token * x_step + start) * 4, y + token * y_step * 4
+                if own == 6:
+                    six(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                elif own == 5:
+                    five(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                elif own == 4:
+                    four(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                elif own == 3:
+                    three(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                elif own == 2:
+                    two(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                else:
+                    one(ws, scales, xs, x_step, ys, y_step, columns, gains)
+                token += own
+
+    @njit(nogil=True, error_model="numpy")
+    def panel_products(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
         for start in range(0, tokens, TOKENS_AT_ONCE):
             count = min(tokens - start, TOKENS_AT_ONCE)
-            xs, ys, fours, left = x + start * x_step * 4, y + start * y_step * 4, count // 4, count % 4
-            row = low
-            while fours and row < high:
-                wr, sr, whole = w + row * w_step * size, scales + row * 4, row + 3 <= high
-                for four in range(fours):
-                    xr, yr = xs + four * 4 * x_step * 4, ys + (row + four * 4 * y_step) * 4
-                    if whole:
-                        tile34(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, 3 * w_step * size)
-                    else:
-                        tile14(wr, w_step, sr, xr, x_step, yr, y_step, length, adds, ahead)
-                row += 3 if whole else 1
-            xs, ys = xs + fours * 4 * x_step * 4, ys + fours * 4 * y_step * 4
-            for row in range(low, high if left else low):
-                wr, sr, yr = w + row * w_step * size, scales + row * 4, ys + row * 4
-                if left == 1:
-                    one(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
-                elif left == 2:
-                    two(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
-                else:
-                    three(wr, w_step, sr, xs, x_step, yr, y_step, length, adds, ahead)
+            xs, ys = x + start * x_step * 4, y + start * y_step * 4
+            for row in range(low, high, PANEL):
+                wr, sr = w + row * length * size, scales + row * 4
+                if row + PANEL <= high:
+                    panel(wr, sr, xs, x_step, ys + row * 4, y_step, length, count, adds)
+                else:  # nothing may be written behind the last row
+                    whole, some = np.empty((count, PANEL), dtype=np.float32), high - row
+                    panel(wr, sr, xs, x_step, np.int64(whole.ctypes.data), PANEL, length, count, 0)
+                    for n in range(count):
+                        out = _floats(ys + (n * y_step + row) * 4, (some,))
+                        for j in range(some):
+                            out[j] = whole[n, j] + (out[j] if adds else np.float32(0.0))
 
-    return products
+    return panel_products
 
 
-_score = _tile(FLOAT32, 1, 1, 4)
-_products_f32, _products_bf16, _products_int8 = _products(FLOAT32), _products(BFLOAT16), _products(INT8)
+_products_bf16, _products_int8, _products_f32 = (_panel_products(kind) for kind in (BFLOAT16, INT8, PANELS))
 
 
 @cfunc(types.void(*[types.int64] * 13), error_model="numpy", cache=True)
 def products(kind, w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
-    """`_products` of any kind behind one address: the loops below call it, and are not compiled with it inside."""
+    """y_NO = x_NI W^T, or += where `adds`, for the rows low..high of a weight of any kind, by addresses (of scales only
+    for INT8) and steps from one row to the next. Behind one address: the loops below call it, and are not compiled
+    with it inside."""
     if kind == FLOAT32:
-        _products_f32(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+        _row_products(w, w_step, x, x_step, y, y_step, length, low, high, tokens, adds)
     elif kind == BFLOAT16:
-        _products_bf16(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+        _products_bf16(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+    elif kind == INT8:
+        _products_int8(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
     else:
-        _products_int8(w, w_step, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+        _products_f32(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
 
 
 @intrinsic
@@ -367,30 +528,6 @@ def _pieces(threads, units, bytes_each):
 
 
 @intrinsic
-def _float_pointer(typing: Any, address: Any) -> Any:
-    return types.CPointer(types.float32)(types.int64), lambda context, b, signature, args: b.inttoptr(
-        args[0], ir.PointerType(ir.FloatType())
-    )
-
-
-@intrinsic
-def _whole_pointer(typing: Any, address: Any) -> Any:
-    return types.CPointer(types.int64)(types.int64), lambda context, b, signature, args: b.inttoptr(
-        args[0], ir.PointerType(ir.IntType(64))
-    )
-
-
-@njit(nogil=True, inline="always")
-def _floats(address, shape):
-    return carray(_float_pointer(address), shape)
-
-
-@njit(nogil=True, inline="always")
-def _wholes(address, shape):
-    return carray(_whole_pointer(address), shape)
-
-
-@intrinsic
 def _float_of_bits(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), lambda context, b, signature, args: b.bitcast(args[0], ir.FloatType())
 
@@ -413,8 +550,9 @@ def _exp(x):
 
 
 @njit(nogil=True, error_model="numpy")
-def _product(p, kind, w, scales, x, length, y, y_step, low, high, count, adds):
-    """Rows low..high of y_NO = x_NI W^T (or += where `adds`); all by address."""
+def _product(p, kind, w, scales, x, length, y, y_step, low, high, start, count, adds):
+    """Columns low..high of y_NO = x_NI W^T (or += where `adds`) for `count` tokens from `start` on; all by address."""
+    x, y = x + start * length * 4, y + start * y_step * 4
     _call(p.products, (kind, w, length, scales, x, length, y, y_step, length, low, high, count, np.int64(adds)))
 
 
@@ -449,8 +587,8 @@ def _normed(p, thread, layer, which):
 
 
 @njit(nogil=True, error_model="numpy")
-def _add_bias(y, bias, low, high, count):
-    for n in range(count):
+def _add_bias(y, bias, low, high, start, count):
+    for n in range(start, start + count):
         row = y[n]
         for j in range(low, high):
             row[j] += bias[j]
@@ -466,9 +604,9 @@ def _turn(part, turns, pairs):
 
 
 @njit(nogil=True, fastmath=True, error_model="numpy")
-def _place(p, layer, low, high):
-    """Bias, norm and rotation of the heads low..high of (queries, keys, values) in place; keys and values go into the
-    cache."""
+def _place(p, layer, low, high, start, some):
+    """Bias, norm and rotation of the heads low..high of (queries, keys, values) in place, of `some` tokens from `start`
+    on; keys and values go into the cache."""
     count, size, heads, kv_heads = p.tokens, p.head_dim, p.heads, p.kv_heads
     width = (heads + 2 * kv_heads) * size
     qkv, slots = _floats(p.qkv, (count, width)), _wholes(p.own_slots, (count,))
@@ -476,8 +614,8 @@ def _place(p, layer, low, high):
     turned = _wholes(p.turned, (p.layers,))[layer]
     turns = _floats(p.turns if turned else p.plain, (count, size))
     if p.qkv_bias:
-        _add_bias(qkv, _floats(p.qkv_bias, (p.layers, width))[layer], low * size, high * size, count)
-    for n in range(count):
+        _add_bias(qkv, _floats(p.qkv_bias, (p.layers, width))[layer], low * size, high * size, start, some)
+    for n in range(start, start + some):
         for head in range(low, high):
             part = qkv[n, head * size : (head + 1) * size]
             if head < heads + kv_heads:
@@ -507,11 +645,7 @@ def _mixture(rows: int) -> Any:
         def at(base: Any, offset: Any, kind_of: Any) -> Any:
             return b.inttoptr(b.add(base, offset), ir.PointerType(kind_of))
 
-        def filled(value: Any) -> Any:
-            one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-            return b.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
-
-        weights = [filled(b.load(at(shares, number(4 * m), f32), align=4)) for m in range(rows)]
+        weights = [_spread(b, b.load(at(shares, number(4 * m), f32), align=4)) for m in range(rows)]
         starts = [b.add(v, b.mul(v_step, number(m))) for m in range(rows)]
         with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, _):
             total = b.load(at(to, offset, vector), align=4)
@@ -553,7 +687,7 @@ def _score_keys(p, at, count, low, high, queries, q_step, tokens, scores, keys):
             k, place, row = at + (key * step + head * size) * 4, head * groups, (head - low) * groups
             for g in range(groups):
                 to = scores + ((row + g) * keys + key) * 4
-                _score(k, size, k, queries + (place + g) * size * 4, size, to, keys, size, 0, 2 * step * 4)
+                _score(k, size, queries + (place + g) * size * 4, size, to, keys, size, 0, 2 * step * 4)
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
@@ -622,10 +756,10 @@ def _attend(p, layer, run, low, high):
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
-def _gate(gate_up, act, low, high, count):
-    """Columns low..high of act = silu(gate) * up."""
+def _gate(gate_up, act, low, high, start, count):
+    """Columns low..high of act = silu(gate) * up, for `count` tokens from `start` on."""
     size = act.shape[1]
-    for n in range(count):
+    for n in range(start, start + count):
         gate, up, to = gate_up[n, low:high], gate_up[n, size + low : size + high], act[n, low:high]
         for j in range(high - low):
             g = gate[j]
@@ -633,37 +767,33 @@ def _gate(gate_up, act, low, high, count):
 
 
 @njit(nogil=True, error_model="numpy")
-def _inner(p, layer, group, segment, x, length):
-    """What a segment's adapter reads of x, for each part of a layer: inner_N,part,r = A x."""
-    pairs = _wholes(p.pairs, (p.segment_count, p.layers, 4, PARTS, 5))[segment, layer, group]
-    segments = _wholes(p.segments, (p.segment_count, 2))
-    start, count = segments[segment, 0], segments[segment, 1]
-    for part in range(PARTS):
-        rank, a = pairs[part, 0], pairs[part, 1]
+def _adapt(p, layer, group, segment, x, length, y, width, adds):
+    """What a segment's adapter makes of its x, (N, length): its rows of y, (N, width), become B A x, or gain it where
+    `adds`."""
+    segments = _wholes(p.segments, (p.segment_count, 3))
+    start, count, pairs = segments[segment, 0], segments[segment, 1], segments[segment, 2]
+    y += start * width * 4
+    if not pairs:
+        if not adds:
+            _floats(y, (count, width))[:] = 0.0
+        return
+    pair = _wholes(pairs + (layer * 4 + group) * PAIRS * 8, (PAIRS,))
+    inner = p.inner + start * p.inner_width * 4
+    if pair[INNER]:
+        _call(p.products, (
+            p.adapter_kind, pair[A], length, np.int64(0), x + start * length * 4, length, inner, p.inner_width, length,
+            np.int64(0), pair[INNER], count, np.int64(0),
+        ))  # fmt: skip
+    for number in range(PARTS):
+        part = pair[PART + 5 * number : PART + 5 * (number + 1)]
+        rank, columns = part[RANK], part[LAST] - part[FIRST]
         if rank:
-            to = p.inner + (start * PARTS + part) * p.inner_width * 4
             _call(p.products, (
-                np.int64(FLOAT32), a, length, a, x + start * length * 4, length, to, PARTS * p.inner_width, length,
-                np.int64(0), rank, count, np.int64(0),
+                p.adapter_kind, part[B], rank, np.int64(0), inner + part[AT] * 4, p.inner_width, y + part[FIRST] * 4,
+                width, rank, np.int64(0), columns, count, np.int64(adds),
             ))  # fmt: skip
-
-
-@njit(nogil=True, error_model="numpy")
-def _outer(p, layer, group, y, y_step, low, high):
-    """Adds what the adapters write to the columns low..high of y: y += B inner."""
-    for segment in range(p.segment_count):
-        pairs = _wholes(p.pairs, (p.segment_count, p.layers, 4, PARTS, 5))[segment, layer, group]
-        segments = _wholes(p.segments, (p.segment_count, 2))
-        start, count = segments[segment, 0], segments[segment, 1]
-        for part in range(PARTS):
-            rank, b, first, last = pairs[part, 0], pairs[part, 2], pairs[part, 3], pairs[part, 4]
-            begin, end = max(low, first), min(high, last)
-            if rank and begin < end:
-                read = p.inner + (start * PARTS + part) * p.inner_width * 4
-                _call(p.products, (
-                    np.int64(FLOAT32), b, rank, b, read, PARTS * p.inner_width, y + (start * y_step + first) * 4,
-                    y_step, rank, begin - first, end - first, count, np.int64(1),
-                ))  # fmt: skip
+        elif not adds:
+            _floats(y, (count, width))[:, part[FIRST] : part[LAST]] = 0.0
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
@@ -699,34 +829,38 @@ def _look_through(logits, low, high, sampled, best, found):
 
 
 @njit(nogil=True, error_model="numpy")
-def _read_by_adapters(p, thread, layer, group, source, length, phase):
-    """`source` is the address of what the layer reads; 0: its norm is to be taken first."""
+def _add_adapters(p, thread, layer, group, source, length, y, width, adds, phase):
+    """What adapters add to a layer, which adds its own afterwards. `source` is the address of what the layer reads; 0:
+    its norm is to be taken first. Returns the address of that, 0 if this thread did not need it."""
     pieces = p.segment_count
     piece = _ticket(p, phase, pieces)
     x = source
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, np.int64(group == GATE_UP))
-        _inner(p, layer, group, piece, x, length)
+        _adapt(p, layer, group, piece, x, length, y, width, adds)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
+    return x
 
 
 @njit(nogil=True, error_model="numpy")
-def _make_heads(p, thread, layer, phase):
-    """Queries, keys and values of the normed tokens, head by head, ready for attention."""
-    heads = p.heads + 2 * p.kv_heads
-    each, pieces = _pieces(p.threads, heads, p.head_dim * p.dim * 2)
-    piece, x = _ticket(p, phase, pieces), np.int64(0)
+def _make_heads(p, thread, layer, x, phase):
+    """Queries, keys and values of the normed tokens, head by head, ready for attention. `x`: where they are normed, 0
+    for nowhere."""
+    heads, some = p.heads + 2 * p.kv_heads, p.heads_at_once
+    each, pieces = _pieces(p.threads, (heads + some - 1) // some, some * p.head_dim * p.dim * 2)
+    piece, adds = _ticket(p, phase, pieces), np.int64(p.segment_count > 0)
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, 0)
-        low, high = piece * each, min(heads, (piece + 1) * each)
-        first, last, width = low * p.head_dim, high * p.head_dim, heads * p.head_dim
+        low, high = piece * each * some, min(heads, (piece + 1) * each * some)
         w, scales = _of_group(p, layer, QKV)
-        _product(p, p.kind, w, scales, x, p.dim, p.qkv, width, first, last, p.tokens, 0)
-        _outer(p, layer, QKV, p.qkv, width, first, last)
-        _place(p, layer, low, high)
+        first, last, width = low * p.head_dim, high * p.head_dim, heads * p.head_dim
+        for start in range(0, p.tokens, TOKENS_AT_ONCE):  # what was made is placed while it is in the cache
+            count = min(TOKENS_AT_ONCE, p.tokens - start)
+            _product(p, p.kind, w, scales, x, p.dim, p.qkv, width, first, last, start, count, adds)
+            _place(p, layer, low, high, start, count)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
 
@@ -748,41 +882,41 @@ def _look_back(p, layer, phase):
 @njit(nogil=True, error_model="numpy")
 def _add_to_x(p, layer, group, source, length, bias, phase):
     """x += W source + bias: what attention and the MLP give back."""
-    units = (p.dim + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
-    each, pieces = _pieces(p.threads, units, ROWS_AT_ONCE * length * 2)
+    some = p.rows_at_once
+    each, pieces = _pieces(p.threads, (p.dim + some - 1) // some, some * length * 2)
     piece = _ticket(p, phase, pieces)
     while piece >= 0:
-        low, high = piece * each * ROWS_AT_ONCE, min(p.dim, (piece + 1) * each * ROWS_AT_ONCE)
+        low, high = piece * each * some, min(p.dim, (piece + 1) * each * some)
         w, scales = _of_group(p, layer, group)
-        _product(p, p.kind, w, scales, source, length, p.x, p.dim, low, high, p.tokens, 1)
-        _outer(p, layer, group, p.x, p.dim, low, high)
+        _product(p, p.kind, w, scales, source, length, p.x, p.dim, low, high, 0, p.tokens, 1)
         if bias:
             _add_bias(
-                _floats(p.x, (p.tokens, p.dim)), _floats(bias, (p.layers, p.dim))[layer], low, high, p.tokens
+                _floats(p.x, (p.tokens, p.dim)), _floats(bias, (p.layers, p.dim))[layer], low, high, 0, p.tokens
             )  # fmt: skip
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
 
 
 @njit(nogil=True, error_model="numpy")
-def _open_gates(p, thread, layer, phase):
-    """silu(gate) * up of the normed tokens."""
-    ffn, units = p.ffn, (p.ffn + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE
-    each, pieces = _pieces(p.threads, units, ROWS_AT_ONCE * p.dim * 4)
-    piece, x = _ticket(p, phase, pieces), np.int64(0)
+def _open_gates(p, thread, layer, x, phase):
+    """silu(gate) * up of the normed tokens. `x`: where they are normed, 0 for nowhere."""
+    ffn, some = p.ffn, p.rows_at_once
+    each, pieces = _pieces(p.threads, (ffn + some - 1) // some, some * p.dim * 4)
+    piece, adds = _ticket(p, phase, pieces), np.int64(p.segment_count > 0)
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, 1)
-        low, high = piece * each * ROWS_AT_ONCE, min(ffn, (piece + 1) * each * ROWS_AT_ONCE)
+        low, high = piece * each * some, min(ffn, (piece + 1) * each * some)
         w, scales = _of_group(p, layer, GATE_UP)
         gate_up = _floats(p.gate_up, (p.tokens, 2 * ffn))
-        for side in range(2):
-            first, last = side * ffn + low, side * ffn + high
-            _product(p, p.kind, w, scales, x, p.dim, p.gate_up, 2 * ffn, first, last, p.tokens, 0)
-            _outer(p, layer, GATE_UP, p.gate_up, 2 * ffn, first, last)
-            if p.mlp_bias:
-                _add_bias(gate_up, _floats(p.mlp_bias, (p.layers, 2 * ffn))[layer], first, last, p.tokens)
-        _gate(gate_up, _floats(p.act, (p.tokens, ffn)), low, high, p.tokens)
+        for start in range(0, p.tokens, TOKENS_AT_ONCE):
+            count = min(TOKENS_AT_ONCE, p.tokens - start)
+            for side in range(2):
+                first, last = side * ffn + low, side * ffn + high
+                _product(p, p.kind, w, scales, x, p.dim, p.gate_up, 2 * ffn, first, last, start, count, adds)
+                if p.mlp_bias:
+                    _add_bias(gate_up, _floats(p.mlp_bias, (p.layers, 2 * ffn))[layer], first, last, start, count)
+            _gate(gate_up, _floats(p.act, (p.tokens, ffn)), low, high, start, count)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
 
@@ -807,7 +941,7 @@ def _make_logits(p, thread, phase):
         end = min(p.vocab, (piece + 1) * each)
         for low in range(piece * each, end, HEAD_ROWS):
             high = min(end, low + HEAD_ROWS)
-            _product(p, p.head_kind, p.head, p.head_scales, y, p.dim, p.logits, p.vocab, low, high, rows, 0)
+            _product(p, p.head_kind, p.head, p.head_scales, y, p.dim, p.logits, p.vocab, low, high, 0, rows, 0)
             _look_through(_floats(p.logits, (rows, p.vocab)), low, high, p.sampled, best, found)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
@@ -832,26 +966,28 @@ def _compare_pieces(p):
 def _work(p, thread):
     """All phases of the step that is under way."""
     phase = _load(p.gate + STEP) << PHASE_BITS  # before all else: what the plan says was written before this number
-    adapted, rows = p.segment_count > 0, p.ready_count
+    adapted, rows, mixed = p.segment_count > 0, p.ready_count, p.heads * p.head_dim
+    x = np.int64(0)
     for layer in range(p.layers):
         if adapted:
-            _read_by_adapters(p, thread, layer, QKV, 0, p.dim, phase)
+            width = (p.heads + 2 * p.kv_heads) * p.head_dim
+            x = _add_adapters(p, thread, layer, QKV, 0, p.dim, p.qkv, width, 0, phase)
             phase += 1
-        _make_heads(p, thread, layer, phase)
+        _make_heads(p, thread, layer, x, phase)
         _look_back(p, layer, phase + 1)
         phase += 2
         if adapted:
-            _read_by_adapters(p, thread, layer, OUT, p.mixed, p.heads * p.head_dim, phase)
+            _add_adapters(p, thread, layer, OUT, p.mixed, mixed, p.x, p.dim, 1, phase)
             phase += 1
-        _add_to_x(p, layer, OUT, p.mixed, p.heads * p.head_dim, p.out_bias, phase)
+        _add_to_x(p, layer, OUT, p.mixed, mixed, p.out_bias, phase)
         phase += 1
         if adapted:
-            _read_by_adapters(p, thread, layer, GATE_UP, 0, p.dim, phase)
+            x = _add_adapters(p, thread, layer, GATE_UP, 0, p.dim, p.gate_up, 2 * p.ffn, 0, phase)
             phase += 1
-        _open_gates(p, thread, layer, phase)
+        _open_gates(p, thread, layer, x, phase)
         phase += 1
         if adapted:
-            _read_by_adapters(p, thread, layer, DOWN, p.act, p.ffn, phase)
+            _add_adapters(p, thread, layer, DOWN, p.act, p.ffn, p.x, p.dim, 1, phase)
             phase += 1
         _add_to_x(p, layer, DOWN, p.act, p.ffn, p.down_bias, phase)
         phase += 1

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 Bits = Literal["bf16", "int8", "int4", "nf4"]
 GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
+PANEL = 16
+"""As in `ops.decoder`, which is imported late."""
 KERNEL_BLOCK = 32
 LINE = 64
 """Bytes that memory is read by."""
@@ -73,10 +75,12 @@ class PackedWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """(O, I) the weight that is computed with, in the dtype that it was packed from."""
-        if self.bits == "bf16":
-            return self.numbers.to(self.dtype)
-        if self.bits == "int8":
-            return (self.numbers * self.scales[:, None]).to(self.dtype)
+        if self.bits in ("bf16", "int8"):
+            numbers = self.numbers  # may be laid in panels meanwhile
+            numbers_OI = from_panels(numbers, self.shape[0]) if numbers.ndim == 3 else numbers
+            return (numbers_OI if self.bits == "bf16" else numbers_OI * self.scales[: len(numbers_OI), None]).to(
+                self.dtype
+            )
         codes_OI = torch.stack([self.numbers & 15, self.numbers >> 4], -1).flatten(1)
         values = (
             torch.tensor(nf4_levels(), device=self.device)[codes_OI.long()] if self.bits == "nf4" else codes_OI.float()
@@ -88,11 +92,28 @@ class PackedWeight(nn.Module):
 
     def product(self, x_NI: Tensor) -> Tensor:
         """(N, O) x times the transposed weight, differentiable in x."""
-        if self.bits == "int8" and len(x_NI) <= FEW_ROWS and not x_NI.requires_grad and self._fits_kernel():
-            y_NO = torch._weight_int8pack_mm(x_NI.bfloat16(), self.numbers, self.scales.bfloat16())
+        numbers = self.numbers
+        if numbers.ndim == 3 and x_NI.dtype == torch.float32 and not x_NI.requires_grad:
+            return self._product_of_panels(x_NI, numbers)
+        few = numbers.ndim == 2 and len(x_NI) <= FEW_ROWS and not x_NI.requires_grad
+        if self.bits == "int8" and few and self._fits_kernel():
+            y_NO = torch._weight_int8pack_mm(x_NI.bfloat16(), numbers, self.scales.bfloat16())
             return y_NO.to(x_NI.dtype)
         out: Tensor = _FrozenProduct.apply(x_NI, self)
         return out
+
+    def _product_of_panels(self, x_NI: Tensor, numbers: Tensor) -> Tensor:
+        from prairie.ops import decoder  # compiled by now: panels are laid for it
+
+        x_NI = x_NI.contiguous()
+        rows, columns = self.shape
+        y_NO = x_NI.new_empty(len(x_NI), rows)
+        kind = decoder.BFLOAT16 if self.bits == "bf16" else decoder.INT8
+        decoder.products.ctypes(
+            kind, numbers.data_ptr(), columns, self.scales.data_ptr(), x_NI.data_ptr(), columns, y_NO.data_ptr(), rows,
+            columns, 0, rows, len(x_NI), 0,
+        )  # fmt: skip
+        return y_NO
 
     def _fits_kernel(self) -> bool:
         """torch's kernel reads beyond a row whose columns do not fill its vectors (it crashes at 172 of them)."""
@@ -117,14 +138,43 @@ class _FrozenProduct(torch.autograd.Function):
         return (dy_NO @ ctx.weight.dense().to(dy_NO.dtype)).to(ctx.dtype), None
 
 
-def lay_together(weights: Sequence[PackedWeight]) -> None:
-    """Moves the numbers of these weights into one piece of memory, in this order. A piece that is large comes in large
-    pages where the system has them, and reading it one row behind the other is a third faster (docs/log.md)."""
-    sizes = [-(-weight.numbers.nbytes // LINE) * LINE for weight in weights]
-    room = torch.from_numpy(np.zeros(sum(sizes), dtype=np.uint8))  # torch's own memory comes in small pages
-    for weight, piece in zip(weights, room.split(sizes), strict=True):
-        old = weight.numbers
-        weight.numbers = piece[: old.nbytes].view(old.dtype).view(old.shape).copy_(old)
+def in_panels(numbers_OI: Tensor) -> Tensor:
+    """(P, I, 16) the same numbers as `ops.decoder` reads them: panels of 16 rows, column by column, the last one filled
+    up with zeros. Of numbers of two bytes, rows r and r + 8 of a panel are the halves of a word."""
+    numbers_PRI = F.pad(numbers_OI, (0, 0, 0, -len(numbers_OI) % PANEL)).unflatten(0, (-1, PANEL))
+    if numbers_OI.itemsize == 2:
+        return numbers_PRI.unflatten(1, (2, PANEL // 2)).permute(0, 3, 2, 1).flatten(2)
+    return numbers_PRI.transpose(1, 2).contiguous()
+
+
+def from_panels(numbers_PIR: Tensor, rows: int) -> Tensor:
+    """(O, I) the `rows` rows that `in_panels` laid out."""
+    if numbers_PIR.itemsize == 2:
+        numbers_PIR = numbers_PIR.unflatten(2, (PANEL // 2, 2)).transpose(2, 3).flatten(2)
+    return numbers_PIR.transpose(1, 2).flatten(0, 1)[:rows]
+
+
+def in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, one behind the other in one piece of memory, each at the beginning of a line. A piece that is
+    large comes in large pages where the system has them, and reading it is a third faster (docs/log.md)."""
+    sizes = [-(-tensor.nbytes // LINE) * LINE for tensor in tensors]
+    room = np.zeros(sum(sizes) + LINE, dtype=np.uint8)  # torch's own memory comes in small pages
+    start = -room.__array_interface__["data"][0] % LINE
+    pieces = torch.from_numpy(room[start : start + sum(sizes)]).split(sizes)
+    return [
+        piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        for tensor, piece in zip(tensors, pieces, strict=True)
+    ]
+
+
+def lay_in_panels(weights: Sequence[PackedWeight]) -> None:
+    """Has the numbers of these bf16 and int8 weights lie in panels, together and in this order. Each is complete at any
+    time, for threads that compute with it."""
+    for weight, numbers in zip(weights, in_one_piece([in_panels(w.numbers) for w in weights]), strict=True):
+        weight.scales = (
+            F.pad(weight.scales, (0, -len(weight.scales) % PANEL)) if weight.bits == "int8" else weight.scales
+        )
+        weight.numbers = numbers
 
 
 def dense(weight_OI: Tensor | PackedWeight) -> Tensor:

@@ -89,13 +89,14 @@ def test_packed_weights(bits):
         assert answer.token_ids == naive.greedy(ids, 8, base=plain)
 
 
-def test_adapters_mixed_with_the_base():
-    subject = compiled()
-    for seed in (1, 2):
-        lora = naive.adapter(seed)
-        subject.add_adapter(f"hash{seed}", lora)
-    inside = LoRA.create(naive.model(), LoRAConfig(rank=4, targets="all-linear"), seed=3)
-    stacked = LoRA.create(naive.model(), LoRAConfig(rank=3, targets=["q_proj", "down_proj"]), seed=4, parent=inside)
+@pytest.mark.parametrize("bits", [None, "bf16", "int8"])
+def test_adapters_mixed_with_the_base(bits):
+    base = copy.deepcopy(naive.model())
+    if bits is not None:
+        quantize(base, bits, [prompts()[5]], head=True)
+    subject = compiled(model=base)
+    inside = LoRA.create(base, LoRAConfig(rank=4, targets="all-linear"), seed=3)
+    stacked = LoRA.create(base, LoRAConfig(rank=3, targets=["q_proj", "down_proj"]), seed=4, parent=inside)
     for lora in (inside, stacked):
         lora.requires_grad_(False).eval()
         for path in lora.paths:
@@ -107,7 +108,7 @@ def test_adapters_mixed_with_the_base():
     loras = {None: None, "inside": inside, "stacked": stacked}
     answers = subject.generate(asked)
     for ids, w, answer in zip(prompts(), which, answers, strict=True):
-        assert answer.token_ids == naive.greedy(ids, 6, loras[w])
+        assert answer.token_ids == naive.greedy(ids, 6, loras[w], base)
     assert len({tuple(a.token_ids) for a in answers}) > 12
 
 

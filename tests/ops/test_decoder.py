@@ -7,30 +7,34 @@ import pytest
 import torch
 
 from prairie.ops import decoder
-from prairie.ops.packed import PackedWeight
+from prairie.ops.packed import PackedWeight, in_panels, lay_in_panels
+
+FORMS = {"rows": decoder.FLOAT32, "bf16": decoder.BFLOAT16, "int8": decoder.INT8, "panels": decoder.PANELS}
 
 
 @pytest.mark.parametrize("adds", [0, 1])
-@pytest.mark.parametrize("kind", [decoder.FLOAT32, decoder.BFLOAT16, decoder.INT8], ids=["float32", "bf16", "int8"])
-@pytest.mark.parametrize(("outputs", "inputs"), [(50, 64), (7, 8), (24, 72), (1, 40)])
-def test_products(kind, outputs, inputs, adds):
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(50, 64), (7, 8), (24, 72), (1, 40), (48, 520)])
+def test_products(form, outputs, inputs, adds):
     generator = torch.Generator().manual_seed(0)
     dense_OI = torch.randn(outputs, inputs, generator=generator)
-    numbers, scales = dense_OI, torch.ones(outputs)
-    if kind != decoder.FLOAT32:
-        packed = PackedWeight(dense_OI, "bf16" if kind == decoder.BFLOAT16 else "int8")
-        numbers, dense_OI = packed.numbers, packed.dense()
-        scales = packed.scales if kind == decoder.INT8 else scales
-    for tokens in (*range(1, 10), 35):
+    numbers, scales = in_panels(dense_OI) if form == "panels" else dense_OI, torch.empty(0)
+    if form in ("bf16", "int8"):
+        packed = PackedWeight(dense_OI, form)
+        lay_in_panels([packed])
+        numbers, dense_OI, scales = packed.numbers, packed.dense(), packed.scales
+    middle = outputs // 32 * 16  # a panel is one piece
+    for tokens in (*range(1, 10), 53):
         x_NI = torch.randn(tokens, inputs, generator=generator)
-        y_NO = torch.full((tokens, outputs), 3.0)
+        y_NO = torch.full((tokens + 1, outputs), 3.0)
         call = decoder.products.ctypes
-        for low, high in ((0, outputs // 2), (outputs // 2, outputs)):
+        for low, high in ((0, middle), (middle, outputs)):
             call(
-                kind, numbers.data_ptr(), inputs, scales.data_ptr(), x_NI.data_ptr(), inputs, y_NO.data_ptr(), outputs,
-                inputs, low, high, tokens, adds,
+                FORMS[form], numbers.data_ptr(), inputs, scales.data_ptr(), x_NI.data_ptr(), inputs, y_NO.data_ptr(),
+                outputs, inputs, low, high, tokens, adds,
             )  # fmt: skip
-        torch.testing.assert_close(y_NO, x_NI @ dense_OI.T + 3.0 * adds, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(y_NO[:-1], x_NI @ dense_OI.T + 3.0 * adds, atol=1e-4, rtol=1e-4)
+        assert (y_NO[-1] == 3.0).all(), "written behind the last row"
 
 
 def test_compiling_leaves_the_streams_of_the_program_alone():
