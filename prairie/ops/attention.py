@@ -27,7 +27,7 @@ from prairie.ops.threads import by_bands, kernels, share_out, worth_compiling
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
 COMPILED_WORK = 1 << 27
-"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.kernels`) are
+"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.attention_kernel`) are
 asked: a few milliseconds of work. Below it numba is not even imported."""
 HALVES = (torch.float16, torch.bfloat16)
 QUERY_BLOCK = 64
@@ -380,11 +380,11 @@ def buckets_of(lengths: Sequence[int], prefixes: Sequence[int] = ()) -> list[lis
 def is_worth_compiling(work: int, heads: int, size: int) -> bool:
     """Whether causal attention on a CPU goes through the compiled loops; `work`: the sum of length x length over the
     rows. The same batch is always computed in the same way, so that a run repeats its bits."""
-    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and kernels() is not None
+    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and kernels("attention_kernel") is not None
 
 
 class _Tasks(NamedTuple):
-    """See `kernels.forward`."""
+    """See `attention_kernel.forward`."""
 
     tasks: np.ndarray
     groups: np.ndarray
@@ -432,8 +432,8 @@ class _CompiledAttention(torch.autograd.Function):
 
 
 def _in_threads(name: str, tasks: _Tasks, tensors: Mapping[str, Tensor]) -> None:
-    """A function of `ops.kernels` on all threads."""
-    loops = kernels()
+    """A function of `ops.attention_kernel` on all threads."""
+    loops = kernels("attention_kernel")
     assert loops is not None
     (N, H, D), K = tensors["q"].shape, tensors["k"].shape[1]
     fields = {
@@ -442,7 +442,7 @@ def _in_threads(name: str, tasks: _Tasks, tensors: Mapping[str, Tensor]) -> None
         "tasks": tasks.tasks.ctypes.data, "groups": tasks.groups.ctypes.data, "rows": tasks.rows.ctypes.data,
         **{field: tensor.data_ptr() for field, tensor in tensors.items()},
     }  # fmt: skip
-    share_out(name, loops.JOB, len(tasks.tasks), fields)
+    share_out(getattr(loops, name), loops.JOB, len(tasks.tasks), fields)
 
 
 class _MatrixAttention(torch.autograd.Function):

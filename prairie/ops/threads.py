@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -30,45 +31,44 @@ def worth_compiling(x: Tensor) -> bool:
     """Whether an operator that works on x by elements goes through compiled loops. The same batch is always computed in
     the same way, so that a run repeats its bits."""
     large = x.numel() >= COMPILED_NUMBERS and x.dtype == torch.float32 and x.device.type == "cpu"
-    return large and x.is_contiguous() and kernels() is not None
-
-
-@cache
-def kernels() -> ModuleType | None:
-    """`ops.kernels`; None where numba is not there: torch's forms do the same."""
-    try:
-        from prairie.ops import kernels
-    except ImportError:
-        return None
-    return kernels
+    return large and x.is_contiguous() and kernels("elementwise_kernel") is not None
 
 
 def by_bands(name: str, tensors: Mapping[str, Tensor], **numbers: float) -> None:
-    """A function of `ops.kernels` that works by elements on bands of tokens; `tensors` are contiguous, the fields of
-    its BAND_JOB are called so."""
-    loops = kernels()
+    """A function of `ops.elementwise_kernel` on all threads; `tensors` are contiguous, the fields of its JOB are called
+    so."""
+    loops = kernels("elementwise_kernel")
     assert loops is not None
     addresses = {field: tensor.data_ptr() for field, tensor in tensors.items()}
-    share_out(name, loops.BAND_JOB, bands(int(numbers["tokens"])), {**numbers, **addresses})
+    share_out(getattr(loops, name), loops.JOB, bands(int(numbers["tokens"])), {**numbers, **addresses})
 
 
 def bands(tokens: int) -> int:
     """How many tasks so many tokens are."""
-    loops = kernels()
+    loops = kernels("elementwise_kernel")
     assert loops is not None
     return -(-tokens // int(loops.BAND))
 
 
-def share_out(name: str, record: np.dtype[Any], tasks: int, fields: Mapping[str, float]) -> None:
-    """A function of `ops.kernels` on all threads, with a record of these fields; which of them does what does not
-    change a bit. Raises MemoryError if a task was not done: compiled loops cannot raise."""
+@cache
+def kernels(file: str) -> ModuleType | None:
+    """A file of compiled loops beside this one; None where numba is not there: torch's forms do the same."""
+    try:
+        return import_module(f"prairie.ops.{file}")
+    except ImportError:
+        return None
+
+
+def share_out(loops: Any, record: np.dtype[Any], tasks: int, fields: Mapping[str, float]) -> None:
+    """Compiled loops on all threads, with a record of these fields; which of them does what does not change a bit.
+    Raises MemoryError if a task was not done: compiled loops cannot raise."""
     tickets, job = np.zeros(2, np.int64), np.zeros(1, record)
     job["tickets"] = tickets.ctypes.data
     for field, number in fields.items():
         job[field] = number
-    on_threads(getattr(kernels(), name), job, min(torch.get_num_threads(), tasks))
+    on_threads(loops, job, min(torch.get_num_threads(), tasks))
     if tickets[1] != tasks:
-        raise MemoryError(f"the compiled loops of {name} found no memory")
+        raise MemoryError(f"compiled loops found no memory: {tickets[1]} of {tasks} tasks are done")
 
 
 def on_threads(loops: Any, job: np.ndarray, threads: int) -> None:

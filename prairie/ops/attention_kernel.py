@@ -1,20 +1,17 @@
-"""The compiled loops of training: causal attention of packed rows, norm, gate and rotation.
+"""Causal attention of packed rows as compiled loops (FlashAttention-2's order, arXiv 2307.08691): scores are made by
+blocks, never leave the cache, and are made again for the gradient.
 
-Attention goes in FlashAttention-2's order (arXiv 2307.08691): scores are made by blocks, never leave the cache, and are
-made again for the gradient.
 torch's own kernel runs at half of what this chip multiplies at, and products of 64 x 64 matrices one by one at less.
 numba compiles these loops on the user's machine; the heart is one tile of 6 x 16 sums kept in registers, written in
 LLVM's own terms because no vectoriser finds it. Everything is laid out in whole tiles before it is multiplied.
 A task is a key head of one row and of the rows that go on from it, so no two tasks write to one place and the result
 does not depend on how many threads there are.
-Norm, gate and rotation read and write each number once, where torch's operators do so five or ten times.
-Not here: who calls this and the plain forms (`ops.attention`, `ops.elementwise`), threads (`ops.threads`).
+Not here: which rows there are and who calls this (`ops.attention`), the plain form (`attention_reference` there).
 
-`_exp` stands in `ops.decoder` too, and not in a file for both: numba's cache on disk knows that a kernel is stale by
-the date of its own file alone.
+`_exp` stands in `ops.decoder` and `ops.elementwise_kernel` too, and not in a file for all: numba's cache on disk knows
+that a kernel is stale by the date of its own file alone.
 
-Legend: N tokens, H query heads, K key heads, D size of a head, R rows, T keys of a row, Q queries of a block; W width,
-F width inside the gated layer.
+Legend: N tokens, H query heads, K key heads, D size of a head, R rows, T keys of a row, Q queries of a block.
 """
 
 from __future__ import annotations
@@ -56,22 +53,6 @@ JOB = np.dtype(
 )  # fmt: skip
 """What the loops are given: an array of one, read where it lies by all threads."""
 ENTRY = types.void(types.CPointer(from_dtype(JOB)))
-BAND = 32
-"""Tokens of a task that works by elements."""
-BAND_JOB = np.dtype(
-    [(name, np.int64) for name in (
-        # of the input: how many tokens, and numbers of each; of queries and keys: how many heads of what size
-        "tokens", "width", "heads", "kv_heads", "size", "tickets",
-        # addresses: x and gain, its gradient, are of the width; out and grad of the result's; weight (W,), inverse (N,)
-        # 1 / rms, sums (tasks, W) of the weight's gradient, 0 if none is wanted; turns (N, D) cosine, sine by turns
-        "x", "gain", "out", "grad", "weight", "inverse", "sums", "turns",
-        # (N, H, D), (N, K, D), (N, K, D)
-        "q", "k", "v",
-    )] + [("eps", np.float32), ("way", np.float32)],
-    align=True,
-)  # fmt: skip
-"""What the loops by elements are given. `way` 1 turns forward, -1 back."""
-BAND_ENTRY = types.void(types.CPointer(from_dtype(BAND_JOB)))
 
 
 @intrinsic
@@ -452,180 +433,4 @@ def backward(job):
             for t in range(row[OWN]):
                 dk[row[OWN_START] + t, head] = d_keys[row[PREFIX] + t]
                 dv[row[OWN_START] + t, head] = d_values[row[PREFIX] + t]
-        _next(j.tickets + 8)
-
-
-# --- by elements ------------------------------------------------------------------------------------------------------
-
-
-@njit(nogil=True, error_model="numpy")
-def _band(j):
-    """The first token of the next task and the one after its last; nothing is left where they are one."""
-    task: int = _next(j.tickets)
-    return min(task * BAND, j.tokens), min(task * BAND + BAND, j.tokens)
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
-def _sigmoid(x):
-    e = _exp(-abs(x))
-    return (np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e)
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _gate(x, out):
-    size = out.shape[0]
-    for f in range(size):
-        out[f] = x[f] * _sigmoid(x[f]) * x[size + f]
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _gate_back(x, grad, gain):
-    size = grad.shape[0]
-    for f in range(size):
-        sigmoid = _sigmoid(x[f])
-        gain[size + f] = grad[f] * x[f] * sigmoid
-        gain[f] = grad[f] * x[size + f] * sigmoid * (np.float32(1.0) + x[f] * (np.float32(1.0) - sigmoid))
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _norm(x, weight, inverse, out):
-    for d in range(x.shape[0]):
-        out[d] = x[d] * inverse * weight[d]
-
-
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
-def _pull(x, weight, grad):
-    total = np.float32(0.0)
-    for d in range(x.shape[0]):
-        total += grad[d] * weight[d] * x[d]
-    return total
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _norm_back(x, weight, grad, inverse, pull, gain):
-    for d in range(x.shape[0]):
-        gain[d] = (grad[d] * weight[d] - x[d] * pull) * inverse
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _add_scaled(x, grad, inverse, sums):
-    for d in range(x.shape[0]):
-        sums[d] += grad[d] * x[d] * inverse
-
-
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
-def _turn(x, turn, way, out):
-    for d in range(0, x.shape[0], 2):
-        cosine, sine = turn[d], turn[d + 1] * way
-        out[d] = x[d] * cosine - x[d + 1] * sine
-        out[d + 1] = x[d] * sine + x[d + 1] * cosine
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def swiglu(job):
-    """out (N, F) = silu(gate) * up of x (N, 2 F)."""
-    j = carray(job, 1)[0]
-    x, out = _floats(j.x, (j.tokens, j.width)), _floats(j.out, (j.tokens, j.width // 2))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        for t in range(low, high):
-            _gate(x[t], out[t])
-        _next(j.tickets + 8)
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def swiglu_backward(job):
-    """gain (N, 2 F) of x and grad (N, F)."""
-    j = carray(job, 1)[0]
-    x, gain = _floats(j.x, (j.tokens, j.width)), _floats(j.gain, (j.tokens, j.width))
-    grad = _floats(j.grad, (j.tokens, j.width // 2))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        for t in range(low, high):
-            _gate_back(x[t], grad[t], gain[t])
-        _next(j.tickets + 8)
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def rms_norm(job):
-    """out (N, W) and inverse (N,) of x and weight."""
-    j = carray(job, 1)[0]
-    x, out = _floats(j.x, (j.tokens, j.width)), _floats(j.out, (j.tokens, j.width))
-    weight, inverse = _floats(j.weight, (j.width,)), _floats(j.inverse, (j.tokens,))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        for t in range(low, high):
-            inverse[t] = np.float32(1.0) / np.sqrt(_dot(x[t], x[t]) / np.float32(j.width) + j.eps)
-            _norm(x[t], weight, inverse[t], out[t])
-        _next(j.tickets + 8)
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def rms_norm_backward(job):
-    """gain (N, W) and sums (tasks, W) of x, weight, inverse and grad; with r = 1 / rms: r (g w - x r^2 mean(g w x))."""
-    j = carray(job, 1)[0]
-    x, gain, grad = (
-        _floats(j.x, (j.tokens, j.width)),
-        _floats(j.gain, (j.tokens, j.width)),
-        _floats(j.grad, (j.tokens, j.width)),
-    )
-    weight, inverse = _floats(j.weight, (j.width,)), _floats(j.inverse, (j.tokens,))
-    sums = _floats(j.sums, ((j.tokens + BAND - 1) // BAND, j.width))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        if j.sums != 0:
-            sums[low // BAND, :] = np.float32(0.0)
-        for t in range(low, high):
-            pull = _pull(x[t], weight, grad[t]) * inverse[t] * inverse[t] / np.float32(j.width)
-            _norm_back(x[t], weight, grad[t], inverse[t], pull, gain[t])
-            if j.sums != 0:
-                _add_scaled(x[t], grad[t], inverse[t], sums[low // BAND])
-        _next(j.tickets + 8)
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def turn_heads(job):
-    """q, k turned and v as it is, of x (N, (H + 2 K) D)."""
-    j = carray(job, 1)[0]
-    x, turns = _floats(j.x, (j.tokens, j.heads + 2 * j.kv_heads, j.size)), _floats(j.turns, (j.tokens, j.size))
-    q, k = _floats(j.q, (j.tokens, j.heads, j.size)), _floats(j.k, (j.tokens, j.kv_heads, j.size))
-    v = _floats(j.v, (j.tokens, j.kv_heads, j.size))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        for t in range(low, high):
-            for head in range(j.heads):
-                _turn(x[t, head], turns[t], j.way, q[t, head])
-            for head in range(j.kv_heads):
-                _turn(x[t, j.heads + head], turns[t], j.way, k[t, head])
-                v[t, head] = x[t, j.heads + j.kv_heads + head]
-        _next(j.tickets + 8)
-
-
-@cfunc(BAND_ENTRY, error_model="numpy", cache=True)
-def turn_heads_backward(job):
-    """gain (N, (H + 2 K) D) of the gradients q, k, v."""
-    j = carray(job, 1)[0]
-    gain, turns = _floats(j.gain, (j.tokens, j.heads + 2 * j.kv_heads, j.size)), _floats(j.turns, (j.tokens, j.size))
-    q, k = _floats(j.q, (j.tokens, j.heads, j.size)), _floats(j.k, (j.tokens, j.kv_heads, j.size))
-    v = _floats(j.v, (j.tokens, j.kv_heads, j.size))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
-        for t in range(low, high):
-            for head in range(j.heads):
-                _turn(q[t, head], turns[t], j.way, gain[t, head])
-            for head in range(j.kv_heads):
-                _turn(k[t, head], turns[t], j.way, gain[t, j.heads + head])
-                gain[t, j.heads + j.kv_heads + head] = v[t, head]
         _next(j.tickets + 8)
