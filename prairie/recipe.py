@@ -446,6 +446,12 @@ class GoPlay(_Strict):
     """Standard deviation of komi around the mean score of the turn before."""
     temperature: float = Field(1.0, ge=0)
     """Of the first moves; it halves every `size` moves."""
+    opening_moves: int = Field(0, ge=0)
+    """Each game begins with 0 to so many random moves."""
+    score_weight: float = Field(0.1, ge=0, lt=1)
+    """How much of a value in the search is points instead of winning; with more of it stones that are dead are taken."""
+    score_reach: float = Field(1.0, gt=0)
+    """The lead, in widths of the board, from which more points begin to count less."""
 
 
 class GoLearning(_Strict):
@@ -459,6 +465,10 @@ class GoLearning(_Strict):
     lr: float = Field(2e-3, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "constant"
     weight_decay: float = Field(0.03, ge=0)
+    owner: float = Field(0.15, ge=0)
+    """Weight of the ownership in the loss; the policy's is 1."""
+    begin: Literal["champion", "newest"] = "champion"
+    """Whose weights a candidate begins from: the champion's, or the last candidate's, refused or not."""
 
 
 class GoMatch(_Strict):

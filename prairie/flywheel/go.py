@@ -28,6 +28,7 @@ from prairie.games.curve import Step, learning_curve
 from prairie.games.duel import Dueled, duel
 from prairie.games.features import TowerJudge
 from prairie.games.kernels import FIGURES, PLANES
+from prairie.games.mcts import SearchSettings
 from prairie.games.selfplay import Health, Played, SelfPlay, joined, play
 from prairie.games.sgf import read_sgf, write_sgf
 from prairie.games.side_by_side import Watch, side_by_side
@@ -39,7 +40,7 @@ from prairie.store.artifacts import Artifact
 from prairie.store.home import Home
 from prairie.store.registry import Registry, Version
 from prairie.train.config import TrainConfig
-from prairie.train.objectives.policy_value import PolicyValue
+from prairie.train.objectives.policy_value import PolicyValue, PolicyValueConfig
 from prairie.train.trainer import Trainer
 
 PLAYING_CODE = ("games", "models/tower", "data/positions")
@@ -89,7 +90,8 @@ class GoActor:
         keys, size = self.keys, board_of(tower)
         settings = SelfPlay(
             size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
-            komi_spread=keys.komi_spread, temperature=keys.temperature,
+            komi_spread=keys.komi_spread, temperature=keys.temperature, opening_moves=keys.opening_moves,
+            search=SearchSettings(score_weight=keys.score_weight, score_reach=keys.score_reach),
         )  # fmt: skip
         lock = threading.Lock()
 
@@ -137,8 +139,11 @@ class GoLearner:
 
     def learn(self, champion: Version, records: Artifact) -> Version:
         store, home = self.context.home.artifacts, self.context.home
-        parent = store.get(champion.artifact_id)
-        earlier = [turn.dataset for turn in Registry(home).turns(champion.line) if turn.dataset]
+        turns = Registry(home).turns(champion.line)
+        tried = [turn.candidate for turn in turns if turn.candidate]
+        newest = tried[-1] if tried and self.keys.begin == "newest" else champion.artifact_id
+        parent = store.get(newest)
+        earlier = [turn.dataset for turn in turns if turn.dataset]
         before = earlier[-(self.keys.window - 1) :] if self.keys.window > 1 else []
         window = [*(store.get(id) for id in before), records]
         inputs = [parent.id, *(artifact.id for artifact in window)]
@@ -165,7 +170,7 @@ class GoLearner:
         )  # fmt: skip
         loader = Loader(dataset, tokens_per_batch=keys.batch, seed=self.context.recipe.seed)
         trainer = Trainer(
-            tower, PolicyValue(), loader, config, runtime=self.context.runtime, folder=work, title="learn"
+            tower, PolicyValue(PolicyValueConfig(owner=keys.owner)), loader, config, runtime=self.context.runtime, folder=work, title="learn"
         )  # fmt: skip
         figures = trainer.fit()
         save_tower(tower.eval(), folder)
@@ -260,8 +265,8 @@ def stage_of(home: Home, line: str) -> dict[str, Any]:
     rules = {key: value for key, value in turns[-1].verdict["rules"].items() if key in GoMatch.model_fields}
     return {
         "kind": "selfplay", "line": line, "start": "-", "turns": 1,
-        "play": {key: played[key] for key in GoPlay.model_fields},
-        "learn": {key: learned[key] for key in GoLearning.model_fields},
+        "play": {key: played[key] for key in GoPlay.model_fields if key in played},
+        "learn": {key: learned[key] for key in GoLearning.model_fields if key in learned},
         "match": rules,
         "seed": played["seed"],
     }  # fmt: skip

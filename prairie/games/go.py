@@ -151,6 +151,10 @@ class Position:
             return "suicide"
         return "superko" if board in self.past else None
 
+    def own_eye(self, move: int) -> bool:
+        """Would it fill an empty point that has nothing but stones of the player to move beside it?"""
+        return all(self.stones[near] == self.to_move for near in _beside(self.size, move))
+
     def legal_moves(self) -> list[int]:
         """All of them, the pass last."""
         return [move for move in range(self.pass_move + 1) if self.why_illegal(move) is None]

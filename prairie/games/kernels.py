@@ -355,6 +355,8 @@ class Rates(NamedTuple):
     """How much worse than its parent an unvisited move is taken to be, times sqrt of the policy that was visited."""
     root_first_play: float
     score_weight: float
+    score_reach: float
+    """In widths of the board: a lead so large counts for three quarters of the most that a lead can count."""
     c_visit: float
     c_scale: float
 
@@ -442,9 +444,9 @@ def back_up(trees, g, node, value):
 
 
 @njit(cache=True)
-def utility(outcome, score, size, weight):
+def utility(outcome, score, size, weight, reach):
     """What a player wants: to win, and a little to win by much."""
-    return (1 - weight) * outcome + weight * np.tanh(score / size)
+    return (1 - weight) * outcome + weight * np.tanh(score / (reach * size))
 
 
 @njit(cache=True)
@@ -460,7 +462,7 @@ def descend(trees, games, g, rates, forced, considered, neighbours, zobrist, siz
             score = area(trees.stones[g, node], neighbours, owner, stack) - games.komi[g]
             if trees.color[g, node] == 2:
                 score = -score
-            back_up(trees, g, node, utility(np.sign(score), score, size, rates.score_weight))
+            back_up(trees, g, node, utility(np.sign(score), score, size, rates.score_weight, rates.score_reach))
             return node, END
         if trees.visits[g, node] == 0:
             if trees.waiting[g, node] > 0:

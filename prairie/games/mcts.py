@@ -34,6 +34,7 @@ from prairie.games.kernels import (
 )
 
 Floats = npt.NDArray[np.float32]
+NO_MOVE = -1
 
 
 class Opinion(NamedTuple):
@@ -59,6 +60,8 @@ class SearchSettings:
     root_first_play: float = 0.1
     score_weight: float = 0.1
     """How much of a value is points instead of winning."""
+    score_reach: float = 1.0
+    """The lead, in widths of the board, from which more points begin to count less."""
     noise_share: float = 0.25
     noise_alpha: float = 10.83
     """Dirichlet noise at the root: the sum of all alphas."""
@@ -73,7 +76,8 @@ class SearchSettings:
 
     def rates(self) -> Rates:
         return Rates(
-            self.c_puct, self.first_play, self.root_first_play, self.score_weight, self.c_visit, self.c_scale
+            self.c_puct, self.first_play, self.root_first_play, self.score_weight, self.score_reach, self.c_visit,
+            self.c_scale,
         )  # fmt: skip
 
 
@@ -116,6 +120,8 @@ class Forest:
         )  # fmt: skip
         self.target = np.zeros(count, np.int64)
         self.noisy = np.zeros(count, np.bool_)
+        self.forbidden = np.full(count, NO_MOVE, np.int64)
+        """A move that the search of a game does not look at from its root, unless there is no other; set before `begin`."""
         self._unprepared = np.ones(count, np.bool_)
         """Games whose root has no noise yet."""
         self._begun = np.zeros(count, np.int64)
@@ -178,8 +184,8 @@ class Forest:
         if rows:
             size = self.boards.size
             opinion = self.judge(self._planes[:rows].reshape(rows, PLANES, size, size), self._figures[:rows])
-            weight = settings.score_weight
-            values = (1 - weight) * opinion.value_R + weight * np.tanh(opinion.lead_R / size)
+            weight, reach = settings.score_weight, settings.score_reach * size
+            values = (1 - weight) * opinion.value_R + weight * np.tanh(opinion.lead_R / reach)
             expand_all(trees, self._game[:rows], self._node[:rows], self._legal[:rows], opinion.logits_RM, values)
         for g in np.flatnonzero(active & self._unprepared & (trees.visits[:, 0] > 0)):
             self._prepare(int(g))
@@ -258,9 +264,11 @@ class Forest:
     # --- inside ---
 
     def _prepare(self, g: int) -> None:
-        """Noise for a root that has its policy."""
+        """Noise for a root that has its policy; what is forbidden there is taken away."""
         trees, settings = self.trees, self.settings
-        prior = trees.prior[g, 0]
+        prior, forbidden = trees.prior[g, 0], self.forbidden[g]
+        if forbidden != NO_MOVE and (prior >= 0).sum() > 1:
+            prior[forbidden], trees.child[g, 0, forbidden] = -1, -1
         allowed = np.flatnonzero(prior >= 0)
         trees.root_prior[g] = prior
         self._unprepared[g] = False

@@ -1,6 +1,8 @@
 """One player: a net and a search that thinks about one position at a time, within visits and seconds.
 
-Between two moves of one game the tree is kept. Not here: protocols (`gtp`), many games at once (`selfplay`).
+Between two moves of one game the tree is kept. A player does not trust its own rules alone with the end of a game: many
+opponents take dead stones off before they count, so it passes only if it wins either way. Not here: protocols (`gtp`),
+many games at once (`selfplay`).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from prairie.games.features import TowerJudge, encode
-from prairie.games.go import Boards, Position
-from prairie.games.mcts import Forest, SearchSettings
+from prairie.games.go import BLACK, Boards, Position, symmetries
+from prairie.games.mcts import NO_MOVE, Forest, SearchSettings
 
 MOST_VISITS = 20_000
 """What a search may grow to when only its time is limited."""
@@ -83,6 +85,7 @@ class Player:
         if position.over:  # a client may ask on after two passes
             position = replace(position, passes=0)
         forest = self._forest_at(position, komi)
+        forest.forbidden[0] = NO_MOVE if self.may_pass(position, komi) else position.pass_move
         visits = visits or (self.visits if watch is None else MOST_VISITS)
         forest.begin(0, max(visits, 2))
         deadline = time.monotonic() + min(self.seconds if watch is None else math.inf, seconds)
@@ -92,15 +95,34 @@ class Player:
             forest.run(min(deadline, pause))
             over = int(forest.trees.visits[0, 0]) >= max(visits, 2) or time.monotonic() >= deadline
             if watch is not None and (over or time.monotonic() - shown >= every_s):
-                shown, thought = time.monotonic(), self._thought(forest)
+                shown, thought = time.monotonic(), self._thought(forest, position)
                 if thought.candidates:  # a slow machine may not have looked at a move yet
                     over = not watch(thought) or over
             if over:
-                return self._thought(forest)
+                return self._thought(forest, position)
+
+    def may_pass(self, position: Position, komi: float) -> bool:
+        """False where a pass wins by the area on the board, and no longer once every point is the opponent's that the net
+        gives to the opponent: stones of ours that it takes for dead, what they surround or keep from being surrounded."""
+        sign = 1 if position.to_move == BLACK else -1
+        area_P, komi = sign * np.array(position.owners), sign * komi
+        if area_P.sum() <= komi or len(position.legal_moves()) == 1:
+            return True
+        lost_P = sign * self.owners(position, sign * komi) < 0
+        return bool(np.where(lost_P, -1, area_P).sum() > komi)
 
     def owners(self, position: Position, komi: float) -> np.ndarray:
-        """(P,): the net's guess of who will own each point, +1 black's .. -1 white's."""
-        return self.look(position, komi).owner_P
+        """(P,): the net's guess of who will own each point, +1 black's .. -1 white's; the mean of all 8 symmetries."""
+        self.judge.check(position.size)
+        planes, figures = encode(Boards.at([position]), np.array([komi]))
+        orders = symmetries(position.size)[:, :-1]
+        turned = planes.reshape(planes.shape[1], -1)[:, orders].transpose(1, 0, 2)
+        judged = self.judge.judged(
+            np.ascontiguousarray(turned).reshape(-1, *planes.shape[1:]), np.repeat(figures, len(orders), 0)
+        )
+        owner = np.empty(orders.shape, np.float32)
+        np.put_along_axis(owner, orders, judged.owner_BHW.tanh().reshape(len(orders), -1).cpu().numpy(), 1)
+        return owner.mean(0) * (1 if position.to_move == BLACK else -1)
 
     def look(self, position: Position, komi: float) -> Look:
         """The net alone. Raises ModelError for a board that it was not made for."""
@@ -112,7 +134,7 @@ class Player:
         owner = torch.tanh(judged.owner_BHW[0]).reshape(-1).cpu().numpy()
         legal = torch.from_numpy(boards.legal()[0] == 1)
         policy = judged.policy_BM[0].cpu().masked_fill(~legal, -torch.inf).softmax(-1).numpy()
-        return Look(policy, owner if position.to_move == 1 else -owner, float(judged.lead_B[0]))
+        return Look(policy, owner if position.to_move == BLACK else -owner, float(judged.lead_B[0]))
 
     def _forest_at(self, position: Position, komi: float) -> Forest:
         """The tree of before, played on to this position, or a new one."""
@@ -135,7 +157,8 @@ class Player:
         return self._forest
 
     @staticmethod
-    def _thought(forest: Forest) -> Thought:
+    def _thought(forest: Forest, position: Position) -> Thought:
+        """Where a pass is forbidden, what fills our own eyes is left out; if nothing else is left it is a pass after all."""
         visits, values = forest.visits(0), forest.values(0)
         order = [int(move) for move in np.argsort(-visits, kind="stable") if visits[move]]
         candidates = tuple(
@@ -145,4 +168,7 @@ class Player:
             )
             for move in order
         )  # fmt: skip
-        return Thought(forest.best(0), int(visits.sum()), (1 + forest.value(0)) / 2, candidates)
+        best = forest.best(0)
+        if forest.forbidden[0] == position.pass_move:
+            best = next((move for move in order if not position.own_eye(move)), position.pass_move)
+        return Thought(best, int(visits.sum()), (1 + forest.value(0)) / 2, candidates)

@@ -44,6 +44,8 @@ class SelfPlay:
     """Standard deviation of komi around the mean score."""
     temperature: float = 1.0
     """Of the first moves; it halves every `size` moves, down to 0.2."""
+    opening_moves: int = 0
+    """Each game begins with 0 to so many random moves."""
     longest: float = 3.0
     """Moves for each point after which a game is counted as it stands."""
     search: SearchSettings = field(default_factory=SearchSettings)
@@ -95,10 +97,17 @@ def play(
         boards.reset([g])
         komi = round(chance.normal(mean_score, settings.komi_spread)) + 0.5
         forest.komi[g] = np.clip(komi, 0.5 - points, points - 0.5)
-        under_way[g] = Game(float(forest.komi[g]))
+        under_way[g] = Game(float(forest.komi[g]), random_opening(g))
         forest.forget(g)
         begun += 1
         begin_search(g)
+
+    def random_opening(g: int) -> list[int]:
+        moves: list[int] = []
+        for _ in range(int(chance.integers(settings.opening_moves + 1)) if settings.opening_moves else 0):
+            moves.append(int(chance.choice(np.flatnonzero(_one(boards, g).legal()[0, :points] == 1))))
+            boards.play(moves[-1:], [g])
+        return moves
 
     def begin_search(g: int) -> None:
         game = under_way[g]

@@ -1,6 +1,7 @@
 """Go on the wheel: a turn leaves games, a candidate, a verdict; a kill changes nothing; collapse is refused."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from prairie.models.tower import load_tower
 from prairie.pipeline.context import Context
 from prairie.pipeline.handlers import HANDLERS
 from prairie.pipeline.run import run
-from prairie.recipe import GoMatch, resolve_recipe
+from prairie.recipe import GoLearning, GoMatch, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
 
@@ -150,6 +151,18 @@ def test_the_next_turn_by_hand_goes_on_as_before(whole):
         assert _go_stage(home, "spark") is None
         with pytest.raises(NotFoundError, match="not been turned"):
             go.stage_of(home, "never")
+
+
+def test_a_candidate_may_begin_from_one_that_was_refused(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "home")
+    with (made := context(tmp_path / "home")).home as home:
+        last, champion = home.registry.turns("go3")[-1], home.registry.champion("go3")
+        records = home.artifacts.get(last.dataset)
+        for begin, parent in (("newest", last.candidate), ("champion", champion.artifact_id)):
+            keys = GoLearning(begin=begin, batch=32, passes=0.5, window=1, owner=1.0)
+            candidate = go.GoLearner(made, keys).learn(champion, records)
+            assert home.artifacts.get(candidate.artifact_id).inputs == [parent, records.id]
+    assert last.candidate != champion.artifact_id, "refused, or both begin from the same"
 
 
 def uniform(planes, figures):

@@ -51,7 +51,8 @@ class PlainSearch:
             if leaf is self.root:
                 self.root_prior = dict(leaf.prior)
             weight = self.settings.score_weight
-            self.back_up(path, (1 - weight) * value + weight * math.tanh(lead / leaf.position.size))
+            reach = self.settings.score_reach * leaf.position.size
+            self.back_up(path, (1 - weight) * value + weight * math.tanh(lead / reach))
 
     def walk(self, considered):
         path = [self.root]
@@ -118,8 +119,8 @@ class PlainSearch:
 
     def outcome(self, position):
         score = position.score(self.komi) * (1 if position.to_move == BLACK else -1)
-        weight = self.settings.score_weight
-        return (1 - weight) * ((score > 0) - (score < 0)) + weight * math.tanh(score / position.size)
+        weight, reach = self.settings.score_weight, self.settings.score_reach * position.size
+        return (1 - weight) * ((score > 0) - (score < 0)) + weight * math.tanh(score / reach)
 
     @staticmethod
     def back_up(path, value):

@@ -104,7 +104,7 @@ def both(position, komi, settings, visits, *, noisy=False, pass_from=0):
     [
         (SearchSettings(), False),
         (SearchSettings(), True),
-        (SearchSettings(leaves=6), False),
+        (SearchSettings(leaves=6, score_weight=0.3, score_reach=2.0), False),
         (SearchSettings(gumbel=8), True),
     ],
 )

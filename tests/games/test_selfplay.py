@@ -10,7 +10,7 @@ from prairie.games.mcts import Opinion
 from prairie.games.selfplay import ALL_POINTS, Health, SelfPlay, joined, play
 from prairie.models.tower import Tower, TowerConfig
 
-SMALL = SelfPlay(4, visits=16, fast_visits=6, slots=6)
+SMALL = SelfPlay(4, visits=16, fast_visits=6, slots=6, opening_moves=2)
 
 
 def judge():
