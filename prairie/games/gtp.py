@@ -187,6 +187,7 @@ class Engine:
             positions = list(record.positions())
         except (PrairieError, OSError):
             raise Refused(f"cannot open or parse '{arguments[0]}'") from None
+        self.player.judge.check(record.size)
         if len(arguments) > 1:
             until = _integer(arguments[1:], "move number not an integer")
             positions = positions[: max(1, until)]

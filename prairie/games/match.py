@@ -146,9 +146,10 @@ class Played:
 def play_match(terms: Terms, player: Player, engine: Engine, folder: Path) -> Iterator[Played]:
     """Yields every game of the match, those of earlier runs first.
 
-    Raises GameError when the engine fails, DataError when the folder holds another match or a damaged game,
-    StorageFullError when a game cannot be written.
+    Raises GameError when the engine fails, DataError when the folder holds another match or a damaged game, ModelError
+    for a board that the net was not made for, StorageFullError when a game cannot be written.
     """
+    player.judge.check(terms.size)
     _claim(folder, terms)
     for number in range(terms.games):
         path = folder / f"game-{number + 1:04d}.sgf"

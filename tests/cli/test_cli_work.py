@@ -81,6 +81,18 @@ def test_turn_refuses_in_a_sentence(call, at, voted):
     assert champion(voted) == "spark@1"
 
 
+def test_go_refuses_in_a_sentence(call, at, tmp_path):
+    (tmp_path / "junk.bin.gz").write_bytes(b"junk")
+    for arguments, words in (
+        (("--line", "sprak"), "no such model: got `sprak`"),
+        (("--net", tmp_path / "nothing.bin.gz"), "cannot be read as a KataGo net"),
+        (("--net", tmp_path / "junk.bin.gz"), "Not a gzipped file"),
+        (("--net", tmp_path), "tower.json does not exist"),
+    ):
+        code, out, err = call("go", "gtp", *arguments, *at)
+        assert (code, out, err.count("\n")) == (1, "", 1) and words in err, err
+
+
 def test_doctor(ask, call, root):
     found = ask("doctor", "--threads", 1)
     assert {"python", "torch", "device", "cores", "threads", "memory_mb", "matmul_float32_gflops", "fast_dtype",

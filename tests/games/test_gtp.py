@@ -139,6 +139,24 @@ def test_a_net_for_other_boards_is_not_played():
     assert player.answer("boardsize 9") == "? unacceptable size\n\n" and player.answer("boardsize 7") == "= \n\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("(;GM[1]FF[4]SZ[5];B[aa];W[aa", "? cannot open or parse '{}'"),
+        ("(;GM[1]FF[4]SZ[5];B[aa];W[aa])", "? cannot open or parse '{}'"),
+        ("(;GM[1]FF[4]SZ[40];B[aa])", "? cannot open or parse '{}'"),
+        ("\0\xff no game at all", "? cannot open or parse '{}'"),
+        ("(;GM[1]FF[4]SZ[9];B[aa])", "? the net was not made for this board: got 9 lines, wanted 5."),
+    ],
+)
+def test_a_bad_sgf_is_one_answer_and_changes_nothing(tmp_path, text, answer):
+    player, path = engine(boards=(5,)), tmp_path / "bad.sgf"
+    path.write_bytes(text.encode("latin-1"))
+    player.answer("play b C3")
+    assert player.answer(f"loadsgf {path}") == answer.format(path) + "\n\n"
+    assert player.answer("last_move") == "= black C3\n\n" and player.position.size == 5
+
+
 def test_analysis_streams_until_the_next_line():
     said = []
     player = engine()

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from prairie.cli.go import summary
-from prairie.errors import DataError, GameError, StorageFullError
+from prairie.errors import DataError, GameError, ModelError, StorageFullError
 from prairie.games.features import TowerJudge
 from prairie.games.match import Engine, Played, Terms, play_match
 from prairie.games.player import Player
@@ -142,6 +142,19 @@ def test_a_full_disk_keeps_the_games(tmp_path, player, monkeypatch):
     with Engine(script(tmp_path, PASSES)) as engine, pytest.raises(StorageFullError, match="games before it are kept"):
         list(play_match(terms(), player, engine, tmp_path / "m"))
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["game-0001.sgf", "match.json"]
+    kept = (tmp_path / "m" / "game-0001.sgf").read_bytes()
+    monkeypatch.undo()  # there is space again
+    with Engine(script(tmp_path, PASSES)) as engine:
+        done = list(play_match(terms(), player, engine, tmp_path / "m"))
+    assert [p.number for p in done] == [0, 1] and (tmp_path / "m" / "game-0001.sgf").read_bytes() == kept
+
+
+def test_a_match_on_a_board_that_the_net_was_not_made_for(tmp_path):
+    tower = Tower(TowerConfig.small(12, 7, blocks=2, width=16, boards=(7,))).init_weights(0)
+    small = Player(TowerJudge(tower, seed=None), visits=8)
+    with Engine(script(tmp_path, PASSES)) as engine, pytest.raises(ModelError, match="got 5 lines, wanted 7"):
+        list(play_match(terms(), small, engine, tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
 
 
 def test_the_summary():
