@@ -449,7 +449,7 @@ class GoPlay(_Strict):
     opening_moves: int = Field(0, ge=0)
     """Each game begins with 0 to so many random moves."""
     score_weight: float = Field(0.1, ge=0, lt=1)
-    """How much of a value in the search is points instead of winning; with more of it stones that are dead are taken."""
+    """How much of a value in the search is points instead of winning; with more of it dead stones are taken."""
     score_reach: float = Field(1.0, gt=0)
     """The lead, in widths of the board, from which more points begin to count less."""
 

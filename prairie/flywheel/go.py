@@ -169,8 +169,9 @@ class GoLearner:
             seed=self.context.recipe.seed,
         )  # fmt: skip
         loader = Loader(dataset, tokens_per_batch=keys.batch, seed=self.context.recipe.seed)
+        objective = PolicyValue(PolicyValueConfig(owner=keys.owner))
         trainer = Trainer(
-            tower, PolicyValue(PolicyValueConfig(owner=keys.owner)), loader, config, runtime=self.context.runtime, folder=work, title="learn"
+            tower, objective, loader, config, runtime=self.context.runtime, folder=work, title="learn"
         )  # fmt: skip
         figures = trainer.fit()
         save_tower(tower.eval(), folder)

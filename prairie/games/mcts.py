@@ -121,7 +121,7 @@ class Forest:
         self.target = np.zeros(count, np.int64)
         self.noisy = np.zeros(count, np.bool_)
         self.forbidden = np.full(count, NO_MOVE, np.int64)
-        """A move that the search of a game does not look at from its root, unless there is no other; set before `begin`."""
+        """A move that no search looks at from its root, unless there is no other; set before `begin`."""
         self._unprepared = np.ones(count, np.bool_)
         """Games whose root has no noise yet."""
         self._begun = np.zeros(count, np.int64)

@@ -102,8 +102,8 @@ class Player:
                 return self._thought(forest, position)
 
     def may_pass(self, position: Position, komi: float) -> bool:
-        """False where a pass wins by the area on the board, and no longer once every point is the opponent's that the net
-        gives to the opponent: stones of ours that it takes for dead, what they surround or keep from being surrounded."""
+        """False where a pass wins by the area on the board, and no longer once every point is the opponent's that the
+        net gives to the opponent: stones of ours that it takes for dead, what they surround or keep from being so."""
         sign = 1 if position.to_move == BLACK else -1
         area_P, komi = sign * np.array(position.owners), sign * komi
         if area_P.sum() <= komi or len(position.legal_moves()) == 1:
@@ -158,7 +158,7 @@ class Player:
 
     @staticmethod
     def _thought(forest: Forest, position: Position) -> Thought:
-        """Where a pass is forbidden, what fills our own eyes is left out; if nothing else is left it is a pass after all."""
+        """Where a pass is forbidden, what fills own eyes is left out; if nothing else is left it is a pass."""
         visits, values = forest.visits(0), forest.values(0)
         order = [int(move) for move in np.argsort(-visits, kind="stable") if visits[move]]
         candidates = tuple(

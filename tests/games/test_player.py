@@ -129,6 +129,7 @@ def test_a_forbidden_pass_is_not_looked_at_and_old_visits_of_it_do_not_count(fre
 def test_ownership_is_the_mean_of_all_symmetries(fresh):
     player = Player(fresh, visits=2)
     plain, turned = Position.empty(5).after(1), Position.empty(5).after(5)
-    owners, other = player.owners(plain, 0.5).reshape(5, 5), player.owners(turned, 0.5).reshape(5, 5)
-    assert owners.T == pytest.approx(other, abs=1e-5)
-    assert player.look(plain, 0.5).owner_P.reshape(5, 5).T != pytest.approx(player.look(turned, 0.5).owner_P.reshape(5, 5))
+    owners, other = (player.owners(position, 0.5).reshape(5, 5) for position in (plain, turned))
+    assert pytest.approx(other, abs=1e-5) == owners.T
+    once, turned_once = (player.look(position, 0.5).owner_P.reshape(5, 5) for position in (plain, turned))
+    assert pytest.approx(turned_once) != once.T
