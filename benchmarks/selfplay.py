@@ -22,7 +22,7 @@ from prairie.games.kernels import FIGURES, PLANES
 from prairie.games.selfplay import SelfPlay, play
 from prairie.models.tower import Tower, TowerConfig, multiply_adds
 
-NETS = {5: (4, 32), 7: (4, 40), 9: (5, 48)}
+NETS = {5: (4, 32), 7: (6, 48), 9: (5, 48)}
 """Size -> blocks, width: those of the recipes."""
 VISITS, FAST, SHARE = 64, 12, 0.3
 
