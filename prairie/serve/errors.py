@@ -50,6 +50,10 @@ def install(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        cause = error.__cause__  # of a body that cannot be read: FastAPI's sentence names neither cause nor mend
+        if isinstance(cause, UnicodeDecodeError | RecursionError):
+            what = f"not UTF-8 at byte {cause.start}" if isinstance(cause, UnicodeDecodeError) else "nested too deeply"
+            return JSONResponse(error_body(400, f"the body is {what}; send JSON as UTF-8.", "invalid_json"), 400)
         messages = {
             404: f"there is no route {request.method} {request.url.path}; GET /openapi.json lists them.",
             405: f"{request.url.path} does not take {request.method}; GET /openapi.json lists what it takes.",

@@ -106,6 +106,9 @@ def test_a_body_that_is_no_json(http):
         400, "invalid_json",
     )  # fmt: skip
     assert "character 5" in error["message"]
+    for body, said in ((b'{"a": "\xff"}', "not UTF-8 at byte 7"), (b"[" * 100_000, "nested too deeply")):
+        broken = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert said in refusal(broken, 400, "invalid_json")["message"]
     form = http.post("/v1/feedback", content=b'{"response_id": "x"}', headers={"Content-Type": "text/plain"})
     assert "application/json" in refusal(form, 400, "invalid_content_type")["message"]
 
