@@ -1,9 +1,9 @@
 """Two turns of one line at once, from Python: one goes on, the other is told so in a sentence; nothing is left half."""
 
 import io
+import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import time
 
@@ -16,6 +16,8 @@ from prairie.pipeline.context import Context
 from prairie.recipe import GateRules, VoteLearning, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
+
+pytestmark = pytest.mark.long
 
 LEARN = VoteLearning(steps=12, tokens_per_batch=512, max_tokens=128, lr=1e-2, weight_decay=0.0, adapter={"rank": 4})
 
@@ -65,27 +67,29 @@ def test_two_threads(voted):
         assert wheel_of(home).turn(key="first").to_json() == told[0].to_json(), "recalled, not turned again"
 
 
-def test_two_processes_and_the_dead_hold_nothing(voted):
-    judging = voted / "judging"
-
+def _turns_and_waits(path, judging):
     def wait():
         judging.touch()
-        time.sleep(60)
+        time.sleep(300)
 
-    child = os.fork()
-    if child == 0:
-        with Home(voted) as home:
-            wheel_of(home, wait).turn(key="k")
-        os._exit(0)
+    with Home(path) as home:
+        wheel_of(home, wait).turn(key="k")
+
+
+def test_two_processes_and_the_dead_hold_nothing(voted):
+    judging = voted / "judging"
+    # Not forked: a copy of a process whose threads wait for each other may wait for ever.
+    child = multiprocessing.get_context("spawn").Process(target=_turns_and_waits, args=(voted, judging))
+    child.start()
     try:
-        deadline = time.monotonic() + 60
-        while not judging.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        with Home(voted) as home, pytest.raises(BusyError, match=f"`turn-spark` of .* is in use by process {child}"):
+        while not judging.exists():
+            assert child.is_alive(), "the turn ended before its gate"
+            time.sleep(0.05)
+        with Home(voted) as home, pytest.raises(BusyError, match=f"`turn-spark` of .* in use by process {child.pid}"):
             wheel_of(home).turn(key="k")
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.join()
     with Home(voted) as home:
         turned = wheel_of(home).turn(key="k")
         assert settled(home).candidate == turned.candidate.artifact_id
