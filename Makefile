@@ -13,7 +13,7 @@ venv: .venv/.dev
 test: .venv/.dev  ## all but the slow tests, a process a core: threads of several processes would only wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-test-fast: .venv/.dev  ## without whole recipes and kills: half the time
+test-fast: .venv/.dev  ## without whole recipes and kills
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow and not browser and not gpu and not long' $(ARGS)
 
 test-slow: .venv/.dev  ## kill tests and whole recipes, many minutes
