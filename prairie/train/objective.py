@@ -155,6 +155,22 @@ def refuse_weights(batch: Batch) -> None:
         )  # fmt: skip
 
 
+def require_finite(reference_logps: Tensor) -> None:
+    """Raises TrainingError for log-probabilities of a reference that are no numbers."""
+    if not bool(torch.isfinite(reference_logps).all()):
+        raise TrainingError("the reference log-probabilities are not finite", mend="look at the reference model")
+
+
+def reference_of(reference_logps: Tensor, batch: Batch) -> Tensor:
+    """(R,): what the reference gives to the rows of a batch. Raises TrainingError if it does not know them."""
+    if max(batch.rows) >= len(reference_logps):
+        raise TrainingError(
+            "the reference log-probabilities are of another dataset",
+            got=f"{len(reference_logps)} rows", wanted=f"more than {max(batch.rows)}",
+        )  # fmt: skip
+    return reference_logps[batch.rows]
+
+
 def supervised_per_row(batch: Batch) -> Tensor:
     """How many tokens of each row are supervised: (R,) float32 on the CPU."""
     return row_sums((batch.labels_N != IGNORED).float(), batch.lengths)

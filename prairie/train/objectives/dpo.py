@@ -41,6 +41,8 @@ from prairie.train.objective import (
     every_batch,
     hidden_states,
     judging,
+    reference_of,
+    require_finite,
     require_next_tokens,
     require_pairs,
     row_sums,
@@ -86,8 +88,7 @@ class DPO:
     group = 2
 
     def __init__(self, config: DPOConfig, reference_logps: Tensor) -> None:
-        if not bool(torch.isfinite(reference_logps).all()):
-            raise TrainingError("the reference log-probabilities are not finite", mend="look at the reference model")
+        require_finite(reference_logps)
         self.config = config
         self.reference_logps = reference_logps.detach().to(torch.float32).cpu()
 
@@ -102,22 +103,13 @@ class DPO:
         self, model: Transformer, batch: Batch, adapters: Sequence[AdapterRows] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         require_next_tokens(model)
-        reference_R = self._reference(batch)
+        require_pairs(batch)
+        reference_R = reference_of(self.reference_logps, batch)
         hidden_ND, labels_N = hidden_states(model, batch, adapters)
         logps_R = row_sums(model.logprobs(hidden_ND, labels_N, adapters), batch.lengths)
         lengths_R = supervised_per_row(batch).to(logps_R.device)
-        weights_P = None if batch.weights_R is None else batch.weights_R[0::2].to(logps_R)
+        weights_P = row_weights(batch)[0::2].to(logps_R)
         return preference_loss(logps_R, reference_R.to(logps_R.device), lengths_R, self.config, weights_P)
-
-    def _reference(self, batch: Batch) -> Tensor:
-        require_pairs(batch)
-        rows = batch.rows
-        if max(rows) >= len(self.reference_logps):
-            raise TrainingError(
-                "the reference log-probabilities are of another dataset",
-                got=f"{len(self.reference_logps)} rows", wanted=f"more than {max(rows)}",
-            )  # fmt: skip
-        return self.reference_logps[rows]
 
 
 def preference_loss(

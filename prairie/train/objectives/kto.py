@@ -33,6 +33,8 @@ from prairie.models.lora import AdapterRows
 from prairie.models.transformer import Transformer
 from prairie.train.objective import (
     hidden_states,
+    reference_of,
+    require_finite,
     require_next_tokens,
     require_pairs,
     row_sums,
@@ -69,8 +71,7 @@ class KTO:
     group: int = 2
 
     def __post_init__(self) -> None:
-        if not bool(torch.isfinite(self.reference_logps).all()):
-            raise TrainingError("the reference log-probabilities are not finite", mend="look at the reference model")
+        require_finite(self.reference_logps)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -109,14 +110,10 @@ class KTO:
     def _ratios(self, model: Transformer, own: Batch, adapters: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
         """(A,) log p - log p_ref of some rows, and log p."""
         require_next_tokens(model)
-        if max(own.rows) >= len(self.reference_logps):
-            raise TrainingError(
-                "the reference log-probabilities are of another dataset",
-                got=f"{len(self.reference_logps)} rows", wanted=f"more than {max(own.rows)}",
-            )  # fmt: skip
+        reference_A = reference_of(self.reference_logps, own)
         hidden_ND, labels_N = hidden_states(model, own, adapters)
         logps_A = row_sums(model.logprobs(hidden_ND, labels_N, adapters), own.lengths)
-        return logps_A - self.reference_logps[own.rows].to(logps_A), logps_A
+        return logps_A - reference_A.to(logps_A), logps_A
 
 
 def judged_loss(
