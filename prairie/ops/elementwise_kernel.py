@@ -91,10 +91,15 @@ def _dot(x, y):
 
 
 @njit(nogil=True, error_model="numpy")
-def _band(j):
-    """The first token of the next task and the one after its last; nothing is left where they are one."""
-    task: int = _next(j.tickets)
-    return min(task * BAND, j.tokens), min(task * BAND + BAND, j.tokens)
+def _bands(j):
+    """Tasks that no other thread has taken: the first token of each and the one after its last. What was done with one
+    is counted when the next is asked for."""
+    while True:
+        low = _next(j.tickets) * BAND
+        if low >= j.tokens:
+            return
+        yield low, min(low + BAND, j.tokens)
+        _next(j.tickets + 8)
 
 
 @njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", inline="always")
@@ -158,13 +163,9 @@ def swiglu(job):
     """out (N, F) = silu(gate) * up of x (N, 2 F)."""
     j = carray(job, 1)[0]
     x, out = _floats(j.x, (j.tokens, j.width)), _floats(j.out, (j.tokens, j.width // 2))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         for t in range(low, high):
             _gate(x[t], out[t])
-        _next(j.tickets + 8)
 
 
 @cfunc(ENTRY, error_model="numpy", cache=True)
@@ -173,13 +174,9 @@ def swiglu_backward(job):
     j = carray(job, 1)[0]
     x, gain = _floats(j.x, (j.tokens, j.width)), _floats(j.gain, (j.tokens, j.width))
     grad = _floats(j.grad, (j.tokens, j.width // 2))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         for t in range(low, high):
             _gate_back(x[t], grad[t], gain[t])
-        _next(j.tickets + 8)
 
 
 @cfunc(ENTRY, error_model="numpy", cache=True)
@@ -188,14 +185,10 @@ def rms_norm(job):
     j = carray(job, 1)[0]
     x, out = _floats(j.x, (j.tokens, j.width)), _floats(j.out, (j.tokens, j.width))
     weight, inverse = _floats(j.weight, (j.width,)), _floats(j.inverse, (j.tokens,))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         for t in range(low, high):
             inverse[t] = np.float32(1.0) / np.sqrt(_dot(x[t], x[t]) / np.float32(j.width) + j.eps)
             _norm(x[t], weight, inverse[t], out[t])
-        _next(j.tickets + 8)
 
 
 @cfunc(ENTRY, error_model="numpy", cache=True)
@@ -209,10 +202,7 @@ def rms_norm_backward(job):
     )
     weight, inverse = _floats(j.weight, (j.width,)), _floats(j.inverse, (j.tokens,))
     sums = _floats(j.sums, ((j.tokens + BAND - 1) // BAND, j.width))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         if j.sums != 0:
             sums[low // BAND, :] = np.float32(0.0)
         for t in range(low, high):
@@ -220,7 +210,6 @@ def rms_norm_backward(job):
             _norm_back(x[t], weight, grad[t], inverse[t], pull, gain[t])
             if j.sums != 0:
                 _add_scaled(x[t], grad[t], inverse[t], sums[low // BAND])
-        _next(j.tickets + 8)
 
 
 @cfunc(ENTRY, error_model="numpy", cache=True)
@@ -230,17 +219,13 @@ def turn_heads(job):
     x, turns = _floats(j.x, (j.tokens, j.heads + 2 * j.kv_heads, j.size)), _floats(j.turns, (j.tokens, j.size))
     q, k = _floats(j.q, (j.tokens, j.heads, j.size)), _floats(j.k, (j.tokens, j.kv_heads, j.size))
     v = _floats(j.v, (j.tokens, j.kv_heads, j.size))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         for t in range(low, high):
             for head in range(j.heads):
                 _turn(x[t, head], turns[t], j.way, q[t, head])
             for head in range(j.kv_heads):
                 _turn(x[t, j.heads + head], turns[t], j.way, k[t, head])
                 v[t, head] = x[t, j.heads + j.kv_heads + head]
-        _next(j.tickets + 8)
 
 
 @cfunc(ENTRY, error_model="numpy", cache=True)
@@ -250,14 +235,10 @@ def turn_heads_backward(job):
     gain, turns = _floats(j.gain, (j.tokens, j.heads + 2 * j.kv_heads, j.size)), _floats(j.turns, (j.tokens, j.size))
     q, k = _floats(j.q, (j.tokens, j.heads, j.size)), _floats(j.k, (j.tokens, j.kv_heads, j.size))
     v = _floats(j.v, (j.tokens, j.kv_heads, j.size))
-    while True:
-        low, high = _band(j)
-        if low == high:
-            break
+    for low, high in _bands(j):
         for t in range(low, high):
             for head in range(j.heads):
                 _turn(q[t, head], turns[t], j.way, gain[t, head])
             for head in range(j.kv_heads):
                 _turn(k[t, head], turns[t], j.way, gain[t, j.heads + head])
                 gain[t, j.heads + j.kv_heads + head] = v[t, head]
-        _next(j.tickets + 8)
