@@ -73,9 +73,11 @@ class GoActor:
         if found is None:
             figures: dict[str, Any] = {}
             title = f"games-{champion.line}-{number}"
-            with store.create("positions", title, config, [parent.id], code, figures=figures) as folder:
-                figures.update(self._play(parent, config, folder, home.work(identity)))
-            home.clear_work(identity)
+            with (
+                home.working(identity) as scratch,
+                store.create("positions", title, config, [parent.id], code, figures=figures) as folder,
+            ):
+                figures.update(self._play(parent, config, folder, scratch))
             found = store.get(identity)
         health = found.figures["health"]
         self.context.runtime.progress.say(
@@ -152,9 +154,11 @@ class GoLearner:
         identity = store.id_of("candidate", config, inputs, code)
         if store.find(identity) is None:
             figures: dict[str, Any] = {}
-            with store.create("candidate", self.title, config, inputs, code, figures=figures) as folder:
-                figures.update(self._train(parent, window, records, folder, home.work(identity)))
-            home.clear_work(identity)
+            with (
+                home.working(identity) as scratch,
+                store.create("candidate", self.title, config, inputs, code, figures=figures) as folder,
+            ):
+                figures.update(self._train(parent, window, records, folder, scratch))
         return register(Registry(home), champion.line, store.get(identity), self.context)
 
     def _train(
