@@ -49,6 +49,13 @@ HEAD_PIECES = 16
 SEGMENT = 48
 """Tokens, at most, that one thread takes through an adapter at once."""
 NOTHING = np.zeros(0, dtype=np.int64)
+COPIED_BYTES = 32 << 20
+"""Weights in float32 that are not more than this are copied into panels: reading those is a third faster for one token,
+and the copy costs less than what a large page does. Larger ones are read where they lie."""
+SAID = (
+    "tokens", "sequences", "ready_count", "sampled", "threads", "head_pieces", "segment_count", "segments"
+)  # fmt: skip
+"""Of the plan: what each step says itself."""
 
 
 def covers(model: Transformer) -> bool:
@@ -94,6 +101,19 @@ def _kernels() -> ModuleType | None:
         log.info("numba is not there, steps are computed by torch: %s", error)
         return None
     return decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a step found out of R tokens. Overwritten by the next one."""
+
+    logits_RV: np.ndarray
+    best_R: np.ndarray
+    """The likeliest of the tokens that may be drawn."""
+    logprobs_R: np.ndarray
+    """Its log-probability."""
+    norms_R: np.ndarray
+    """The logarithm of the sum of e^logit."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +174,11 @@ class CompiledDecoder:
         self.held: list[Tensor | np.ndarray] = []
         self.adapters: weakref.WeakKeyDictionary[LoRA, Adapter | None] = weakref.WeakKeyDictionary()
         self.scratch: dict[str, np.ndarray] = {}
-        self.embeddings = model.embed.detach().numpy()
-        turns = rotary_turns(torch.arange(c.max_context), rope_frequencies(c), rope_magnitudes(c))[:, 0]
-        self.turns = torch.cat([turns.real, turns.imag], 1).contiguous().numpy()
-        self.plain_turn = np.repeat(np.array([1.0, 0.0], dtype=np.float32), c.head_dim // 2)
+        self.room = (0, 0, 0)
+        """Tokens, threads and tokens that want logits that the scratch arrays are large enough for."""
         self.plan = np.zeros(0)
+        self.said: dict[str, np.ndarray] = {}
+        """What is said anew for each step: views of the plan, which are quicker to write to than its records."""
         self.ready = threading.Event()
         self.compiling = threading.Lock()
 
@@ -182,6 +202,7 @@ class CompiledDecoder:
                 self.plan[0]["stop"] = 1
                 decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
                 self._describe_model(decoder)
+                self.step = decoder.decoder_step
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
@@ -195,22 +216,12 @@ class CompiledDecoder:
             record[name] = getattr(c, name)
         record["ffn"], record["vocab"] = c.ffn_dim, c.vocab_size
         record["eps"], record["query_scale"] = c.norm_eps, model.query_scale * c.head_dim**-0.5
-        packed = [weight for weight in _weights(model) if isinstance(weight, PackedWeight)]
-        lay_in_panels(packed)
-        bits = packed[0].bits if packed else "float32"
-        record["kind"] = {"float32": decoder.FLOAT32, "bf16": decoder.BFLOAT16, "int8": decoder.INT8}[bits]
-        record["rows_at_once"] = PANEL if packed else decoder.TILE_ROWS
-        record["heads_at_once"] = PANEL // math.gcd(PANEL, c.head_dim) if packed else 1
-        record["adapter_kind"] = decoder.BFLOAT16 if packed else decoder.PANELS
-        weights = [[self._addresses(getattr(block, name)) for name in GROUPS] for block in model.layers]
-        self._keep("weights", np.array([[numbers for numbers, _ in row] for row in weights]))
-        self._keep("scales", np.array([[scales for _, scales in row] for row in weights]))
-        record["head"], record["head_scales"] = self._addresses(model.head_weight)
-        if model.quantization is not None and model.quantization.head:
-            head = PackedWeight(model.head_weight, model.quantization.bits)
-            lay_in_panels([head])
-            record["head_kind"] = record["kind"]
-            record["head"], record["head_scales"] = self._addresses(head)
+        record["embed_scale"] = c.embed_scale
+        self.said = {name: self.plan[name] for name in SAID}
+        self._keep("embeddings", model.embed.detach().numpy())
+        turns = rotary_turns(torch.arange(c.max_context), rope_frequencies(c), rope_magnitudes(c))[:, 0]
+        self._keep("all_turns", torch.cat([turns.real, turns.imag], 1).numpy())
+        self._describe_weights(decoder)
 
         def stacked(name: str) -> np.ndarray | None:
             rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]
@@ -239,6 +250,34 @@ class CompiledDecoder:
         weakref.finalize(self, helpers.dismiss).atexit = False  # at the end of the process they sleep on
         self.helpers = helpers
         record["stop"] = 0
+
+    def _describe_weights(self, decoder: ModuleType) -> None:
+        """The matrices of the blocks and the head, each as it is multiplied."""
+        model, c, record = self.model, self.config, self.plan[0]
+        weights, head = _weights(model), model.head_weight
+        packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+        plain = [weight for weight in (*weights, head) if not isinstance(weight, PackedWeight)]
+        lay_in_panels(packed)
+        if packed:
+            kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8}[packed[0].bits]
+        elif c.ffn_dim % PANEL == 0 and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
+            *weights, head = in_one_piece([in_panels(weight.detach()) for weight in plain])
+            kind = record["head_kind"] = decoder.PANELS
+        else:
+            kind = decoder.FLOAT32
+        record["kind"] = kind
+        record["rows_at_once"] = decoder.TILE_ROWS if kind == decoder.FLOAT32 else PANEL
+        record["heads_at_once"] = 1 if kind == decoder.FLOAT32 else PANEL // math.gcd(PANEL, c.head_dim)
+        record["adapter_kind"] = decoder.BFLOAT16 if packed else decoder.PANELS
+        addresses = np.array([self._addresses(weight) for weight in weights]).reshape(c.layers, len(GROUPS), 2)
+        self._keep("weights", addresses[:, :, 0])
+        self._keep("scales", addresses[:, :, 1])
+        record["head"], record["head_scales"] = self._addresses(head)
+        if model.quantization is not None and model.quantization.head:
+            packed_head = PackedWeight(head, model.quantization.bits)
+            lay_in_panels([packed_head])
+            record["head_kind"] = record["kind"]
+            record["head"], record["head_scales"] = self._addresses(packed_head)
 
     def _keep(self, name: str, values: np.ndarray) -> None:
         """Something of the model, by its address."""
@@ -307,52 +346,30 @@ class CompiledDecoder:
         """Whether it is compiled by now, and covers all adapters of the step."""
         return self.ready.is_set() and all(self.adapter(lora) is not None for lora, _ in step.adapters)
 
-    def run(
-        self, step: Step, tokens: list[int], ready: list[int], sampled: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards.
-
-        Of the last tokens of the sequences `ready` (R,), if there are any: the logits (R, V), overwritten by the next
-        call; the likeliest of the first `sampled` tokens (R,); the logarithm of the sum of e^logit (R,).
-        """
-        decoder, c, record, cache, threads = _kernels(), self.config, self.plan[0], self.cache, self.threads()
-        assert decoder is not None
-        count, wanted = len(tokens), len(ready)
-        positions, of_row, last = _places(step, count)
-        own_slots = (
-            cache.tables[of_row, positions // cache.block_size] * cache.block_size + positions % cache.block_size
-        )
-        runs = _runs(step.counts, count, decoder.RUN)
-        record["tokens"], record["run_count"], record["ready_count"] = count, len(runs), wanted
-        record["sampled"], record["threads"] = sampled, threads
-        segments = self._segments(step.adapters, count)
-        given = (positions, of_row, own_slots, runs, last[ready], segments)
-        names = ("positions", "of_row", "own_slots", "runs", "ready", "segments")
-        for name, array in zip(names, given, strict=True):
-            record[name] = address(array)
-        x = self._room("x", count, c.dim)
-        for name, columns in (
-            ("qkv", c.qkv_dim), ("mixed", c.q_dim), ("gate_up", 2 * c.ffn_dim), ("act", c.ffn_dim)
-        ):  # fmt: skip
-            self._room(name, count, columns)
-        self._room("y", count * threads, c.dim)
-        np.take(self.embeddings, tokens, axis=0, out=x)
-        if c.embed_scale != 1.0:
-            x *= np.float32(c.embed_scale)
-        np.take(self.turns, positions, axis=0, out=self._room("turns", count, c.head_dim))
-        if c.nope_layers:
-            self._room("plain", count, c.head_dim)[:] = self.plain_turn
-        pieces = HEAD_PIECES * threads
-        logits = self._room("logits", wanted, c.vocab_size)
-        best = self._room("best", pieces * wanted, 1, np.int64)
-        found = self._room("found", pieces * wanted, 3)
-        record["head_pieces"] = pieces
+    def run(self, step: Step, tokens: list[int], ready: list[int], sampled: int) -> Found | None:
+        """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards. What is to be
+        known of the tokens `ready` (R,), if there are any: of their logits, and of the first `sampled` of these."""
+        count, sequences, wanted, threads = len(tokens), len(step.sequences), len(ready), self.threads()
+        self._have_room(count, threads, wanted)
+        said, scratch = self.said, self.scratch
+        said["tokens"][0], said["sequences"][0], said["ready_count"][0] = count, sequences, wanted
+        said["sampled"][0], said["threads"][0], said["head_pieces"][0] = sampled, threads, HEAD_PIECES * threads
+        scratch["ids"][:count] = tokens
+        scratch["rows"][:sequences] = step.rows
+        scratch["starts"][:sequences] = step.starts
+        scratch["counts"][:sequences] = step.counts
+        scratch["ready"][:wanted] = ready
+        segments = self._segments(step.adapters, count) if step.adapters else NOTHING
+        said["segment_count"][0] = len(segments)
+        if len(segments):
+            said["segments"][0] = address(segments)
         self.helpers.have(threads)
-        decoder.decoder_step(self.plan, 0)
+        self.step(self.plan, 0)
         if not wanted:
             return None
-        with np.errstate(invalid="ignore"):
-            return logits, best[:wanted, 0], found[:wanted, 1] + np.log(found[:wanted, 2])
+        logits_RV = scratch["logits"][: wanted * self.config.vocab_size].reshape(wanted, -1)
+        logs = scratch["logs"]
+        return Found(logits_RV, scratch["best"][:wanted], logs[:wanted], logs[wanted : 2 * wanted])
 
     def _segments(self, adapters: list[tuple[LoRA, slice]], count: int) -> np.ndarray:
         """(S, 3) the tokens of a step in segments: first token, count, address of their adapter's `pairs`, 0 for none.
@@ -373,17 +390,43 @@ class CompiledDecoder:
         if found:
             cut(count, 0)
             self.plan[0]["inner_width"] = width
-            self._room("inner", count * width, 1)
-        self.plan[0]["segment_count"] = len(found)
+            self._scratch("inner", count * width, np.float32)
         return np.array(found, dtype=np.int64) if found else NOTHING
 
-    def _room(self, name: str, count: int, columns: int, dtype: type = np.float32) -> np.ndarray:
-        """The first `count` rows of a scratch array, which grows by powers of two and is kept."""
+    def _have_room(self, tokens: int, threads: int, ready: int) -> None:
+        """Scratch for a step of so many tokens, threads, and tokens that want logits; it grows by powers of two and is
+        kept, so that most steps find what the one before them had."""
+        if tokens <= self.room[0] and threads <= self.room[1] and ready <= self.room[2]:
+            return
+        tokens, threads, ready = (
+            max(had, 1 << max(least, needed - 1).bit_length())
+            for had, least, needed in zip(self.room, (3, 0, 0), (tokens, threads, ready), strict=True)
+        )
+        c, whole = self.config, np.int64
+        for name, size, dtype in (
+            ("x", tokens * c.dim, np.float32), ("y", tokens * c.dim * threads, np.float32),
+            ("qkv", tokens * c.qkv_dim, np.float32), ("mixed", tokens * c.q_dim, np.float32),
+            ("gate_up", tokens * 2 * c.ffn_dim, np.float32), ("act", tokens * c.ffn_dim, np.float32),
+            ("turns", tokens * c.head_dim, np.float32), ("logits", ready * c.vocab_size, np.float32),
+            ("ids", tokens, whole), ("positions", tokens, whole), ("of_row", tokens, whole),
+            ("own_slots", tokens, whole), ("runs", tokens * 2, whole), ("ready", ready, whole),
+            ("rows", tokens, whole), ("starts", tokens, whole), ("counts", tokens, whole),
+            ("best", HEAD_PIECES * threads * ready, whole), ("found", HEAD_PIECES * threads * ready * 3, np.float32),
+            ("logs", 2 * ready, np.float32),
+        ):  # fmt: skip
+            self._scratch(name, size, dtype)
+        if c.nope_layers:
+            turn = np.repeat(np.array([1.0, 0.0], dtype=np.float32), c.head_dim // 2)
+            self._scratch("plain", tokens * c.head_dim, np.float32).reshape(tokens, -1)[:] = turn
+        self.room = (tokens, threads, ready)
+
+    def _scratch(self, name: str, size: int, dtype: type) -> np.ndarray:
+        """A scratch array of at least this size."""
         known = self.scratch.get(name)
-        if known is None or len(known) < count:
-            known = self.scratch[name] = np.zeros((1 << max(3, count - 1).bit_length(), columns), dtype=dtype)
+        if known is None or len(known) < size:
+            known = self.scratch[name] = np.zeros(size, dtype=dtype)
             self.plan[0][name] = address(known)
-        return known[:count]
+        return known
 
     @staticmethod
     def threads() -> int:
@@ -406,24 +449,3 @@ def _used(changes: list[LowRank], rows: slice) -> tuple[Tensor, Tensor]:
     short = -int(used.sum()) % LANES
     a_RI = torch.cat([change.a_RI for change in changes]).detach().float()[used]
     return F.pad(a_RI, (0, 0, 0, short)), F.pad(b_OR[:, used], (0, short))
-
-
-def _places(step: Step, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each of its tokens (N,): where in its sequence it stands, and the row of the cache's tables; and of each
-    sequence its last token."""
-    if count == len(step.sequences):
-        return step.starts, step.rows, np.arange(count)
-    of = np.repeat(np.arange(len(step.counts)), step.counts)
-    last = np.cumsum(step.counts) - 1
-    return step.starts[of] + np.arange(count) - (last + 1 - step.counts)[of], step.rows[of], last
-
-
-def _runs(counts: np.ndarray, tokens: int, longest: int) -> np.ndarray:
-    """(M, 2) first token and count: the tokens of each sequence in runs that are not too long."""
-    if tokens == len(counts):
-        return np.stack([np.arange(tokens), np.ones(tokens, dtype=np.int64)], 1)
-    runs = -(-counts // longest)
-    of = np.repeat(np.arange(len(counts)), runs)
-    before = (np.arange(len(of)) - (np.cumsum(runs) - runs)[of]) * longest
-    starts = (np.cumsum(counts) - counts)[of] + before
-    return np.stack([starts, np.minimum(longest, counts[of] - before)], 1)

@@ -27,38 +27,39 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
 
-    @torch.inference_mode()
     def run(self, step: Step) -> tuple[list[int], Sampled | None]:
         """Computes a step. Returns which of its sequences got a token, and these tokens."""
         for sequence in step.seated:
             self.sampler.seat(sequence)
         tokens: list[int] = []
         ready: list[int] = []
+        last: list[int] = []
         for number, sequence in enumerate(step.sequences):
             end = sequence.computed + sequence.scheduled
-            if end == len(sequence.ids):
-                ready.append(number)
             if sequence.scheduled == 1:
                 tokens.append(sequence.ids[sequence.computed])
             else:
                 tokens += sequence.ids[sequence.computed : end]
+            if end == len(sequence.ids):
+                ready.append(number)
+                last.append(len(tokens) - 1)
         if self.compiled is not None and self.compiled.takes(step):
-            return ready, self._run_compiled(self.compiled, step, tokens, ready)
-        return ready, self._run_torch(step, tokens, ready)
+            return ready, self._run_compiled(self.compiled, step, tokens, ready, last)
+        return ready, self._run_torch(step, tokens, ready, last)
 
     def _run_compiled(
-        self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int]
+        self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int], last: list[int]
     ) -> Sampled | None:
-        found = compiled.run(step, tokens, ready, self.sampler.vocab_size)
+        found = compiled.run(step, tokens, last, self.sampler.vocab_size)
         if found is None:
             return None
-        logits_BV, best_B, norm_B = found
-        rows = step.rows[ready]
+        rows = step.rows if len(ready) == len(step.rows) else step.rows[ready]
         if self.sampler.only_best(rows):
-            return self.sampler.take_best(logits_BV, best_B, norm_B)
-        return self.sampler(torch.from_numpy(logits_BV), rows, _counters(step, ready))
+            return self.sampler.take_best(found.best_R, found.logprobs_R, found.norms_R)
+        return self.sampler(torch.from_numpy(found.logits_RV), rows, _counters(step, ready))
 
-    def _run_torch(self, step: Step, tokens: list[int], ready: list[int]) -> Sampled | None:
+    @torch.inference_mode()
+    def _run_torch(self, step: Step, tokens: list[int], ready: list[int], last: list[int]) -> Sampled | None:
         lengths = np.array([len(sequence.ids) for sequence in step.sequences], dtype=np.int64)
         attend = PagedAttend(self.cache, step.rows, step.starts, step.counts, lengths)
         tokens_N = torch.tensor(tokens, device=self.cache.device)
@@ -67,8 +68,7 @@ class Runner:
         if not ready:
             return None
         if len(ready) < len(tokens):
-            last = (np.cumsum(step.counts) - 1)[ready]
-            hidden_ND = hidden_ND.index_select(0, torch.from_numpy(last).to(self.cache.device))
+            hidden_ND = hidden_ND.index_select(0, torch.tensor(last, device=self.cache.device))
             adapters = [AdapterRows(lora, _among(last, rows)) for lora, rows in step.adapters]
         logits_BV = self.model.logits(hidden_ND, adapters).float()
         return self.sampler(logits_BV, step.rows[ready], _counters(step, ready))
@@ -79,7 +79,7 @@ def _counters(step: Step, ready: list[int]) -> np.ndarray:
     return np.array([step.sequences[number].generated for number in ready], dtype=np.int64)
 
 
-def _among(chosen: np.ndarray, rows: slice) -> slice:
+def _among(chosen: list[int], rows: slice) -> slice:
     """Where the chosen places, in rising order, lie inside `rows`."""
     start, stop = np.searchsorted(chosen, (rows.start, rows.stop)).tolist()
     return slice(start, stop)

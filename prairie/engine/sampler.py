@@ -9,6 +9,7 @@ Shapes: B sequences that get a token in this step, V tokens of the model, rows (
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,10 +69,13 @@ class Sampler:
         self._biased = np.zeros(max_batch, dtype=bool)
         self._bias: dict[int, tuple[list[int], list[float]]] = {}
         self._constrained = np.zeros(max_batch, dtype=bool)
+        self._plain = np.zeros(max_batch, dtype=bool)
+        """Takes its likeliest token, as the logits have it, and wants to know no other."""
         self._matchers: dict[int, Matcher] = {}
         self._counts: Tensor | None = None
         """(max_batch, V) how often each row has generated each token; made when first needed."""
 
+    @torch.inference_mode()
     def seat(self, sequence: Sequence) -> None:
         """A sequence starts, or goes on, in its row."""
         row, params = sequence.row, sequence.request.params
@@ -88,7 +92,11 @@ class Sampler:
         self._constrained[row] = sequence.matcher is not None
         if sequence.matcher is not None:
             self._matchers[row] = sequence.matcher
-        if params.presence_penalty or params.frequency_penalty:
+        penalised = bool(params.presence_penalty or params.frequency_penalty)
+        self._plain[row] = params.greedy and not (
+            penalised or params.logit_bias or params.logprobs or sequence.matcher is not None
+        )
+        if penalised:
             if self._counts is None:
                 self._counts = torch.zeros(len(self._temperature), self.vocab_size, device=self.device)
             generated = torch.tensor(sequence.ids[sequence.prompt_tokens :], dtype=torch.long, device=self.device)
@@ -96,17 +104,14 @@ class Sampler:
 
     def only_best(self, rows: np.ndarray) -> bool:
         """Whether every row takes its likeliest token, as the logits have it, and wants to know no other."""
-        asked = (
-            self._temperature, self._presence, self._frequency, self._biased, self._constrained, self._tops
-        )  # fmt: skip
-        return not any(values[rows].any() for values in asked)
+        return bool(self._plain[rows].all())
 
-    def take_best(self, logits_BV: np.ndarray, best_B: np.ndarray, norm_B: np.ndarray) -> Sampled:
+    def take_best(self, best_B: np.ndarray, logprobs_B: np.ndarray, norms_B: np.ndarray) -> Sampled:
         """What `__call__` makes of such rows, whose likeliest tokens and log-normalisers are known."""
-        logprobs_B = logits_BV[np.arange(len(best_B)), best_B] - norm_B
-        finite = np.isfinite(norm_B)
-        return Sampled(best_B.tolist(), logprobs_B.tolist(), [], [] if finite.all() else (~finite).tolist())
+        broken = [not math.isfinite(norm) for norm in norms_B.tolist()]
+        return Sampled(best_B.tolist(), logprobs_B.tolist(), [], broken if any(broken) else [])
 
+    @torch.inference_mode()
     def __call__(self, logits_BV: Tensor, rows: np.ndarray, counters: np.ndarray) -> Sampled:
         """`counters` (B,): how many tokens each sequence has generated before."""
         norm_B = logits_BV.logsumexp(-1)

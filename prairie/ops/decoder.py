@@ -86,21 +86,26 @@ PLAN = np.dtype(
         "windows", "turned", "head_kind", "head", "head_scales", "vocab",
         # the cache: kv (L, 2, slots, K, E), tables (rows, blocks)
         "kv", "slots", "tables", "blocks", "block_size",
-        # the step. x (N, D) holds embeddings before and hidden states, not yet normed, afterwards; turns and plain
-        # (N, E) cosines, then sines, for layers that turn and for those that do not; position, row in tables and own
-        # slot of each token (N,); runs (M, 2) first token and count
-        "tokens", "x", "turns", "plain", "positions", "of_row", "own_slots", "runs", "run_count",
+        # embeddings (V, D), and of each position (.., E) cosines, then sines
+        "embeddings", "all_turns",
+        # the step: of its sequences (S,) the row in tables, the first token's position, how many tokens; ids (N,)
+        "sequences", "rows", "starts", "counts", "tokens", "ids",
+        # what follows from that. x (N, D) holds embeddings before and hidden states, not yet normed, afterwards; turns
+        # and plain (N, E) cosines, then sines, for layers that turn and for those that do not; position, row in tables
+        # and own slot of each token (N,); runs (M, 2) first token and count
+        "x", "turns", "plain", "positions", "of_row", "own_slots", "runs", "run_count",
         # adapters, if there are any: segments (S, 3) first token, count, address of pairs (L, 4, PAIRS), 0 for none;
         # inner (N, inner_width) what each adapter reads
         "segments", "segment_count", "adapter_kind", "inner", "inner_width",
         # scratch; y has a copy for each thread
         "y", "qkv", "mixed", "gate_up", "act",
         # ready (R,) tokens that want logits (R, V). Of the first `sampled` tokens each one's likeliest goes to best[0];
-        # found[0] (R, 3): its logit, the largest logit of all, the sum of e^(logit - that). One for each piece
-        "ready", "ready_count", "sampled", "logits", "best", "found", "head_pieces",
+        # found[0] (R, 3): its logit, the largest logit of all, the sum of e^(logit - that). One for each piece. Then
+        # logs (2, R): the log-probability of the likeliest, the log of the sum of e^logit
+        "ready", "ready_count", "sampled", "logits", "best", "found", "head_pieces", "logs",
         # who meets where: addresses of the gate, of T doors (semaphores), and of functions
         "threads", "gate", "doors", "stop", "products", "post", "wait", "try_wait", "give_way",
-    )] + [("eps", np.float32), ("query_scale", np.float32)],
+    )] + [("eps", np.float32), ("query_scale", np.float32), ("embed_scale", np.float32)],
     align=True,
 )  # fmt: skip
 """What a step needs, as numbers and addresses, in an array of one: threads that help read it where it lies."""
@@ -950,6 +955,7 @@ def _make_logits(p, thread, phase):
 @njit(nogil=True, error_model="numpy")
 def _compare_pieces(p):
     """What the pieces of the head found, joined in the first."""
+    logs = _floats(p.logs, (2, p.ready_count))
     best, found = _wholes(p.best, (p.head_pieces, p.ready_count)), _floats(p.found, (p.head_pieces, p.ready_count, 3))
     for r in range(p.ready_count):
         for piece in range(1, p.head_pieces):
@@ -960,6 +966,42 @@ def _compare_pieces(p):
                 most = max(ours[1], other[1])
                 ours[2] = ours[2] * np.exp(ours[1] - most) + other[2] * np.exp(other[1] - most)
                 ours[1] = most
+        logs[1, r] = found[0, r, 1] + np.log(found[0, r, 2])
+        logs[0, r] = found[0, r, 0] - logs[1, r]
+
+
+@njit(nogil=True, error_model="numpy")
+def _lay_out(p):
+    """What the step's tokens are and where they stand, from what is said of its sequences."""
+    shape = (p.sequences,)
+    rows, starts, counts = _wholes(p.rows, shape), _wholes(p.starts, shape), _wholes(p.counts, shape)
+    token, run = 0, 0
+    for s in range(p.sequences):
+        for i in range(counts[s]):
+            _lay_out_token(p, token, rows[s], starts[s] + i)
+            if i % RUN == 0:
+                place = _wholes(p.runs + run * 16, (2,))
+                place[0], place[1] = token, min(RUN, counts[s] - i)
+                run += 1
+            token += 1
+    p.run_count = run
+
+
+@njit(nogil=True, error_model="numpy")
+def _lay_out_token(p, token, row, position):
+    """A token of a sequence in `row` of the tables."""
+    block = _wholes(p.tables + row * p.blocks * 8, (p.blocks,))[position // p.block_size]
+    _wholes(p.positions, (p.tokens,))[token] = position
+    _wholes(p.of_row, (p.tokens,))[token] = row
+    _wholes(p.own_slots, (p.tokens,))[token] = block * p.block_size + position % p.block_size
+    embedding = _floats(p.embeddings + _wholes(p.ids, (p.tokens,))[token] * p.dim * 4, (p.dim,))
+    x = _floats(p.x + token * p.dim * 4, (p.dim,))
+    for j in range(p.dim):
+        x[j] = embedding[j] * p.embed_scale
+    turn = _floats(p.all_turns + position * p.head_dim * 4, (p.head_dim,))
+    to = _floats(p.turns + token * p.head_dim * 4, (p.head_dim,))
+    for j in range(p.head_dim):
+        to[j] = turn[j]
 
 
 @njit(nogil=True, error_model="numpy")
@@ -1017,6 +1059,7 @@ def decoder_step(plan, thread):
             if p.stop:
                 return
         else:
+            _lay_out(p)
             step = _load(p.gate + STEP) + 1
             _store(p.gate + STEP, step)
             _store(p.gate + STATE, (step << PHASE_BITS) << TICKET_BITS)

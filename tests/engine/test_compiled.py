@@ -65,6 +65,13 @@ def test_every_covered_kind_answers_as_the_naive_loop(kind):
         torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_weights_that_are_too_large_to_be_copied(monkeypatch):
+    monkeypatch.setattr("prairie.engine.compiled.COPIED_BYTES", 0)
+    subject = compiled(step_tokens=24)
+    answers = subject.generate([request(f"r{i}", ids, max_tokens=9) for i, ids in enumerate(prompts())])
+    assert [tuple(a.token_ids) for a in answers] == [expected(i, 9) for i in range(len(answers))]
+
+
 @pytest.mark.parametrize(
     "limits", [{}, {"step_tokens": 8, "max_batch": 4}, {"kv_tokens": 96, "block_size": 4}], ids=str
 )
