@@ -16,10 +16,11 @@ import math
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -176,7 +177,7 @@ class CompiledDecoder:
         self.scratch: dict[str, np.ndarray] = {}
         self.room = (0, 0, 0)
         """Tokens, threads and tokens that want logits that the scratch arrays are large enough for."""
-        self.plan = np.zeros(0)
+        self.plan: Any = np.zeros(0)
         self.said: dict[str, np.ndarray] = {}
         """What is said anew for each step: views of the plan, which are quicker to write to than its records."""
         self.ready = threading.Event()
@@ -254,7 +255,8 @@ class CompiledDecoder:
     def _describe_weights(self, decoder: ModuleType) -> None:
         """The matrices of the blocks and the head, each as it is multiplied."""
         model, c, record = self.model, self.config, self.plan[0]
-        weights, head = _weights(model), model.head_weight
+        weights: Sequence[Tensor | PackedWeight] = _weights(model)
+        head = model.head_weight
         packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
         plain = [weight for weight in (*weights, head) if not isinstance(weight, PackedWeight)]
         lay_in_panels(packed)
