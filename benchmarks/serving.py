@@ -8,6 +8,8 @@ and `int8` are how the weights are kept: ours computes in float32 from them, lla
 that speed on a chip without instructions for it (`about.dtype`; where the chip has them it computes in bfloat16).
 `mixed`: prompts and answers lognormal from 16 to 256 tokens, the prompts inside the time. `single`: a prompt of 64,
 then 127 single tokens, without the prompt's time. llama.cpp's GGUF file is written by our own exporter.
+`speculation`: one stream, ours with drafts and without. `corrects`: an answer that repeats its prompt but for every
+16th token, said by weights made to do that and nothing else; `babbles`: tokens drawn evenly, where no draft is right.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,6 +39,7 @@ CONTEXT = 1024
 VOCABULARY = {"1m": 4096, "50m": 32768}
 ADAPTERS = 16
 CLIENTS, ASKED_TOKENS = 64, 16
+WALK, MISTAKES = 256, 16
 PREFIX = 400
 
 Ask = tuple[list[int], int]
@@ -89,15 +93,39 @@ def template(words: Any) -> Any:
     return ChatTemplate.builtin("chatml", words)
 
 
+def correcting_model() -> Any:
+    """A 50m whose next token depends on the last alone: it walks through `WALK` tokens in a circle. It computes what
+    any model of this shape does, and the embedding is too large for the blocks to change the outcome."""
+    import torch
+
+    plain = rounded_model("50m")
+    model = type(plain)(replace(plain.config, tie_embeddings=False)).init_weights(0).requires_grad_(False).eval()
+    walk = torch.arange(300, 300 + WALK)
+    model.head.zero_()
+    model.head[walk.roll(-1)] = model.embed[walk]
+    model.embed.mul_(1000)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def to_correct(wanted: int) -> list[Ask]:
+    """That walk with mistakes, ready to be said again without them."""
+    rng = random.Random(2)
+    walk = [300 + at for at in range(WALK)]
+    prompt = [rng.randrange(1000, 2000) if rng.randrange(MISTAKES) == 0 else token for token in walk]
+    return [([*prompt[:-1], walk[-1]], wanted)]
+
+
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def our_engine(shape: str, weights: str, **settings: Any) -> Any:
+def our_engine(shape: str, weights: str, model: Any = None, **settings: Any) -> Any:
     """An engine as `prairie serve` would build it, when what it compiles is ready."""
     from prairie.engine.engine import Engine
     from prairie.models.quantized import quantize
 
-    model = rounded_model(shape)
+    model = model or rounded_model(shape)
     if weights != "float32":
         quantize(model, weights, [list(range(300, 332))], head=True)
     words = tokenizer(VOCABULARY[shape])
@@ -107,20 +135,25 @@ def our_engine(shape: str, weights: str, **settings: Any) -> Any:
     return engine
 
 
-def our_requests(asked: list[Ask], adapters: list[str] = []) -> list[Any]:  # noqa: B006 - is not changed
+def our_requests(asked: list[Ask], adapters: list[str] = [], temperature: float = 0) -> list[Any]:  # noqa: B006
     from prairie.engine.request import Request, SamplingParams
 
     made = []
     for i, (prompt, wanted) in enumerate(asked):
-        params = SamplingParams(max_tokens=wanted, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=wanted, temperature=temperature, seed=i, ignore_eos=True)
         made.append(Request(str(i), prompt, params, adapters[i % len(adapters)] if adapters else None, stream=False))
     return made
 
 
-def answered(engine: Any, asked: list[Ask], adapters: list[str] = []) -> tuple[list[list[int]], list[float]]:  # noqa: B006
+def answered(
+    engine: Any,
+    asked: list[Ask],
+    adapters: list[str] = [],  # noqa: B006 - is not changed
+    temperature: float = 0,
+) -> tuple[list[list[int]], list[float]]:
     """The answers, and when each step ended."""
     done, ended = {}, []
-    for request in our_requests(asked, adapters):
+    for request in our_requests(asked, adapters, temperature):
         engine.add(request)
     while engine.has_work:
         for output in engine.step():
@@ -154,6 +187,21 @@ def ours(shape: str, weights: str, slots: int, asked: list[Ask], adapters: int =
     rate = tokens / (ended[-1] - since)  # of one stream without its first step, the prompt's
     first = round(1000 * (ended[0] - began), 1)
     return {"rate": rate, "rss_mb": peak_rss_mb(), "first_token_ms": first, "begins": answers[0][:8]}
+
+
+def our_speculation(speculate: str | None, quick: bool, copies: bool) -> Found:
+    """One stream without its first step, and what came of drafts."""
+    model = correcting_model() if copies else None
+    engine = our_engine("50m", "bf16", model, max_batch=1, speculate=speculate)
+    warm_up(engine)
+    wanted = 64 if quick else 240
+    asked = to_correct(wanted) if copies else one_request(VOCABULARY["50m"], wanted=wanted)
+    (answer,), ended = answered(engine, asked, temperature=0 if copies else 1)
+    if copies and answer != [300 + at % WALK for at in range(wanted)]:
+        raise SystemExit("the model that corrects does not")
+    rate, figures = (len(answer) - 1) / (ended[-1] - ended[0]), engine.figures()
+    counts = {name: figures[name] for name in ("drafted_tokens", "accepted_tokens")}
+    return {"rate": rate, "rss_mb": peak_rss_mb(), "steps": len(ended), **counts}
 
 
 def our_prefix(reuse: bool, quick: bool) -> Found:
@@ -437,6 +485,16 @@ CASES = [
         "single 1m", "transformers generate", "tokens/s",
         lambda quick: ours("1m", "float32", 1, single("1m", quick)),
         lambda quick: transformers_generate(single("1m", quick)), required=8.0,
+    ),
+    Case(
+        "speculation corrects", "our engine without drafts", "tokens/s",
+        lambda quick: our_speculation("ngram", quick, copies=True),
+        lambda quick: our_speculation(None, quick, copies=True),
+    ),
+    Case(
+        "speculation babbles", "our engine without drafts", "tokens/s",
+        lambda quick: our_speculation("ngram", quick, copies=False),
+        lambda quick: our_speculation(None, quick, copies=False), required=0.98,
     ),
     Case(
         "adapters 16", "our base alone", "tokens/s",

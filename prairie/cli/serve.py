@@ -25,6 +25,12 @@ class Quantize(StrEnum):
     bf16 = "bf16"
 
 
+class Speculate(StrEnum):
+    """Where drafts of answers come from."""
+
+    ngram = "ngram"
+
+
 def serve(
     names: Annotated[
         list[str] | None,
@@ -36,6 +42,10 @@ def serve(
     quantize: Annotated[
         Quantize | None,
         typer.Option("--quantize", help="Keep the weights in bf16, int8, int4 or nf4; the log says what that changes."),
+    ] = None,
+    speculate: Annotated[
+        Speculate | None,
+        typer.Option(help="Draft what stood in prompt and answer before, where that is faster; answers stay the same."),
     ] = None,
     max_pending: Annotated[
         int, typer.Option(min=1, help="Answers under way or queued; more are told to come back (429).")
@@ -97,7 +107,8 @@ def serve(
             settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
         packed = {"quantize": quantize.value} if quantize else {}
-        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **packed)
+        drafts = {"speculate": speculate.value} if speculate else {}
+        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **packed, **drafts)
 
         def ready() -> None:
             served = [model["id"] for model in app.state.service.models.listing()]

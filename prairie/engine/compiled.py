@@ -348,10 +348,10 @@ class CompiledDecoder:
         """Whether it is compiled by now, and covers all adapters of the step."""
         return self.ready.is_set() and all(self.adapter(lora) is not None for lora, _ in step.adapters)
 
-    def run(self, step: Step, tokens: list[int], ready: list[int], sampled: int) -> Found | None:
+    def run(self, step: Step, tokens: list[int], places: list[int], sampled: int) -> Found | None:
         """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards. What is to be
-        known of the tokens `ready` (R,), if there are any: of their logits, and of the first `sampled` of these."""
-        count, sequences, wanted, threads = len(tokens), len(step.sequences), len(ready), self.threads()
+        known of the tokens at `places` (R,), if there are any: of their logits, and of the first `sampled` of these."""
+        count, sequences, wanted, threads = len(tokens), len(step.sequences), len(places), self.threads()
         self._have_room(count, threads, wanted)
         said, scratch = self.said, self.scratch
         said["tokens"][0], said["sequences"][0], said["ready_count"][0] = count, sequences, wanted
@@ -360,7 +360,7 @@ class CompiledDecoder:
         scratch["rows"][:sequences] = step.rows
         scratch["starts"][:sequences] = step.starts
         scratch["counts"][:sequences] = step.counts
-        scratch["ready"][:wanted] = ready
+        scratch["ready"][:wanted] = places
         segments = self._segments(step.adapters, count) if step.adapters else NOTHING
         said["segment_count"][0] = len(segments)
         if len(segments):

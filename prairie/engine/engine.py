@@ -13,7 +13,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
 
 from prairie.data.chat_template import ChatTemplate, Options
 from prairie.data.records import Message, Tools
@@ -25,6 +26,7 @@ from prairie.engine.request import Completion, FinishReason, Output, Request, Sa
 from prairie.engine.runner import Runner
 from prairie.engine.sampler import Sampled, Sampler
 from prairie.engine.scheduler import Scheduler, Step
+from prairie.engine.speculation import Lookup, Speculation
 from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError
 from prairie.models.rope import alike, depends_on_length
 from prairie.models.transformer import Transformer
@@ -57,10 +59,12 @@ class Engine:
         block_size: int = 16,
         prefix_reuse: bool = True,
         compiles: bool = True,
+        speculate: Literal["ngram"] | None = None,
     ) -> None:
         """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`).
 
         `compiles`: after the first steps the model's compiled form is made ready in the background, where it has one.
+        `speculate`: drafts what stood in the text before, where that pays (`speculation`).
         """
         config = model.config
         context = min(max_context or config.max_context, config.max_context)
@@ -84,11 +88,13 @@ class Engine:
         )
         self.cache.reuse = prefix_reuse
         self.max_context = min(context, self.cache.tokens)
-        self.scheduler = Scheduler(self.cache, max_batch, step_tokens)
+        self._turns_by_length = depends_on_length(config)
+        # The length of a row turns all its keys there, and with a draft it is not known.
+        self.speculation = Speculation() if speculate is not None and not self._turns_by_length else None
+        self.scheduler = Scheduler(self.cache, max_batch, step_tokens, self.speculation)
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         compiled = CompiledDecoder(model, self.cache) if compiles and covers(model) else None
         self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device), compiled)
-        self._turns_by_length = depends_on_length(config)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._steps = 0
@@ -180,6 +186,7 @@ class Engine:
 
         If the forward pass raises, the requests are still there and a later step computes them from the start.
         """
+        began = perf_counter()
         step = self.scheduler.schedule()
         if step is None:
             return []
@@ -191,6 +198,8 @@ class Engine:
         except BaseException:
             self.scheduler.start_over()
             raise
+        if self.speculation is not None and len(ready) == step.counts.sum():  # prompts would blur what a token costs
+            self.speculation.pace.learn(len(ready), perf_counter() - began)
         return self._accept(step, ready, sampled)
 
     def generate(
@@ -247,6 +256,8 @@ class Engine:
             "cached_tokens": self.cached_tokens,
             "generated_tokens": self.generated_tokens,
             "preemptions": self.scheduler.preemptions,
+            "drafted_tokens": self.speculation.drafted_tokens if self.speculation is not None else 0,
+            "accepted_tokens": self.speculation.accepted_tokens if self.speculation is not None else 0,
         }
 
     @cached_property
@@ -271,6 +282,8 @@ class Engine:
             lora=self.adapters[request.adapter] if request.adapter is not None else None,
             matcher=self.grammars.matcher(params.constraint) if params.constraint is not None else None,
         )
+        if self.speculation is not None and self.speculation.may(sequence):
+            sequence.lookup = Lookup()
         self._arrivals += 1
         self._sequences[request.id] = sequence
         self.scheduler.add(sequence)
@@ -308,25 +321,44 @@ class Engine:
     def _accept(self, step: Step, ready: list[int], sampled: Sampled | None) -> list[Output]:
         """Books what a step computed and says what is new."""
         for sequence in step.sequences:
-            sequence.computed += sequence.scheduled
+            sequence.computed += sequence.scheduled - len(sequence.draft)
             sequence.scheduled = 0
         if sampled is None:
             return []
-        self.generated_tokens += len(ready)
         outputs = []
-        for place, number in enumerate(ready):
-            sequence = step.sequences[number]
-            if sampled.broken and sampled.broken[place]:
-                outputs.append(self._finish(sequence, "error"))
-                continue
-            tops = sampled.tops[place : place + 1] if sequence.request.params.logprobs else []
-            output = self._take(sequence, sampled.tokens[place], sampled.logprobs[place])
-            if tops:
-                sequence.top_logprobs += tops
+        place = 0
+        while place < len(ready):
+            sequence = step.sequences[ready[place]]
+            draft, sequence.draft = sequence.draft, []
+            output = self._take_drawn(sequence, sampled, place, draft)
             if output is not None:
-                output.top_logprobs = tops
                 outputs.append(output)
+            place += 1 + len(draft)
         return outputs
+
+    def _take_drawn(self, sequence: Sequence, sampled: Sampled, place: int, draft: list[int]) -> Output | None:
+        """The token that was drawn at `place`, and those behind it for as long as the draft was right."""
+        said: Output | None = None
+        for right, drafted in enumerate([*draft, None]):
+            if sampled.broken and sampled.broken[place + right]:
+                output: Output | None = self._finish(sequence, "error")
+            else:
+                tops = sampled.tops[place + right : place + right + 1] if sequence.request.params.logprobs else []
+                output = self._take(sequence, sampled.tokens[place + right], sampled.logprobs[place + right])
+                self.generated_tokens += 1
+                if tops:
+                    sequence.top_logprobs += tops
+                if output is not None:
+                    output.top_logprobs = tops
+            if output is not None:
+                said = output if said is None else said.then(output)
+            if sequence.row < 0 or drafted != sequence.ids[-1]:
+                break
+            self.scheduler.keep_drafted(sequence)
+        if self.speculation is not None:
+            self.speculation.drafted_tokens += len(draft)
+            self.speculation.accepted_tokens += right
+        return said
 
     def _take(self, sequence: Sequence, token: int, logprob: float) -> Output | None:
         """One more token of a sequence; None if nobody wants to hear of it yet."""

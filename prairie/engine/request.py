@@ -19,6 +19,7 @@ from prairie.errors import RequestError
 if TYPE_CHECKING:
     from prairie.data.tokenizer import Tokenizer
     from prairie.engine.constraint import Constraint, Matcher
+    from prairie.engine.speculation import Lookup
     from prairie.models.lora import LoRA
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "constraint"]
@@ -142,6 +143,18 @@ class Output:
     completion: Completion | None = None
     """The whole answer, with the last output."""
 
+    def then(self, later: Output) -> Output:
+        """Both as one."""
+        return Output(
+            self.request_id,
+            self.text_delta + later.text_delta,
+            self.token_ids + later.token_ids,
+            self.logprobs + later.logprobs,
+            self.top_logprobs + later.top_logprobs,
+            later.finish_reason,
+            later.completion,
+        )
+
 
 class TextStream:
     """Tokens -> text, piece by piece. Text that may begin a stop string is held back until that is known."""
@@ -209,8 +222,10 @@ class Sequence:
         "blocks",
         "cached_tokens",
         "computed",
+        "draft",
         "ids",
         "logprobs",
+        "lookup",
         "lora",
         "matcher",
         "max_length",
@@ -260,7 +275,11 @@ class Sequence:
         """Its row in the batch's tables while it runs."""
         self.computed = 0
         self.scheduled = 0
-        """Tokens of it in the step under way."""
+        """Tokens of it in the step under way, those of the draft included."""
+        self.draft: list[int] = []
+        """What may come next; computed in the step under way, and kept as far as it is drawn."""
+        self.lookup: Lookup | None = None
+        """Where drafts come from; None: there are none."""
         self.blocks: list[int] = []
         self.root_hash = root_hash
         self.block_hashes: list[bytes] = []

@@ -28,38 +28,40 @@ class Runner:
         self.model, self.cache, self.sampler, self.compiled = model, cache, sampler, compiled
 
     def run(self, step: Step) -> tuple[list[int], Sampled | None]:
-        """Computes a step. Returns which of its sequences got a token, and these tokens."""
+        """Computes a step. Returns which of its sequences got a token, and these tokens. A sequence with a draft gets
+        one behind each token of it, too, as if what stands before were right."""
         for sequence in step.seated:
             self.sampler.seat(sequence)
         tokens: list[int] = []
         ready: list[int] = []
-        last: list[int] = []
+        places: list[int] = []
         for number, sequence in enumerate(step.sequences):
             end = sequence.computed + sequence.scheduled
             if sequence.scheduled == 1:
                 tokens.append(sequence.ids[sequence.computed])
             else:
                 tokens += sequence.ids[sequence.computed : end]
-            if end == len(sequence.ids):
-                ready.append(number)
-                last.append(len(tokens) - 1)
+                tokens += sequence.draft
+            if end >= len(sequence.ids):
+                ready += [number] * (1 + len(sequence.draft))
+                places += range(len(tokens) - 1 - len(sequence.draft), len(tokens))
         if self.compiled is not None and self.compiled.takes(step):
-            return ready, self._run_compiled(self.compiled, step, tokens, ready, last)
-        return ready, self._run_torch(step, tokens, ready, last)
+            return ready, self._run_compiled(self.compiled, step, tokens, ready, places)
+        return ready, self._run_torch(step, tokens, ready, places)
 
     def _run_compiled(
-        self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int], last: list[int]
+        self, compiled: CompiledDecoder, step: Step, tokens: list[int], ready: list[int], places: list[int]
     ) -> Sampled | None:
-        found = compiled.run(step, tokens, last, self.sampler.vocab_size)
+        found = compiled.run(step, tokens, places, self.sampler.vocab_size)
         if found is None:
             return None
-        rows = step.rows if len(ready) == len(step.rows) else step.rows[ready]
+        rows = step.rows if len(step.rows) == len(ready) == len(tokens) else step.rows[ready]
         if self.sampler.only_best(rows):
             return self.sampler.take_best(found.best_R, found.logprobs_R, found.norms_R)
         return self.sampler(torch.from_numpy(found.logits_RV), rows, _counters(step, ready))
 
     @torch.inference_mode()
-    def _run_torch(self, step: Step, tokens: list[int], ready: list[int], last: list[int]) -> Sampled | None:
+    def _run_torch(self, step: Step, tokens: list[int], ready: list[int], places: list[int]) -> Sampled | None:
         lengths = np.array([len(sequence.ids) for sequence in step.sequences], dtype=np.int64)
         attend = PagedAttend(self.cache, step.rows, step.starts, step.counts, lengths)
         tokens_N = torch.tensor(tokens, device=self.cache.device)
@@ -68,15 +70,19 @@ class Runner:
         if not ready:
             return None
         if len(ready) < len(tokens):
-            hidden_ND = hidden_ND.index_select(0, torch.tensor(last, device=self.cache.device))
-            adapters = [AdapterRows(lora, _among(last, rows)) for lora, rows in step.adapters]
+            hidden_ND = hidden_ND.index_select(0, torch.tensor(places, device=self.cache.device))
+            adapters = [AdapterRows(lora, _among(places, rows)) for lora, rows in step.adapters]
         logits_BV = self.model.logits(hidden_ND, adapters).float()
         return self.sampler(logits_BV, step.rows[ready], _counters(step, ready))
 
 
 def _counters(step: Step, ready: list[int]) -> np.ndarray:
-    """How many tokens each of these sequences has generated before."""
-    return np.array([step.sequences[number].generated for number in ready], dtype=np.int64)
+    """How many tokens each of these sequences has generated before, those of its draft that stand before included."""
+    counters, before = [], -1
+    for number in ready:
+        counters.append(counters[-1] + 1 if number == before else step.sequences[number].generated)
+        before = number
+    return np.array(counters, dtype=np.int64)
 
 
 def _among(chosen: list[int], rows: slice) -> slice:

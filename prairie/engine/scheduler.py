@@ -22,12 +22,14 @@ from prairie.engine.kv_cache import KVCache
 from prairie.engine.request import Sequence
 
 if TYPE_CHECKING:
+    from prairie.engine.speculation import Speculation
     from prairie.models.lora import LoRA
 
 
 @dataclass(slots=True)
 class Step:
-    """Work of one forward pass: sequence s computes its tokens starts[s] .. starts[s] + counts[s]."""
+    """Work of one forward pass: sequence s computes its tokens starts[s] .. starts[s] + counts[s], the last of them its
+    draft."""
 
     sequences: list[Sequence]
     rows: np.ndarray
@@ -42,8 +44,10 @@ class Step:
 class Scheduler:
     """Owns the queue of waiting sequences and the batch of running ones."""
 
-    def __init__(self, cache: KVCache, max_batch: int, step_tokens: int) -> None:
-        self.cache = cache
+    def __init__(
+        self, cache: KVCache, max_batch: int, step_tokens: int, speculation: Speculation | None = None
+    ) -> None:
+        self.cache, self.speculation = cache, speculation
         self.step_tokens = max(step_tokens, max_batch)
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
@@ -73,8 +77,11 @@ class Scheduler:
         prompts = [s for s in self.running if len(s.ids) - s.computed > 1]
         planned: list[Sequence] = []
         budget, preempted = self.step_tokens, self.preemptions
+        if self.speculation is not None:
+            self.speculation.draft(generating, budget - len(generating))
+            self._trim_drafts(generating)
         for sequence in [*generating, *prompts]:
-            wanted = min(len(sequence.ids) - sequence.computed, budget)
+            wanted = min(len(sequence.ids) + len(sequence.draft) - sequence.computed, budget)
             if sequence.row >= 0 and wanted and self._make_room(sequence, wanted):
                 self._plan(sequence, wanted)
                 planned.append(sequence)
@@ -82,6 +89,11 @@ class Scheduler:
         seated = self._admit(budget) if self.preemptions == preempted else []
         planned += seated
         return self._step(planned, seated) if planned else None
+
+    def keep_drafted(self, sequence: Sequence) -> None:
+        """The next token of its draft was drawn, and stands behind its ids: it is computed already."""
+        self.cache.publish(sequence, sequence.computed, sequence.computed + 1)
+        sequence.computed += 1
 
     def start_over(self) -> None:
         """After a step that failed: nothing it should have stored can be trusted, all sequences begin again."""
@@ -112,6 +124,17 @@ class Scheduler:
             budget -= wanted
         return seated
 
+    def _trim_drafts(self, generating: list[Sequence]) -> None:
+        """Drafts take blocks that are left over, none that a running sequence may need in this step."""
+        spare = self.cache.pool.available - len(self.running)
+        for sequence in generating:
+            if sequence.draft:
+                own = max(0, self.cache.lacks(sequence, len(sequence.ids) + len(sequence.draft)))
+                if own > spare:
+                    sequence.draft = []
+                else:
+                    spare -= own
+
     def _make_room(self, sequence: Sequence, wanted: int) -> bool:
         """Frees blocks for `wanted` more tokens, the latest sequences first; False if this one had to go itself."""
         missing = self.cache.lacks(sequence, sequence.computed + wanted)
@@ -126,7 +149,7 @@ class Scheduler:
         after = sequence.computed + wanted
         sequence.scheduled = wanted
         self.cache.grow(sequence, after)
-        self.cache.publish(sequence, sequence.computed, after)
+        self.cache.publish(sequence, sequence.computed, min(after, len(sequence.ids)))  # a draft may be wrong
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
@@ -139,6 +162,7 @@ class Scheduler:
         heappush(self._free_rows, sequence.row)
         sequence.row = -1
         sequence.scheduled = 0
+        sequence.draft = []
 
     @staticmethod
     def _step(planned: list[Sequence], seated: list[Sequence]) -> Step:

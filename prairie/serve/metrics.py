@@ -43,7 +43,7 @@ class Metrics:
         )
         self.engines = Gauge(
             "prairie_engine",
-            "Of all engines: running, waiting, kv_blocks, kv_blocks_held, preemptions",
+            "Of all engines: running, waiting, kv_blocks, kv_blocks_held, preemptions, drafted_tokens, accepted_tokens",
             ["what"],
             registry=r,
         )

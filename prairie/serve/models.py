@@ -604,7 +604,9 @@ class Models:
         with self._lock:
             engines = [base.model.engine for base in self._bases.values()]
         figures = [engine.figures() for engine in engines if engine is not None]
-        for name in ("running", "waiting", "kv_blocks", "kv_blocks_held", "preemptions"):
+        for name in (
+            "running", "waiting", "kv_blocks", "kv_blocks_held", "preemptions", "drafted_tokens", "accepted_tokens"
+        ):  # fmt: skip
             self.metrics.engines.labels(name).set(sum(each[name] for each in figures))
 
     # -- listing ---------------------------------------------------------------------------------------------------
