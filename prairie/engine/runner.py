@@ -78,7 +78,8 @@ class Runner:
 
 def _counters(step: Step, ready: list[int]) -> np.ndarray:
     """How many tokens each of these sequences has generated before, those of its draft that stand before included."""
-    counters, before = [], -1
+    counters: list[int] = []
+    before = -1
     for number in ready:
         counters.append(counters[-1] + 1 if number == before else step.sequences[number].generated)
         before = number
