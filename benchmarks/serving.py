@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving [--quick] [--case "mixed 8 llama.cpp"] --json
 
-Random models in the blocks' shape, the same weights and the same requests on both sides, two threads, greedy. `bf16`
-and `int8` are how the weights are kept: ours computes in float32 from them, llama.cpp as its files of that kind do
-(bf16, q8_0), transformers in float32 on the same rounded numbers, because torch multiplies bfloat16 at a sixtieth of
-that speed on a chip without instructions for it (`about.dtype`; where the chip has them it computes in bfloat16).
+Random models in the blocks' shape, the same weights and the same requests on both sides, two threads, greedy. `bf16`,
+`int8` and `int4` are how the weights are kept: ours computes in float32 from them, llama.cpp as its files of that kind
+do (bf16, q8_0, q4_0; beside four bits embedding and head have eight on both sides), transformers in float32 on the same
+rounded numbers, because torch multiplies bfloat16 at a sixtieth of that speed on a chip without instructions for it
+(`about.dtype`; where the chip has them it computes in bfloat16).
 `mixed`: prompts and answers lognormal from 16 to 256 tokens, the prompts inside the time. `single`: a prompt of 64,
 then 127 single tokens, without the prompt's time. llama.cpp's GGUF file is written by our own exporter.
 `speculation`: one stream, ours with drafts and without. `corrects`: an answer that repeats its prompt but for every
@@ -480,6 +481,11 @@ CASES = [
         "single int8", "llama.cpp q8_0", "tokens/s",
         lambda quick: ours("50m", "int8", 1, single("50m", quick)),
         lambda quick: llama("50m", "q8_0", 1, single("50m", quick)), required=0.8,
+    ),
+    Case(
+        "single int4", "llama.cpp q4_0", "tokens/s",
+        lambda quick: ours("50m", "int4", 1, single("50m", quick)),
+        lambda quick: llama("50m", "q4_0", 1, single("50m", quick)), required=0.8,
     ),
     Case(
         "single 1m", "transformers generate", "tokens/s",

@@ -29,6 +29,7 @@ class Dtype(StrEnum):
     f16 = "f16"
     bf16 = "bf16"
     q8_0 = "q8_0"
+    q4_0 = "q4_0"
 
 
 def export(
@@ -39,7 +40,7 @@ def export(
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="f32, f16, bf16, for GGUF q8_0 too; default: as it is, f16 for GGUF."),
+        typer.Option("--dtype", help="f32, f16, bf16, for GGUF q8_0 and q4_0 too; default: as it is, f16 for GGUF."),
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge an adapter into its base and check the result.")

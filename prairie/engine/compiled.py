@@ -30,7 +30,7 @@ from torch import Tensor
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import rotary_turns
-from prairie.ops.packed import PANEL, PackedWeight, in_one_piece, in_panels, lay_in_panels
+from prairie.ops.packed import IN_PANELS, PANEL, PackedWeight, in_one_piece, in_panels, lay_in_panels
 
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
@@ -85,7 +85,7 @@ def covers(model: Transformer) -> bool:
 def _kinds(model: Transformer) -> bool:
     """All matrices of the blocks are kept alike, in a way that is computed with here."""
     kinds = {weight.bits if isinstance(weight, PackedWeight) else str(weight.dtype) for weight in _weights(model)}
-    return len(kinds) == 1 and kinds <= {"torch.float32", "bf16", "int8"}
+    return len(kinds) == 1 and kinds <= {"torch.float32", *IN_PANELS}
 
 
 def _weights(model: Transformer) -> list[Tensor | PackedWeight]:
@@ -260,8 +260,9 @@ class CompiledDecoder:
         packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
         plain = [weight for weight in (*weights, head) if not isinstance(weight, PackedWeight)]
         lay_in_panels(packed)
+        kinds = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}
         if packed:
-            kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8}[packed[0].bits]
+            kind = kinds[packed[0].bits]
         elif c.ffn_dim % PANEL == 0 and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
             *weights, head = in_one_piece([in_panels(weight.detach()) for weight in plain])
             kind = record["head_kind"] = decoder.PANELS
@@ -276,9 +277,9 @@ class CompiledDecoder:
         self._keep("scales", addresses[:, :, 1])
         record["head"], record["head_scales"] = self._addresses(head)
         if model.quantization is not None and model.quantization.head:
-            packed_head = PackedWeight(head, model.quantization.bits)
+            packed_head = PackedWeight(head, model.quantization.head)
             lay_in_panels([packed_head])
-            record["head_kind"] = record["kind"]
+            record["head_kind"] = kinds[model.quantization.head]
             record["head"], record["head_scales"] = self._addresses(packed_head)
 
     def _keep(self, name: str, values: np.ndarray) -> None:

@@ -51,8 +51,6 @@ QUANTIZATION_SAMPLE = (
     "从前有一匹小马，住在草原边上。有一天她问：七加十二等于多少？",
 )
 """What the error of quantised weights is measured on."""
-WITH_HEAD = ("bf16", "int8")
-"""Forms that are near enough for the matrix of the vocabulary; reading it is a third of a small model's step."""
 
 
 class LanguageModel:
@@ -118,7 +116,7 @@ class LanguageModel:
         template = ChatTemplate.load(folder, tokenizer)
         if quantize is not None:
             sample = [tokenizer.encode(text) for text in QUANTIZATION_SAMPLE]
-            pack(model, quantize, sample, head=quantize in WITH_HEAD)
+            pack(model, quantize, sample, head=True)  # reading it is a third of a small model's step
         lora = None
         if adapter is not None:
             check_adapter(Path(adapter), template, tokenizer)

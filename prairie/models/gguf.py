@@ -24,9 +24,14 @@ from prairie.models.weights import hash_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-GGUF_DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-"""What `--dtype` may be, and gguf's name for a file of mostly that. Vectors stay float32 in each."""
-Q8_BLOCK = 32
+GGUF_DTYPES = {
+    "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"
+}  # fmt: skip
+"""What `--dtype` may be, and gguf's name for a file of mostly that. Vectors stay float32 in each, and in a file of four
+bits embedding and head have eight, as beside our own blocks of four (`quantized.HEAD`)."""
+BLOCK = {"q8_0": 32, "q4_0": 32}
+"""Columns that share a scale."""
+VOCABULARIES = ("token_embd.weight", "output.weight")
 F16_LARGEST = 65504.0
 
 
@@ -111,7 +116,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
 def add_model(writer: GGUFWriter, model: Transformer, dtype: str, name: str) -> list[str]:
     """Adds all numbers and tensors to an open file; `dtype` is a key of `GGUF_DTYPES`.
 
-    Returns the tensors that stayed float16 because their rows do not fill Q8_0's blocks of 32.
+    Returns the tensors that stayed float16 because their rows do not fill blocks of 32.
     ModelError for what llama.cpp would compute otherwise.
     """
     gguf = gguf_library()
@@ -119,13 +124,15 @@ def add_model(writer: GGUFWriter, model: Transformer, dtype: str, name: str) -> 
     _add_numbers(writer, gguf, model.config)
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[GGUF_DTYPES[dtype]])
-    if dtype == "q8_0":
+    if dtype in BLOCK:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("prairie.weights_hash", hash_of(model))
     kept = []
     for at, tensor in _tensors(gguf, model, architecture):
         kind = dtype if tensor.ndim > 1 else "f32"
-        if kind == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
+        if kind == "q4_0" and at in VOCABULARIES:
+            kind = "q8_0"
+        if tensor.shape[-1] % BLOCK.get(kind, 1):
             kind = "f16"
             kept.append(at)
         if kind == "f16" and tensor.abs().max() > F16_LARGEST:

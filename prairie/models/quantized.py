@@ -21,6 +21,8 @@ from prairie.ops.attention import PackedDocuments
 from prairie.ops.packed import FEW_ROWS, Bits, PackedWeight
 
 LONGEST_SAMPLE = 512
+HEAD: dict[Bits, Bits] = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
+"""The form of the vocabulary's matrix beside blocks in some form; llama.cpp's files of four bits keep theirs in six."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Quantization:
     bytes_before: int
     bytes_after: int
     """Of all weights, embeddings and norms included."""
-    head: bool = False
-    """Embedding and head hold only numbers that the packed form has, too."""
+    head: Bits | None = None
+    """Embedding and head hold only numbers that this form has, too."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +56,7 @@ class Quantization:
 
 def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], head: bool = False) -> Quantization:
     """Packs the matrices of the blocks in place and measures the change on the rows `sample` of token ids. With `head`
-    embedding and head are rounded to what the packed form holds, so that a faster form of them may be packed.
+    embedding and head are rounded to a form of their own (`HEAD`), so that it may be packed for speed; nf4 has none.
 
     ModelError for a model that is quantised already, or a sample without tokens.
     """
@@ -71,10 +73,11 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], he
             packed = PackedWeight(at.dense(), bits)
             delattr(block, at.group)
             setattr(block, at.group, packed)
-    if head:
+    of_head = HEAD.get(bits) if head else None
+    if of_head is not None:
         with torch.no_grad():
             for weight in (model.embed, *([] if model.head is None else [model.head])):
-                weight.copy_(PackedWeight(weight, bits).dense())
+                weight.copy_(PackedWeight(weight, of_head).dense())
     after = _logits(model, rows)
     lost = before.log_softmax(-1)
     kl = (lost.exp() * (lost - after.log_softmax(-1))).sum(-1).mean()
@@ -86,7 +89,7 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], he
         same_argmax=float((after.argmax(-1) == before.argmax(-1)).float().mean()),
         bytes_before=bytes_before,
         bytes_after=bytes_of(model),
-        head=head,
+        head=of_head,
     )
     return model.quantization
 

@@ -4,7 +4,8 @@ torch's product of a few rows with a weight reads memory at a quarter of what th
 costs microseconds of Python: a step of a small model is spent there. numba compiles these loops on the user's machine
 without a compiler; the heart are two tiles of sums kept in registers, written in LLVM's own terms because no vectoriser
 finds them: 6 tokens with 16 rows of a weight in panels, and 3 x 4 dot products where rows lie as they are (float32
-weights, keys). Weights are float32, bfloat16 or int8 with a scale a row; all arithmetic is float32.
+weights, keys). Weights are float32, bfloat16, int8 with a scale a row, or int4 with a scale and a least value for every
+32 columns of a row; all arithmetic is float32.
 
 A step is a row of phases, each of them pieces that any thread may take (a ticket). A phase is over when its pieces are
 done, not when all threads have come: one that the machine has set aside holds nobody up unless it holds a piece.
@@ -33,12 +34,14 @@ from numba.extending import intrinsic
 
 LANES = 8
 """Numbers in a vector. Rows of every weight must be whole vectors."""
-FLOAT32, BFLOAT16, INT8, PANELS = 0, 1, 2, 3
-"""Forms of a weight: float32 as it is; in panels (`ops.packed`) bfloat16, int8 with a scale a row, float32."""
+FLOAT32, BFLOAT16, INT8, PANELS, INT4 = 0, 1, 2, 3, 4
+"""Forms of a weight: float32 as it is; in panels (`ops.packed`) bfloat16, int8 with a scale a row, float32, int4."""
 SIZES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, PANELS: 4}
 """Bytes of a number."""
 PANEL = 16
 """Rows of a weight that lie together, column by column."""
+COLUMNS, COLUMNS_BYTES = 32, 320
+"""INT4: columns that share a scale, and what they take of a panel (`ops.packed.in_panels_of_nibbles`)."""
 AHEAD_BYTES = 2048
 """How far ahead of a product its weight is asked for."""
 TOKENS_AT_ONCE = 48
@@ -241,6 +244,86 @@ def _panel_tile(kind: int, tokens: int, chains: int = 1) -> Any:
     return tile
 
 
+def _nibble_tile(tokens: int, chains: int = 1) -> Any:
+    """An intrinsic: the products of `tokens` inputs with a panel of an int4 weight.
+
+    tile(w, totals, totals_step, x, x_step, y, y_step, length): addresses, and steps in numbers from one token to the
+    next; y[token, 0..16] gains the product of `length` columns. totals[token, g]: the sum of x over the columns of
+    group g. A number is scale * n + least; four bits n put into the fraction of a float that stands for 2^k are 2^k + n, so
+    a group's sum of (2^k + n) x times its scale, and the sum of x times (least - 2^k scale), make its product.
+    """
+    i64, f32, i32 = ir.IntType(64), ir.FloatType(), ir.IntType(32)
+    vector, words = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
+    halves = ((15, 256.0), (19, 16.0))  # rows 0..8 and 8..16: where their four bits go, and what 1 x 2^k then is
+    half_exponents = 2.0**112  # between those of float16, whose bits are put into a float32, and of float32
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        w, totals, totals_step, x, x_step, y, y_step, length = args
+
+        def number(value: int) -> Any:
+            return ir.Constant(i64, value)
+
+        def same(value: int) -> Any:
+            return ir.Constant(words, [value] * LANES)
+
+        def floats(value: float) -> Any:
+            return ir.Constant(vector, [value] * LANES)
+
+        def load(at: Any, kind_of: Any) -> Any:
+            return b.load(b.inttoptr(at, ir.PointerType(kind_of)), align=4)
+
+        def bits_of(value: float) -> int:
+            return int(np.float32(value).view(np.int32))
+
+        zero = floats(0.0)
+        sums = [[[cgutils.alloca_once_value(b, zero) for _ in range(chains)] for _ in range(2)] for _ in range(tokens)]
+        rows = [b.add(x, b.mul(x_step, number(4 * n))) for n in range(tokens)]
+        with cgutils.for_range_slice(b, number(0), length, number(COLUMNS), i64) as (at, _):
+            group = b.udiv(at, number(COLUMNS))
+            start = b.add(w, b.mul(group, number(COLUMNS_BYTES)))
+            for line in range(0, COLUMNS_BYTES, 64):
+                _ask_for(b, b.add(start, number(AHEAD_BYTES + line)))
+            for kept in (chain for token in sums for half in token for chain in half):
+                b.store(zero, kept)
+            left = b.sub(length, at)
+            count = b.select(b.icmp_signed("<", left, number(COLUMNS)), left, number(COLUMNS))
+            with cgutils.for_range_slice(b, number(0), count, number(4), i64) as (inner, _):
+                word = load(b.add(start, b.add(number(4 * PANEL), b.mul(inner, number(LANES)))), words)
+                place = b.mul(b.add(at, inner), number(4))
+                for column in range(4):  # its rows' bits are byte `column` of the words
+                    to_left = halves[0][0] - 8 * column
+                    moved = b.shl(word, same(to_left)) if to_left > 0 else b.lshr(word, same(-to_left))
+                    values = [
+                        b.bitcast(b.or_(b.and_(moved, same(15 << bit)), same(bits_of(one))), vector)
+                        for bit, one in halves
+                    ]
+                    for n in range(tokens):
+                        x_n = _spread(b, load(b.add(rows[n], b.add(place, number(4 * column))), f32))
+                        for half in range(2):
+                            _gain(b, sums[n][half][column % chains], values[half], x_n)
+            for half, (_, one) in enumerate(halves):
+                both = load(b.add(start, number(4 * LANES * half)), words)  # scale below, least above, float16 each
+                low, high = b.shl(b.and_(both, same(0x7FFF)), same(13)), b.lshr(both, same(3))
+                high = b.or_(b.and_(both, same(-(1 << 31))), b.and_(high, same(0x7FFF << 13)))
+                scale, least = (b.fmul(b.bitcast(bits, vector), floats(half_exponents)) for bits in (low, high))
+                least = b.fsub(least, b.fmul(scale, floats(one)))
+                for n in range(tokens):
+                    its = b.mul(b.add(b.mul(totals_step, number(n)), group), number(4))
+                    total = _spread(b, load(b.add(totals, its), f32))
+                    to = b.add(b.add(y, b.mul(y_step, number(4 * n))), number(4 * LANES * half))
+                    gained = b.fmul(scale, _joined(b, sums[n][half]), flags=("fast",))
+                    gained = b.fadd(gained, b.fmul(least, total, flags=("fast",)), flags=("fast",))
+                    kept = b.inttoptr(to, ir.PointerType(vector))
+                    b.store(b.fadd(load(to, vector), gained, flags=("fast",)), kept, align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(typing: Any, w: Any, totals: Any, totals_step: Any, x: Any, x_step: Any, y: Any, y_step: Any, length: Any) -> Any:  # fmt: skip # noqa: E501
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
+
+
 def _gain(b: Any, kept: Any, one: Any, other: Any) -> None:
     """A sum gains a product."""
     b.store(b.fadd(b.load(kept), b.fmul(one, other, flags=("fast",)), flags=("fast",)), kept)
@@ -390,6 +473,64 @@ def _panel_products(kind: int) -> Any:
     return panel_products
 
 
+_nibbles_one, _nibbles_two, _nibbles_three = _nibble_tile(1, 2), _nibble_tile(2), _nibble_tile(3)
+_nibbles_four, _nibbles_five, _nibbles_six = _nibble_tile(4), _nibble_tile(5), _nibble_tile(6)
+
+
+@njit(nogil=True, error_model="numpy")
+def _nibble_panel(w, totals, groups, x, x_step, y, y_step, length, count):
+    """A panel of an int4 weight with some tokens, in parts of about the same size."""
+    parts, token = (count + GROUP - 1) // GROUP, 0
+    for part in range(parts):
+        own = (count - token) // (parts - part)
+        xs, ys, its = x + token * x_step * 4, y + token * y_step * 4, totals + token * groups * 4
+        if own == 6:
+            _nibbles_six(w, its, groups, xs, x_step, ys, y_step, length)
+        elif own == 5:
+            _nibbles_five(w, its, groups, xs, x_step, ys, y_step, length)
+        elif own == 4:
+            _nibbles_four(w, its, groups, xs, x_step, ys, y_step, length)
+        elif own == 3:
+            _nibbles_three(w, its, groups, xs, x_step, ys, y_step, length)
+        elif own == 2:
+            _nibbles_two(w, its, groups, xs, x_step, ys, y_step, length)
+        else:
+            _nibbles_one(w, its, groups, xs, x_step, ys, y_step, length)
+        token += own
+
+
+@njit(nogil=True, fastmath=True, error_model="numpy")
+def _products_int4(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
+    """As those of `_panel_products`; scales lie with the numbers."""
+    groups = (length + COLUMNS - 1) // COLUMNS
+    totals, whole = np.empty((TOKENS_AT_ONCE, groups), np.float32), np.empty((TOKENS_AT_ONCE, PANEL), np.float32)
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        count = min(tokens - start, TOKENS_AT_ONCE)
+        xs, ys = x + start * x_step * 4, y + start * y_step * 4
+        for n in range(count):
+            row = _floats(xs + n * x_step * 4, (length,))
+            for group in range(groups):
+                total = np.float32(0.0)
+                for column in range(group * COLUMNS, min(length, (group + 1) * COLUMNS)):
+                    total += row[column]
+                totals[n, group] = total
+        at = np.int64(totals.ctypes.data)
+        for row in range(low, high, PANEL):
+            wr, some = w + row // PANEL * groups * COLUMNS_BYTES, min(PANEL, high - row)
+            if some == PANEL:
+                if not adds:
+                    for n in range(count):
+                        _floats(ys + (n * y_step + row) * 4, (PANEL,))[:] = 0.0
+                _nibble_panel(wr, at, groups, xs, x_step, ys + row * 4, y_step, length, count)
+            else:  # nothing may be written behind the last row
+                whole[:count] = 0.0
+                _nibble_panel(wr, at, groups, xs, x_step, np.int64(whole.ctypes.data), PANEL, length, count)
+                for n in range(count):
+                    out = _floats(ys + (n * y_step + row) * 4, (some,))
+                    for j in range(some):
+                        out[j] = whole[n, j] + (out[j] if adds else np.float32(0.0))
+
+
 _products_bf16, _products_int8, _products_f32 = (_panel_products(kind) for kind in (BFLOAT16, INT8, PANELS))
 
 
@@ -404,6 +545,8 @@ def products(kind, w, w_step, scales, x, x_step, y, y_step, length, low, high, t
         _products_bf16(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
     elif kind == INT8:
         _products_int8(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
+    elif kind == INT4:
+        _products_int4(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
     else:
         _products_f32(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
 

@@ -25,6 +25,8 @@ GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
 PANEL = 16
 """As in `ops.decoder`, which is imported late."""
+IN_PANELS = ("bf16", "int8", "int4")
+"""Forms that `ops.decoder` computes with."""
 KERNEL_BLOCK = 32
 LINE = 64
 """Bytes that memory is read by."""
@@ -75,19 +77,23 @@ class PackedWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """(O, I) the weight that is computed with, in the dtype that it was packed from."""
+        scales, least = self.scales, self.least  # before the numbers: those of panels come first, and bring their own
+        packed = self.numbers
+        if self.bits == "int4" and packed.ndim == 3:
+            packed, scales, least = from_panels_of_nibbles(packed, self.shape[0])
         if self.bits in ("bf16", "int8"):
             numbers = self.numbers  # may be laid in panels meanwhile
             numbers_OI = from_panels(numbers, self.shape[0]) if numbers.ndim == 3 else numbers
             return (numbers_OI if self.bits == "bf16" else numbers_OI * self.scales[: len(numbers_OI), None]).to(
                 self.dtype
             )
-        codes_OI = torch.stack([self.numbers & 15, self.numbers >> 4], -1).flatten(1)
+        codes_OI = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
         values = (
             torch.tensor(nf4_levels(), device=self.device)[codes_OI.long()] if self.bits == "nf4" else codes_OI.float()
         )
-        values_OSG = values.unflatten(1, (-1, GROUPS[self.bits])) * self.scales[..., None].float()
+        values_OSG = values.unflatten(1, (-1, GROUPS[self.bits])) * scales[..., None].float()
         if self.bits == "int4":
-            values_OSG = values_OSG + self.least[..., None].float()
+            values_OSG = values_OSG + least[..., None].float()
         return values_OSG.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
     def product(self, x_NI: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ class PackedWeight(nn.Module):
         x_NI = x_NI.contiguous()
         rows, columns = self.shape
         y_NO = x_NI.new_empty(len(x_NI), rows)
-        kind = decoder.BFLOAT16 if self.bits == "bf16" else decoder.INT8
+        kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}[self.bits]
         decoder.products.ctypes(
             kind, numbers.data_ptr(), columns, self.scales.data_ptr(), x_NI.data_ptr(), columns, y_NO.data_ptr(), rows,
             columns, 0, rows, len(x_NI), 0,
@@ -154,6 +160,31 @@ def from_panels(numbers_PIR: Tensor, rows: int) -> Tensor:
     return numbers_PIR.transpose(1, 2).flatten(0, 1)[:rows]
 
 
+def in_panels_of_nibbles(weight: PackedWeight) -> Tensor:
+    """(P, S, 80) int32: an int4 weight as `ops.decoder` reads it, in panels of 16 rows, group by group. A group is a
+    word for each row, its scale in the lower half and its least value in the upper, and eight words for each of rows
+    0..8: byte k of word 8 q + r has column 4 q + k, of row r in the lower four bits and of row r + 8 in the upper."""
+    empty = -weight.shape[0] % PANEL
+    codes_OI = F.pad(torch.stack([weight.numbers & 15, weight.numbers >> 4], -1).flatten(1), (0, 0, 0, empty))
+    codes = codes_OI.long().view(len(codes_OI) // PANEL, 2, 8, -1, 8, 4)  # panel, half, row, group, q, k
+    places = 8 * torch.arange(4) + 4 * torch.arange(2).view(2, 1, 1, 1, 1)
+    words_PSW = (codes << places).sum((1, 5)).permute(0, 2, 3, 1).flatten(2)
+    scales, least = (F.pad(x, (0, 0, 0, empty)).view(torch.int16).long() for x in (weight.scales, weight.least))
+    ends_PSR = ((scales & 0xFFFF) | (least << 16)).unflatten(0, (-1, PANEL)).transpose(1, 2)
+    return torch.cat([ends_PSR, words_PSW], 2).to(torch.int32)
+
+
+def from_panels_of_nibbles(numbers_PSW: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, scales and least values of the `rows` rows that `in_panels_of_nibbles` laid out."""
+    ends_OS = numbers_PSW[..., :PANEL].transpose(1, 2).flatten(0, 1)[:rows]
+    scales, least = (part.to(torch.int16).view(torch.half) for part in (ends_OS << 16 >> 16, ends_OS >> 16))
+    words = numbers_PSW[..., PANEL:].unflatten(2, (8, 8))  # panel, group, q, row
+    places = 8 * torch.arange(4) + 4 * torch.arange(2).view(2, 1)
+    codes = (words[..., None, None] >> places.int()) & 15  # ..., half, k
+    codes_OI = codes.permute(0, 4, 3, 1, 2, 5).flatten(0, 2).flatten(1)[:rows].to(torch.uint8)
+    return codes_OI[:, 0::2] | (codes_OI[:, 1::2] << 4), scales, least
+
+
 def in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors, one behind the other in one piece of memory, each at the beginning of a line. A piece that is
     large comes in large pages where the system has them, and reading it is a third faster (docs/log.md)."""
@@ -168,13 +199,16 @@ def in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def lay_in_panels(weights: Sequence[PackedWeight]) -> None:
-    """Has the numbers of these bf16 and int8 weights lie in panels, together and in this order. Each is complete at any
+    """Has the numbers of these weights (`IN_PANELS`) lie in panels, together and in this order. Each is complete at any
     time, for threads that compute with it."""
-    for weight, numbers in zip(weights, in_one_piece([in_panels(w.numbers) for w in weights]), strict=True):
+    laid = [in_panels_of_nibbles(w) if w.bits == "int4" else in_panels(w.numbers) for w in weights]
+    for weight, numbers in zip(weights, in_one_piece(laid), strict=True):
         weight.scales = (
             F.pad(weight.scales, (0, -len(weight.scales) % PANEL)) if weight.bits == "int8" else weight.scales
         )
         weight.numbers = numbers
+        if weight.bits == "int4":  # they lie among the numbers now
+            weight.scales = weight.least = torch.empty(0)
 
 
 def dense(weight_OI: Tensor | PackedWeight) -> Tensor:

@@ -69,7 +69,8 @@ def nodes_of(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def export(origin: Origin, folder: Path, to: Form | None, dtype: str | None, merge: bool) -> dict[str, Any]:
     """Writes `origin` into the new folder and returns the facts of it.
 
-    `to` None: a model as "hf", an adapter as "peft". `dtype`: f32, f16, bf16, for GGUF q8_0 too; None keeps the file's.
+    `to` None: a model as "hf", an adapter as "peft". `dtype`: f32, f16, bf16, for GGUF q8_0 and q4_0
+    too; None keeps the file's.
     RequestError for what does not go together, ModelError and AdapterError for models that cannot be written so.
     """
     form = to or ("peft" if origin.base is not None and not merge else "hf")

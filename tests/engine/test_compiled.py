@@ -82,7 +82,7 @@ def test_batches_chunks_and_preemption(limits):
     assert (subject.scheduler.preemptions > 0) == ("kv_tokens" in limits)
 
 
-@pytest.mark.parametrize("bits", ["bf16", "int8"])
+@pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
 def test_packed_weights(bits):
     packed = copy.deepcopy(naive.model())
     quantize(packed, bits, [prompts()[5]], head=True)
@@ -96,7 +96,7 @@ def test_packed_weights(bits):
         assert answer.token_ids == naive.greedy(ids, 8, base=plain)
 
 
-@pytest.mark.parametrize("bits", [None, "bf16", "int8"])
+@pytest.mark.parametrize("bits", [None, "bf16", "int8", "int4"])
 def test_adapters_mixed_with_the_base(bits):
     base = copy.deepcopy(naive.model())
     if bits is not None:

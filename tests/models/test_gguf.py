@@ -85,9 +85,9 @@ def test_the_real_model_tells_the_same_story(tmp_path: Path) -> None:
     ours = LanguageModel.load(STORIES)
     prompts = [ours.engine.prompt_ids(text) for text in STORIES_TEXTS]
     jobs = []
-    for dtype in ("f32", "f16", "bf16", "q8_0"):
+    for dtype in ("f32", "f16", "bf16", "q8_0", "q4_0"):
         kept, _ = write(tmp_path / f"{dtype}.gguf", ours.model, ours.tokenizer, ours.template, dtype)
-        assert bool(kept) == (dtype == "q8_0")
+        assert bool(kept) == (dtype in ("q8_0", "q4_0"))
         jobs.append({"path": tmp_path / f"{dtype}.gguf", "texts": STORIES_TEXTS, "rows": prompts[:1],
                      "prompts": prompts, "steps": 64})  # fmt: skip
     full, *rounded = ask_llama(*jobs)
@@ -98,8 +98,8 @@ def test_the_real_model_tells_the_same_story(tmp_path: Path) -> None:
     wanted = logits_of(ours.model, prompts[0])
     torch.testing.assert_close(torch.tensor(full["rows"][0]), wanted, rtol=1e-4, atol=1e-3)
     sizes = {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
-    assert sizes["q8_0"] < sizes["f16"] < sizes["f32"]
-    for other, tolerance in zip(rounded, (0.02, 0.15, 0.3), strict=True):
+    assert sizes["q4_0"] < sizes["q8_0"] < sizes["f16"] < sizes["f32"]
+    for other, tolerance in zip(rounded, (0.02, 0.15, 0.3, 6.0), strict=True):
         assert (torch.tensor(other["rows"][0]) - wanted).abs().max() < tolerance
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prairie.ops.linear import linear
-from prairie.ops.packed import FEW_ROWS, GROUPS, PackedWeight, lay_in_panels, nf4_levels
+from prairie.ops.packed import FEW_ROWS, GROUPS, IN_PANELS, PackedWeight, lay_in_panels, nf4_levels
 
 BITS = ["int8", "int4", "nf4"]
 
@@ -83,7 +83,7 @@ def test_columns_that_do_not_fill_torchs_kernel_do_not_reach_it(inputs: int) -> 
     torch.testing.assert_close(packed.product(x), x @ packed.dense().T, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bits", ["bf16", "int8"])
+@pytest.mark.parametrize("bits", IN_PANELS)
 def test_weights_in_panels_are_the_same(bits: str) -> None:
     weights = [PackedWeight(torch.randn(rows, 64), bits) for rows in (3, 21, 32)]
     before = [weight.dense().clone() for weight in weights]
@@ -94,6 +94,6 @@ def test_weights_in_panels_are_the_same(bits: str) -> None:
         assert torch.equal(weight.dense(), dense)
         for rows in (1, 40):
             x = torch.randn(rows, 64)
-            torch.testing.assert_close(linear(x, weight), x @ dense.T, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(linear(x, weight), x @ dense.T, atol=1e-5 if bits != "int4" else 1e-3, rtol=1e-5)
             x.requires_grad_(True)
             torch.testing.assert_close(linear(x, weight), x @ dense.T, atol=1e-5, rtol=1e-5)
