@@ -249,8 +249,9 @@ def _nibble_tile(tokens: int, chains: int = 1) -> Any:
 
     tile(w, totals, totals_step, x, x_step, y, y_step, length): addresses, and steps in numbers from one token to the
     next; y[token, 0..16] gains the product of `length` columns. totals[token, g]: the sum of x over the columns of
-    group g. A number is scale * n + least; four bits n put into the fraction of a float that stands for 2^k are 2^k + n, so
-    a group's sum of (2^k + n) x times its scale, and the sum of x times (least - 2^k scale), make its product.
+    group g. A number is scale * n + least; four bits n put into the fraction of a float that stands for 2^k are
+    2^k + n, so a group's sum of (2^k + n) x times its scale, and the sum of x times (least - 2^k scale), make its
+    product.
     """
     i64, f32, i32 = ir.IntType(64), ir.FloatType(), ir.IntType(32)
     vector, words = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
