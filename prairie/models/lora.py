@@ -42,7 +42,7 @@ from prairie.models.transformer import FusedLinear, Transformer
 from prairie.models.weights import MANIFEST, hash_of, not_written, read_json, read_manifest, weights_hash, write_json
 from prairie.ops.attention import PackedDocuments
 from prairie.ops.linear import Addition, LowRank, adapt, adapt_embedding, adapted_weight, row_lengths
-from prairie.ops.packed import PackedWeight
+from prairie.ops.packed import IN_PANELS, PackedWeight
 
 __all__ = ["AdapterRows", "LoRA", "LoRAConfig"]
 
@@ -378,8 +378,8 @@ class LoRA(nn.Module):
 
 
 def _served(change: LowRank, weight: Tensor | PackedWeight) -> LowRank:
-    """What is answered with: on a base that is served in bfloat16 or 8 bits an adapter is rounded to bfloat16."""
-    if not isinstance(weight, PackedWeight) or weight.bits not in ("bf16", "int8") or change.gain_O is not None:
+    """What is answered with: on a base that is served in bfloat16, 8 or 4 bits an adapter is rounded to bfloat16."""
+    if not isinstance(weight, PackedWeight) or weight.bits not in IN_PANELS or change.gain_O is not None:
         return change
     return LowRank(*(tensor.bfloat16().to(tensor.dtype) for tensor in (change.a_RI, change.b_OR)))
 
