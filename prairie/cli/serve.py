@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import os
@@ -14,6 +15,10 @@ from typing import Annotated
 import typer
 
 from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home, say
+
+
+COMPILE_AFTER_S = 5.0
+"""After the start, the compiled form of the models is made ready: the first questions have the cores to themselves."""
 
 
 class Quantize(StrEnum):
@@ -106,9 +111,11 @@ def serve(
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
-        packed = {"quantize": quantize.value} if quantize else {}
-        drafts = {"speculate": speculate.value} if speculate else {}
-        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **packed, **drafts)
+        asked = {
+            "quantize": quantize and quantize.value, "speculate": speculate and speculate.value, "threads": threads,
+        }  # fmt: skip
+        given = {name: value for name, value in asked.items() if value is not None}
+        app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **given)
 
         def ready() -> None:
             served = [model["id"] for model in app.state.service.models.listing()]
@@ -116,6 +123,7 @@ def serve(
             url = url_of(listening)
             say(f"{', '.join(served)} on {url}   chat page: {url}/   Ctrl-C ends.")
             emit({"url": url, "pid": os.getpid(), "models": served}, as_json)
+            asyncio.get_running_loop().call_later(COMPILE_AFTER_S, app.state.service.models.start_compiling)
 
         serve_on(listening, app, grace_s=grace_s, on_ready=ready)
         if not app.state.service.models.ready:

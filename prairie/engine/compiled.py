@@ -15,18 +15,20 @@ import logging
 import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prairie.engine.probe import Choice, probe
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import rotary_turns
@@ -34,7 +36,6 @@ from prairie.ops.packed import IN_PANELS, PANEL, PackedWeight, in_one_piece, in_
 
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
-    from prairie.engine.scheduler import Step
     from prairie.models.lora import LoRA
     from prairie.ops.linear import LowRank
 
@@ -45,6 +46,10 @@ LANES = 8
 MOST_LAYERS = 400
 """The phases of a step have numbers of 12 bits."""
 MOST_THREADS = 64
+PROBED_CONTEXT = 128
+"""Tokens that a step of the probe looks back at."""
+REST_S = 60e-6
+"""Between two steps of the probe: what the engine needs there, while helpers fall asleep."""
 HEAD_PIECES = 16
 """Pieces of the head for each thread."""
 SEGMENT = 48
@@ -102,6 +107,25 @@ def _kernels() -> ModuleType | None:
         log.info("numba is not there, steps are computed by torch: %s", error)
         return None
     return decoder
+
+
+class Step(Protocol):
+    """Which tokens are computed: of `scheduler.Step`, what is looked at here."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    adapters: list[tuple[LoRA, slice]]
+
+
+@dataclass(slots=True)
+class ComputedStep:
+    """A step without requests."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    adapters: list[tuple[LoRA, slice]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +193,11 @@ class Helpers:
 class CompiledDecoder:
     """A model and its cache, as arrays and addresses. Everything that an address points to is held here."""
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:
+        """`threads` of every step; None: found by a probe."""
         c = model.config
+        self.choice = None if threads is None else Choice(threads, threads)
+        """How many threads compute a step; None until the probe has found it."""
         self.model, self.cache, self.config = model, cache, c
         self.held: list[Tensor | np.ndarray] = []
         self.adapters: weakref.WeakKeyDictionary[LoRA, Adapter | None] = weakref.WeakKeyDictionary()
@@ -204,6 +231,8 @@ class CompiledDecoder:
                 decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
                 self._describe_model(decoder)
                 self.step = decoder.decoder_step
+                if self.choice is None:
+                    self._probe()
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
@@ -352,7 +381,7 @@ class CompiledDecoder:
     def run(self, step: Step, tokens: list[int], places: list[int], sampled: int) -> Found | None:
         """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards. What is to be
         known of the tokens at `places` (R,), if there are any: of their logits, and of the first `sampled` of these."""
-        count, sequences, wanted, threads = len(tokens), len(step.sequences), len(places), self.threads()
+        count, sequences, wanted, threads = len(tokens), len(step.rows), len(places), self.threads(len(tokens))
         self._have_room(count, threads, wanted)
         said, scratch = self.said, self.scratch
         said["tokens"][0], said["sequences"][0], said["ready_count"][0] = count, sequences, wanted
@@ -431,10 +460,45 @@ class CompiledDecoder:
             self.plan[0][name] = address(known)
         return known
 
-    @staticmethod
-    def threads() -> int:
-        """As many as torch, but no more than there are cores for this process: they wait for each other awake."""
-        return min(torch.get_num_threads(), len(os.sched_getaffinity(0)), MOST_THREADS)
+    def threads(self, tokens: int) -> int:
+        """Threads of a step of so many tokens."""
+        assert self.choice is not None
+        return min(self.choice.threads(tokens), MOST_THREADS)
+
+    def _probe(self) -> None:
+        """Tries steps on a cache of their own, while no other thread looks at the plan."""
+        record, c, cache = self.plan[0], self.config, self.cache
+        names = ("kv", "tables", "slots", "blocks")
+        before = {name: record[name].copy() for name in names}
+        context = max(1, min(PROBED_CONTEXT // cache.block_size, cache.tables.shape[1])) * cache.block_size
+        kv = np.zeros((c.layers, 2, context, c.kv_heads, c.head_dim), dtype=np.float32)
+        tables = np.arange(context // cache.block_size, dtype=np.int64)[None]
+        record["kv"], record["tables"] = address(kv), address(tables)
+        record["slots"], record["blocks"] = context, tables.shape[1]
+        start = min(context, c.max_context) - 1
+
+        def step_s(tokens: int, threads: int) -> float:
+            self.choice = Choice(threads, threads)
+            places = np.zeros(tokens, dtype=np.int64)  # one row of the tables for all: what is stored does not matter
+            step = ComputedStep(places, places + start, places + 1, [])
+            rest = time.perf_counter() + REST_S
+            while time.perf_counter() < rest:
+                pass
+            began = time.perf_counter()
+            self.run(step, [0] * tokens, list(range(tokens)), c.vocab_size)
+            return time.perf_counter() - began
+
+        try:
+            self.choice = probe(step_s, most_threads())
+        finally:
+            for name, value in before.items():
+                record[name] = value
+        log.info("%s", self.choice)
+
+
+def most_threads() -> int:
+    """As many as torch, but no more than there are cores for this process: they wait for each other awake."""
+    return min(torch.get_num_threads(), len(os.sched_getaffinity(0)), MOST_THREADS)
 
 
 def address(array: np.ndarray) -> int:

@@ -32,6 +32,7 @@ from prairie.models.rope import alike, depends_on_length
 from prairie.models.transformer import Transformer
 
 if TYPE_CHECKING:
+    from prairie.engine.probe import Choice
     from prairie.models.lora import LoRA
 
 KV_BYTES = 512 << 20
@@ -60,11 +61,13 @@ class Engine:
         prefix_reuse: bool = True,
         compiles: bool = True,
         speculate: Literal["ngram"] | None = None,
+        threads: int | None = None,
     ) -> None:
         """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`).
 
         `compiles`: after the first steps the model's compiled form is made ready in the background, where it has one.
         `speculate`: drafts what stood in the text before, where that pays (`speculation`).
+        `threads` of its steps; None: at most torch's, as many as are fastest (`probe`).
         """
         config = model.config
         context = min(max_context or config.max_context, config.max_context)
@@ -93,7 +96,7 @@ class Engine:
         self.speculation = Speculation() if speculate is not None and not self._turns_by_length else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens, self.speculation)
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        compiled = CompiledDecoder(model, self.cache) if compiles and covers(model) else None
+        compiled = CompiledDecoder(model, self.cache, threads) if compiles and covers(model) else None
         self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device), compiled)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -191,8 +194,8 @@ class Engine:
         if step is None:
             return []
         self._steps += 1
-        if self._steps == COMPILE_AFTER and self.runner.compiled is not None:
-            self.runner.compiled.start()
+        if self._steps == COMPILE_AFTER:
+            self.start_compiling()
         try:
             ready, sampled = self.runner.run(step)
         except BaseException:
@@ -238,6 +241,17 @@ class Engine:
     def is_compiled(self) -> bool:
         """Steps are computed by the compiled form of the model."""
         return self.runner.compiled is not None and self.runner.compiled.ready.is_set()
+
+    @property
+    def choice(self) -> Choice | None:
+        """How many threads compute its steps, and why; None before the compiled form is there."""
+        compiled = self.runner.compiled
+        return compiled.choice if compiled is not None and compiled.ready.is_set() else None
+
+    def start_compiling(self) -> None:
+        """Makes the compiled form ready in the background, where there is one."""
+        if self.runner.compiled is not None:
+            self.runner.compiled.start()
 
     def compile(self) -> bool:
         """Waits until the compiled form of the model is ready; False if it has none or cannot have one here."""

@@ -175,6 +175,7 @@ class Resident:
             "writes": model.engine is not None,
             "max_context": self.max_context,
             "figures": self.source.figures,
+            **({} if model.engine is None or model.engine.choice is None else {"steps": model.engine.choice.to_json()}),
         }
         return {
             "id": name,
@@ -534,6 +535,14 @@ class Models:
             engines = [base.model.engine for base in self._bases.values()]
         if (new := model.engine) is not None and any(engine is not None and engine.is_compiled for engine in engines):
             self.worker.call(new.compile).result()
+
+    def start_compiling(self) -> None:
+        """Has the compiled form of every model in memory made ready in the background, and its threads probed."""
+        with self._lock:
+            engines = [base.model.engine for base in self._bases.values()]
+        for engine in engines:
+            if engine is not None:
+                engine.start_compiling()
 
     def _load_adapter(self, source: Source, base: Base) -> str:
         """Reads an adapter, adds it to its base's engine between two steps and returns its hash.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from naive import engine, expected, prompts, request
 
-from prairie.engine.compiled import CompiledDecoder, covers
+from prairie.engine.compiled import covers
 from prairie.engine.constraint import Constraint
 from prairie.models.config import ModelConfig, RopeScaling
 from prairie.models.lora import LoRA, LoRAConfig
@@ -132,11 +132,10 @@ def test_steps_may_go_either_way():
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-def test_helpers(threads, monkeypatch):
+def test_helpers(threads):
     """More threads than cores: they come late, are set aside in the middle of a piece, and leave late."""
-    monkeypatch.setattr(CompiledDecoder, "threads", staticmethod(lambda: threads))
     before = threading.active_count()
-    subject = compiled(step_tokens=24)
+    subject = compiled(step_tokens=24, threads=threads)
     subject.add_adapter("hash1", naive.adapter(1))
     which = [("hash1", 1) if i % 5 == 4 else (None, None) for i in range(len(prompts()))]
     asked = [request(f"r{i}", ids, which[i][0], max_tokens=9) for i, ids in enumerate(prompts())]
@@ -149,6 +148,25 @@ def test_helpers(threads, monkeypatch):
     while threading.active_count() > before and time.monotonic() < until:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_the_probe_leaves_no_trace(monkeypatch):
+    """Whatever it chooses: an answer that torch began goes on from the cache as it was."""
+    monkeypatch.setattr("prairie.engine.compiled.most_threads", lambda: 2)
+    subject = engine(block_size=4)
+    for i, ids in enumerate(prompts()[:6]):
+        subject.add(request(f"r{i}", ids, max_tokens=9))
+    for _ in range(3):
+        subject.step()
+    before = subject.cache.store.clone()
+    assert subject.choice is None
+    assert subject.compile()
+    torch.testing.assert_close(subject.cache.store, before, rtol=0, atol=0)
+    assert set(subject.choice.step_ms) == {(1, 2), (1, 1), (16, 2), (16, 1)}
+    done = {}
+    while subject.has_work:
+        done |= {o.request_id: o.completion for o in subject.step() if o.completion}
+    assert [tuple(done[f"r{i}"].token_ids) for i in range(6)] == [expected(i, 9) for i in range(6)]
 
 
 def test_sampling_and_penalties_draw_the_same():
