@@ -16,7 +16,6 @@ import typer
 
 from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home, say
 
-
 COMPILE_AFTER_S = 5.0
 """After the start, the compiled form of the models is made ready: the first questions have the cores to themselves."""
 
