@@ -31,7 +31,7 @@ check: .venv/.dev  ## ruff, mypy, the floors
 bench: .venv/.dev  ## every benchmark, one JSON object each
 	for name in ops pretrain sft adapters dpo startup flywheel swap serving selfplay; do $(BIN)/python -m benchmarks.$$name --json; done
 
-peers: .peers/llama/.made  ## programs to compare with, each in an environment of its own
+peers: .peers/llama/.made .peers/llama/bin/llama-server  ## programs to compare with, each in an environment of its own
 
 docs: .venv/.dev  ## checks that every command and recipe in the docs exists
 	$(BIN)/python -m pytest tests/test_docs.py
@@ -51,6 +51,17 @@ docs: .venv/.dev  ## checks that every command and recipe in the docs exists
 	test -x .peers/llama/bin/python || $(PYTHON) -m venv .peers/llama
 	.peers/llama/bin/python -m pip install --quiet --disable-pip-version-check 'llama-cpp-python[server]' numpy
 	touch $@
+
+# llama.cpp's own server, from the sources that the package brings: a quarter of an hour on two cores.
+.peers/llama/bin/llama-server: .peers/llama/.made
+	.peers/llama/bin/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	.peers/llama/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d .peers/llama/src \
+		llama-cpp-python==$$(.peers/llama/bin/python -c 'import llama_cpp; print(llama_cpp.__version__)')
+	tar -xzf .peers/llama/src/*.tar.gz -C .peers/llama/src --strip-components 1
+	PATH="$(CURDIR)/.peers/llama/bin:$$PATH" cmake -G Ninja -S .peers/llama/src/vendor/llama.cpp -B .peers/llama/src/build \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF
+	PATH="$(CURDIR)/.peers/llama/bin:$$PATH" cmake --build .peers/llama/src/build --target llama-server
+	cp .peers/llama/src/build/bin/llama-server $@
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
