@@ -343,18 +343,22 @@ class Transformer(nn.Module):
         *,
         segments_N: Tensor | None = None,
         memory: Memory | None = None,
+        wanted_W: Tensor | None = None,
     ) -> Tensor:
-        """hidden_ND after the last layer and norm, of flat tokens whose context `attend` knows.
+        """hidden_ND after the last layer and norm, of flat tokens whose context `attend` knows; with `wanted_W`, places
+        in rising order, hidden_WD of those only: the last layer computes no other behind its attention.
 
         `segments_N`: to which text of a pair each token belongs (None: all to the first). An encoder-decoder needs
         `memory`, what its `encode` made of the rows that are to be answered.
         """
         if (memory is None) != (self.encoder is None):
             raise ModelError("a decoder over an encoder needs what the encoder read, and no other model can use it")
+        if wanted_W is not None and memory is not None:
+            raise ModelError("a decoder over an encoder gives the hidden states of all tokens", got="some wanted")
         x_ND = F.embedding(tokens_N, self.embed)
         for adapter in adapters:
             x_ND = adapter.lora.add_to_embedding(x_ND, tokens_N, self.linear(None, "embed"), adapter.rows)
-        return self._through_layers(x_ND, attend, adapters, segments_N, memory)
+        return self._through_layers(x_ND, attend, adapters, segments_N, memory, wanted_W)
 
     def encode(self, tokens_M: Tensor, attend: Attend) -> Tensor:
         """hidden_MD of the encoder of an encoder-decoder, for a `Memory`. ModelError for a model of another kind."""
@@ -370,6 +374,7 @@ class Transformer(nn.Module):
         adapters: Sequence[AdapterRows] = (),
         segments_N: Tensor | None = None,
         memory: Memory | None = None,
+        wanted_W: Tensor | None = None,
     ) -> Tensor:
         c = self.config
         turns = {rope: self._turns(rope, attend) for rope in self.frequencies}
@@ -377,7 +382,7 @@ class Transformer(nn.Module):
         x_ND = self._placed(x_ND, attend.positions_N, segments_N)
         recomputes = self.recomputes and torch.is_grad_enabled()
         for index in range(c.layers):
-            given = (x_ND, index, attend, turns, bias, adapters, memory)
+            given = (x_ND, index, attend, turns, bias, adapters, memory, wanted_W if index + 1 == c.layers else None)
             x_ND = checkpoint(self._layer, *given, use_reentrant=False) if recomputes else self._layer(*given)
         x_ND = self._normed(x_ND, self, "norm")
         return x_ND if c.logit_scale == 1.0 else x_ND * c.logit_scale
@@ -391,14 +396,18 @@ class Transformer(nn.Module):
         bias: Sequence[RelativeBias],
         adapters: Sequence[AdapterRows],
         memory: Memory | None,
+        wanted_W: Tensor | None,
     ) -> Tensor:
-        """The residual stream after one layer."""
+        """The residual stream after one layer, of all tokens or of those that are wanted."""
         c, block = self.config, self.layers[index]
         assert isinstance(block, Block)
         y_ND = self._normed(x_ND, block, "attention_norm")
         qkv = self._linear(y_ND, index, "qkv", adapters)
         q_NHD, k_NKD, v_NKD = self._heads(qkv, block, turns.get(self.ropes[index]))
         o_NHD = attend(index, q_NHD, k_NKD, v_NKD, self.sights[index], *bias)
+        if wanted_W is not None:
+            x_ND, o_NHD = x_ND.index_select(0, wanted_W), o_NHD.index_select(0, wanted_W)
+            adapters = [adapter._replace(rows=_within(adapter.rows, wanted_W)) for adapter in adapters]
         a_ND = self._linear(o_NHD.flatten(1), index, "o", adapters)
         if c.parallel_residual:
             return x_ND + (a_ND + self._mlp(self._normed(x_ND, block, "mlp_norm"), block, index, adapters))
@@ -516,3 +525,11 @@ class Transformer(nn.Module):
         magnitudes = rope_magnitudes(c, window)
         magnitudes = magnitudes if magnitudes is None else magnitudes.to(device)
         return rotary_turns(attend.positions_N, frequencies.to(device), magnitudes)
+
+
+def _within(rows: slice | None, wanted_W: Tensor) -> slice | None:
+    """Where the wanted tokens among `rows` stand among the wanted ones."""
+    if rows is None:
+        return None
+    ends = torch.searchsorted(wanted_W, torch.tensor([rows.start, rows.stop], device=wanted_W.device))
+    return slice(*ends.tolist())

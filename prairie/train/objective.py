@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,19 @@ from prairie.train.prefixes import Layout, layout_of
 
 Learner = Transformer | Tower
 """What can be trained."""
+ASKED_SHARE = 0.9
+"""Of the tokens of a batch: if more are asked for, the last layer is computed for all."""
+
+
+class Asked(NamedTuple):
+    """Which tokens of a batch an objective reads, A of them, and where they are computed."""
+
+    wanted_W: Tensor
+    """Places in the layout, rising."""
+    at_A: Tensor
+    """Which of those each one stands at: rows that share a beginning may ask for the same."""
+    tokens_A: Tensor
+    """Which tokens of the batch they are."""
 
 
 class Objective(Protocol):
@@ -98,16 +111,35 @@ def layout_for(model: Transformer, batch: Batch) -> Layout:
     return layout_of(batch) if model.prefixes_stand_alone else Layout(batch.tokens_N, batch.lengths)
 
 
-def hidden_states(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> tuple[Tensor, Tensor]:
-    """The forward pass of a batch: (hidden_ND after the final norm, labels_N on the same device).
+def asked_of(layout: Layout, batch: Batch) -> Asked | None:
+    """Tokens with a label and the last of each row, which a head of scores reads; None if those are nearly all."""
+    asked_N = batch.labels_N != IGNORED
+    asked_N[torch.tensor(batch.lengths).cumsum(0) - 1] = True
+    tokens_A = asked_N.nonzero()[:, 0]
+    places_A = tokens_A if layout.places_N is None else layout.places_N[tokens_A]
+    wanted_W, at_A = places_A.unique(return_inverse=True)
+    return Asked(wanted_W, at_A, tokens_A) if len(wanted_W) < ASKED_SHARE * len(layout.tokens) else None
+
+
+def hidden_states(
+    model: Transformer, batch: Batch, adapters: Sequence[AdapterRows], *, every: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The forward pass of a batch: (hidden_ND after the final norm, labels_N on the same device). Tokens without a
+    label that are not the last of their row may have zeros, unless `every` one is read.
 
     What rows share at their beginning is computed once (`prefixes`), and its gradient is the sum over them.
     """
     device = next(model.parameters()).device
     layout = layout_for(model, batch)
+    asked = None if every else asked_of(layout, batch)
     attend = PackedDocuments(layout.lengths, device, layout.prefixes)
-    hidden = model(layout.tokens.to(device), attend, adapters)
-    if layout.places_N is not None:
+    wanted_W = None if asked is None else asked.wanted_W.to(device)
+    hidden = model(layout.tokens.to(device), attend, adapters, wanted_W=wanted_W)
+    if asked is not None:
+        hidden_AD = hidden.index_select(0, asked.at_A.to(device))
+        zeros_ND = hidden.new_zeros(len(batch.tokens_N), hidden.shape[1])
+        hidden = zeros_ND.index_copy(0, asked.tokens_A.to(device), hidden_AD)
+    elif layout.places_N is not None:
         hidden = hidden.index_select(0, layout.places_N.to(device))
     return hidden, batch.labels_N.to(device)
 
@@ -132,7 +164,8 @@ def require_pairs(batch: Batch) -> None:
 
 def row_scores(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> Tensor:
     """(R, L) float32: the scores of each row, read where the model's head reads them (a decoder's: its last token)."""
-    hidden_ND, _ = hidden_states(model, batch, adapters)
+    head = model.config.head
+    hidden_ND, _ = hidden_states(model, batch, adapters, every=head is None or head.pool != "last")
     return model.scores(hidden_ND, batch.lengths).float()
 
 

@@ -25,7 +25,7 @@ from prairie.errors import TrainingError
 from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import Attend, PackedDocuments
-from prairie.train.objective import Objective, computing_in, layout_for
+from prairie.train.objective import Objective, asked_of, computing_in, layout_for
 from prairie.train.prefixes import Layout, joined
 from prairie.train.trainer import StepSums, Trainer, count_of, seed_draw
 
@@ -133,28 +133,45 @@ def _losses(
     ends = list(accumulate(len(layout.tokens) for layout in layouts))
     rows = [slice(end - len(layout.tokens), end) for layout, end in zip(layouts, ends, strict=True)]
     adapters = [AdapterRows(lora, part) for (_, lora, _), part in zip(work, rows, strict=True)]
-    hidden_ND = model(whole.tokens.to(device), PackedDocuments(whole.lengths, device, whole.prefixes), adapters)
-    states = hidden_ND.split([len(layout.tokens) for layout in layouts])
+    wanted = [_wanted(layout, batch) for layout, (_, _, batch) in zip(layouts, work, strict=True)]
+    wanted_W = torch.cat([places + part.start for places, part in zip(wanted, rows, strict=True)]).to(device)
+    attend = PackedDocuments(whole.lengths, device, whole.prefixes)
+    hidden_WD = model(whole.tokens.to(device), attend, adapters, wanted_W=wanted_W)
+    states = hidden_WD.split([len(places) for places in wanted])
     return [
-        objective.loss(cast(Transformer, _Computed(model, layout, hidden)), batch, [AdapterRows(lora)])
-        for (objective, lora, batch), layout, hidden in zip(work, layouts, states, strict=True)
+        objective.loss(cast(Transformer, _Computed(model, layout, places, hidden)), batch, [AdapterRows(lora)])
+        for (objective, lora, batch), layout, places, hidden in zip(work, layouts, wanted, states, strict=True)
     ]
+
+
+def _wanted(layout: Layout, batch: Batch) -> Tensor:
+    """The places that `hidden_states` wants of a layout, all where it does not say."""
+    asked = asked_of(layout, batch)
+    return torch.arange(len(layout.tokens)) if asked is None else asked.wanted_W
 
 
 class _Computed:
     """Stands for the model before one objective: its forward pass has been made, with the others'."""
 
-    def __init__(self, model: Transformer, layout: Layout, hidden_ND: Tensor) -> None:
-        self._model, self._layout, self._hidden_ND = model, layout, hidden_ND
+    def __init__(self, model: Transformer, layout: Layout, wanted_W: Tensor, hidden_WD: Tensor) -> None:
+        self._model, self._layout, self._wanted_W, self._hidden_WD = model, layout, wanted_W, hidden_WD
 
-    def __call__(self, tokens_N: Tensor, attend: Attend, adapters: Sequence[AdapterRows] = ()) -> Tensor:
+    def __call__(
+        self,
+        tokens_N: Tensor,
+        attend: Attend,
+        adapters: Sequence[AdapterRows] = (),
+        *,
+        wanted_W: Tensor | None = None,
+    ) -> Tensor:
         """Raises TrainingError if the objective asks for other tokens than those of its batch."""
-        if not torch.equal(tokens_N.cpu(), self._layout.tokens):
+        places = torch.arange(len(tokens_N)) if wanted_W is None else wanted_W.cpu()
+        if not (torch.equal(tokens_N.cpu(), self._layout.tokens) and torch.equal(places, self._wanted_W)):
             raise TrainingError(
                 "this objective cannot be trained together with others",
                 got="tokens that are not those of its batch", mend="train it alone",
             )  # fmt: skip
-        return self._hidden_ND
+        return self._hidden_WD
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

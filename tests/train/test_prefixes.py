@@ -10,7 +10,7 @@ from tiny_runs import VOCAB, tiny_model
 from prairie.data.loader import Batch, Loader, TokenDataset, batch_of, prompts_of
 from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.train import prefixes
-from prairie.train.objective import every_batch, hidden_states
+from prairie.train.objective import asked_of, every_batch, hidden_states
 from prairie.train.objectives.causal_lm import CausalLM
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
 from prairie.train.prefixes import layout_of
@@ -70,9 +70,23 @@ def test_any_rows_have_the_states_they_would_have_alone(rows: list[list[int]]) -
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(prefixes, "LEAST_SHARED", 1)
-        together = hidden_states(model, batch, ())[0]
+        together = hidden_states(model, batch, (), every=True)[0]
         patch.setattr(prefixes, "LEAST_SHARED", 10**9)
-        torch.testing.assert_close(together, hidden_states(model, batch, ())[0], rtol=1e-4, atol=1e-5)
+        apart = hidden_states(model, batch, (), every=True)[0]
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_layer_is_computed_for_those_who_are_asked():
+    """Two rows share a prompt, so both ask for its last token; a row's last token is asked for without a label."""
+    batch, model = batch_of(shared_prompts(), range(8)), tiny_model()
+    asked = asked_of(layout_of(batch), batch)
+    assert asked is not None and len(asked.wanted_W) < len(asked.at_A) < len(batch.tokens_N)
+    few, labels = hidden_states(model, batch, ())
+    every, _ = hidden_states(model, batch, (), every=True)
+    ends = torch.tensor(batch.lengths).cumsum(0) - 1
+    for places in (labels != -100, ends):
+        torch.testing.assert_close(few[places], every[places])
+    assert not few[: batch.lengths[0] // 4].any()
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "dpo", "dpo_lora"])
