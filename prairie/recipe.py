@@ -230,8 +230,6 @@ class Train(_Stage, Learning):
             raise ValueError("an adapter needs `start`, the model it stands on")
         if self.together and (self.adapter is None or self.objective not in ("causal_lm", "dpo")):
             raise ValueError("`together` is for adapters, of `objective` causal_lm or dpo")
-        if self.adapter is not None and self.objective in ("reward", "classification"):
-            raise ValueError(f"`objective: {self.objective}` trains a head of scores with the whole model, no adapter")
         watch = self.evaluation
         counted = self.objective in ("dpo", "kto", "reward", "classification")
         if watch and watch.by == "accuracy" and not watch.tasks and not counted:

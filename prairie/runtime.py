@@ -171,8 +171,8 @@ class Runtime:
     def best_dtype(self) -> str:
         """bfloat16 where this machine multiplies it clearly faster than float32, else float32; measured in a moment.
 
-        Without instructions for it (AVX512-BF16, AMX, a GPU) bfloat16 is a trap: up to sixty times slower, which a small
-        product tells at once.
+        Without instructions for it (AVX512-BF16, AMX, a GPU) bfloat16 is a trap: up to sixty times slower, which a
+        small product tells at once.
         """
         small = [gemm_flops(name, self.device, 0.01, 128) for name in ("bfloat16", "float32")]
         if small[0] < small[1] / 4:

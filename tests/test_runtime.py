@@ -6,7 +6,9 @@ from prairie import runtime
 from prairie.runtime import Runtime, gemm_flops
 
 
-@pytest.mark.parametrize(("bfloat16", "wanted"), [(0.02, "float32"), (1.0, "float32"), (1.2, "float32"), (2.0, "bfloat16")])
+@pytest.mark.parametrize(
+    ("bfloat16", "wanted"), [(0.02, "float32"), (1.0, "float32"), (1.2, "float32"), (2.0, "bfloat16")]
+)
 def test_the_best_dtype_is_bfloat16_only_where_it_is_clearly_faster(bfloat16, wanted, monkeypatch):
     rates = {"float32": 1.0, "bfloat16": bfloat16}
     monkeypatch.setattr(runtime, "gemm_flops", lambda dtype, *more: rates[dtype])

@@ -162,14 +162,16 @@ class TokenDataset:
         on_long: OnLong = "refuse",
         marked: bool = False,
     ) -> TokenDataset:
-        """One row a text, ended by eos; its class is the place of its label in `labels`. The mask marks the token that
-        a decoder's score is read from, the last one. `marked`: between the marks of the tokenizer, as encoders read.
+        """One row a text, as it will be read in service: with bos where the tokenizer adds it, and no eos; its class is
+        the place of its label in `labels`. The mask marks the token that a decoder's score is read from, the last one.
+        `marked`: between the marks of the tokenizer, as encoders read.
 
-        A row of another label, or longer than `max_tokens`, is refused and listed; `on_long="truncate"` cuts it before
-        eos. Raises DataError if nothing is left.
+        A row of another label, or longer than `max_tokens`, is refused and listed; `on_long="truncate"` cuts its text.
+        Raises DataError if nothing is left.
         """
         rows = _Rows()
         begin, end = _ends(tokenizer, marked)
+        end = end if marked else []
         number_of = {label: number for number, label in enumerate(labels)}
         count = 0
         for chunk in _chunks(records):

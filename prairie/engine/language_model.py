@@ -78,6 +78,12 @@ class LanguageModel:
                 wanted="a decoder with a vocabulary",
                 mend="prairie.load(DIR) gives the face that fits",
             )
+        if lora is not None and lora.score is not None:
+            raise AdapterError(
+                f"{name} gives scores, not text",
+                got=", ".join(lora.labels),
+                mend="prairie.load gives the face that fits",
+            )
         check_vocabulary(tokenizer, model.config)
         self.name, self.folder = name, folder
         self.model, self.tokenizer, self.template, self.lora = model.eval(), tokenizer, template, lora

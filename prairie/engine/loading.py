@@ -10,6 +10,7 @@ from prairie.engine.reader import Reader
 from prairie.engine.seq2seq import Seq2Seq
 from prairie.errors import ModelError
 from prairie.models.config_file import read_config
+from prairie.models.peft_format import ADAPTER_CONFIG
 from prairie.models.weights import read_json, read_manifest
 from prairie.runtime import Runtime
 
@@ -23,7 +24,8 @@ def load(
     verified: bool = False,
     **engine_settings: Any,
 ) -> Face:
-    """A decoder answers (LanguageModel), an encoder-decoder rewrites (Seq2Seq), all others read (Reader).
+    """A decoder answers (LanguageModel), an encoder-decoder rewrites (Seq2Seq), all others read (Reader), and so does a
+    decoder with an adapter that brings a head of scores.
     `verified`, of a decoder: as in `load_model`.
 
     Raises what their `load` raises; ModelError for an adapter on a model that takes none.
@@ -39,4 +41,6 @@ def load(
                     f"{folder} cannot be quantised", got=f"an {config.kind}", wanted="a decoder that writes"
                 )
             return Seq2Seq.load(folder, runtime) if config.writes else Reader.load(folder, runtime)
+        if adapter is not None and read_json(Path(adapter) / ADAPTER_CONFIG).get("modules_to_save"):
+            return Reader.load(folder, runtime, adapter)
     return LanguageModel.load(folder, adapter, runtime, verified=verified, **engine_settings)

@@ -23,6 +23,7 @@ from prairie.engine.embedding import Embedder
 from prairie.engine.language_model import check_vocabulary
 from prairie.errors import ModelError, RequestError
 from prairie.models.config import ModelConfig
+from prairie.models.lora import AdapterRows, LoRA
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of, load_model
 from prairie.ops.attention import PackedDocuments
@@ -32,33 +33,49 @@ from prairie.runtime import Runtime
 class Reader:
     """A model that gives vectors and scores. Use it from one thread at a time."""
 
-    adapter_hash: None = None
     engine: None = None
     """It writes nothing, so it needs none."""
     template: None = None
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, name: str = "model", folder: Path | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        name: str = "model",
+        folder: Path | None = None,
+        lora: LoRA | None = None,
     ) -> None:
-        """Raises TokenizerError if the tokenizer has ids that the model has not, ModelError if the folder pools its
-        embeddings in a way that is not computed here."""
+        """`lora`: an adapter that brings a head of scores. Raises TokenizerError if the tokenizer has ids that the
+        model has not, ModelError if the folder pools its embeddings in a way that is not computed here, AdapterError
+        if the adapter stands on another base."""
         check_vocabulary(tokenizer, model.config)
         self.name, self.folder = name, folder
         self.model, self.tokenizer = model.eval(), tokenizer
         self.config: ModelConfig = model.config
         self.weights_hash = hash_of(model)
         self.embedder = Embedder.of_folder(folder, self.model, tokenizer)
+        self.adapters: list[AdapterRows] = []
+        self.adapter_hash: str | None = None
+        if lora is not None:
+            lora.require_base(model, name)
+            self.adapters, self.adapter_hash = [AdapterRows(lora.eval())], lora.hash
 
     @classmethod
-    def load(cls, folder: Path | str, runtime: Runtime | None = None) -> Reader:
-        """Reads a model folder. Raises ModelError or TokenizerError for files that are missing or damaged."""
+    def load(cls, folder: Path | str, runtime: Runtime | None = None, adapter: Path | str | None = None) -> Reader:
+        """Reads a model folder, and an adapter folder with a head of scores. Raises ModelError, AdapterError or
+        TokenizerError for files that are missing or damaged."""
         folder, runtime = Path(folder), runtime or Runtime()
         model = load_model(folder, runtime.torch_dtype()).to(runtime.device)
-        return cls(model, Tokenizer.load(folder), name=folder.name, folder=folder)
+        lora = None if adapter is None else LoRA.load(adapter).to(runtime.device)
+        name = folder.name if adapter is None else Path(adapter).name
+        return cls(model, Tokenizer.load(folder), name=name, folder=folder, lora=lora)
 
     def embed(self, texts: str | Seq[str]) -> Tensor:
         """(B, D) float32: a vector of each text, pooled as the folder's sentence-transformers files say; without them
-        the mean of the final hidden states. Raises RequestError, ContextLengthError."""
+        the mean of the final hidden states. Raises RequestError, ContextLengthError, ModelError with an adapter."""
+        if self.adapters:
+            raise ModelError(f"{self.name} is an adapter that scores and gives no vectors", mend="load its base alone")
         return self.embedder([texts] if isinstance(texts, str) else texts)
 
     @torch.no_grad()
@@ -68,7 +85,8 @@ class Reader:
         Raises ModelError for a model without one, RequestError, ContextLengthError.
         """
         head = self.config.head
-        if head is None or head.kind != "classify":
+        labels = self.adapters[0].lora.labels if self.adapters else head.labels if head is not None else ()
+        if not self.adapters and (head is None or head.kind != "classify"):
             raise ModelError(
                 f"{self.name} classifies no texts",
                 got="no head" if head is None else f"the head {head.kind}",
@@ -78,8 +96,8 @@ class Reader:
         for given in [texts] if isinstance(texts, str) else texts:
             text, pair = (given, None) if isinstance(given, str) else given
             ids, segments = self.embedder.marked(text, pair)
-            scores_1L = self.model.scores(self._hidden(ids, segments), [len(ids)])
-            found.append(dict(zip(head.labels, scores_1L[0].float().tolist(), strict=True)))
+            scores_1L = self.model.scores(self._hidden(ids, segments), [len(ids)], self.adapters)
+            found.append(dict(zip(labels, scores_1L[0].float().tolist(), strict=True)))
         return found
 
     @torch.no_grad()
@@ -103,7 +121,8 @@ class Reader:
     def _hidden(self, ids: list[int], segments: list[int]) -> Tensor:
         device = self.model.embed.device
         tokens_N, segments_N = torch.tensor(ids, device=device), torch.tensor(segments, device=device)
-        hidden_ND: Tensor = self.model(tokens_N, PackedDocuments([len(ids)], device), segments_N=segments_N)
+        attend = PackedDocuments([len(ids)], device)
+        hidden_ND: Tensor = self.model(tokens_N, attend, self.adapters, segments_N=segments_N)
         return hidden_ND
 
     def __repr__(self) -> str:

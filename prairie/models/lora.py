@@ -30,12 +30,14 @@ from prairie.models.names import Part
 from prairie.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    SCORE,
     LoRAConfig,
     Pair,
     config_from_peft,
     config_to_peft,
     pairs_from_peft,
     read_state,
+    score_from_peft,
     state_to_peft,
 )
 from prairie.models.transformer import FusedLinear, Transformer
@@ -70,9 +72,16 @@ class LoRA(nn.Module):
         base_hash: str | None = None,
         merged: Sequence[str] = (),
         parent: LoRA | None = None,
+        score_CD: Tensor | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.config = config
+        self.score = None if score_CD is None else nn.Parameter(score_CD)
+        """(C, D) a head of scores that learns with the adapter (PEFT's `modules_to_save`), read at a row's last token;
+        None: the base's own head is used."""
+        self.labels = tuple(labels)
+        """Names of its C scores."""
         self.paths = sorted(pairs)
         self.embedded = frozenset(path for path, pair in pairs.items() if pair.embedded)
         self.a, self.b, self.magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
@@ -93,10 +102,16 @@ class LoRA(nn.Module):
 
     @classmethod
     def create(
-        cls, model: Transformer, config: LoRAConfig | None = None, seed: int = 0, parent: LoRA | None = None
+        cls,
+        model: Transformer,
+        config: LoRAConfig | None = None,
+        seed: int = 0,
+        parent: LoRA | None = None,
+        labels: Sequence[str] = (),
     ) -> LoRA:
         """A fresh adapter that changes nothing yet: A kaiming uniform from `seed`, B zero (PEFT's start), DoRA's
-        lengths those that the rows have. With `parent` it stands on that adapter. AdapterError for unknown targets."""
+        lengths those that the rows have. With `parent` it stands on that adapter; with `labels` it brings a head of
+        scores, a copy of the one below if that has these labels. AdapterError for unknown targets."""
         config = config or LoRAConfig()
         if config.rank < 1:
             raise AdapterError("an adapter needs a rank above 0", got=config.rank)
@@ -115,7 +130,8 @@ class LoRA(nn.Module):
                     pairs[path] = _fresh(part, config.rank_of(path), at.group == "embed", generator)
                     if lengths_O is not None:
                         pairs[path] = pairs[path]._replace(magnitude=part.to_files(lengths_O[rows]).clone())
-        return cls(config, pairs, hash_of(model), model.merged, parent).to(model.embed.device)
+        score_CD = _score_of(model, parent, labels, generator) if labels else None
+        return cls(config, pairs, hash_of(model), model.merged, parent, score_CD, labels).to(model.embed.device)
 
     @classmethod
     def load(cls, folder: Path | str) -> LoRA:
@@ -128,10 +144,13 @@ class LoRA(nn.Module):
             raise AdapterError(error.what, got=error.got, wanted=error.wanted, mend=error.mend) from error
         config = config_from_peft(raw, folder)
         state = read_state(folder / ADAPTER_WEIGHTS)
-        pairs = pairs_from_peft(state, config, folder)
+        score_CD = score_from_peft(state, raw, folder)
+        pairs = pairs_from_peft({name: t for name, t in state.items() if name != SCORE}, config, folder)
+        labels = manifest.get("labels") or [f"LABEL_{n}" for n in range(0 if score_CD is None else len(score_CD))]
         _check_claim(folder, "weights", manifest.get("weights_hash"), weights_hash(state))
         parent = _load_parent(folder, list(manifest.get("parents", ())))
-        lora = cls(config, pairs, manifest.get("base_hash"), manifest.get("merged", ()), parent)
+        stands_on = manifest.get("base_hash"), manifest.get("merged", ())
+        lora = cls(config, pairs, *stands_on, parent, score_CD, labels)
         _check_claim(folder, "settings", manifest.get("adapter_hash"), lora.hash)
         return lora.requires_grad_(False).eval()
 
@@ -139,7 +158,7 @@ class LoRA(nn.Module):
         """Writes a PEFT folder, `prairie.json` and the parent inside; returns the adapter's hash. `manifest` is added
         to `prairie.json`, here and in the parents."""
         folder = Path(folder)
-        state = state_to_peft(self._pairs())
+        state = self._state()
         facts = {
             "kind": "adapter",
             **manifest,
@@ -148,10 +167,12 @@ class LoRA(nn.Module):
             "base_hash": self.base_hash,
             "merged": list(self.merged),
             "parents": [below.hash for below in self.parents],
+            **({"labels": list(self.labels)} if self.labels else {}),
         }
+        settings = config_to_peft(self.config, self._peft_targets(), base_name, scores=self.score is not None)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / ADAPTER_CONFIG, config_to_peft(self.config, self._peft_targets(), base_name))
+            write_json(folder / ADAPTER_CONFIG, settings)
             save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
             write_json(folder / MANIFEST, facts)
         except (OSError, SafetensorError) as error:
@@ -168,7 +189,7 @@ class LoRA(nn.Module):
     @property
     def weights_hash(self) -> str:
         """sha256 over the names and tensors of the file."""
-        return weights_hash(state_to_peft(self._pairs()))
+        return weights_hash(self._state())
 
     @property
     def hash(self) -> str:
@@ -197,6 +218,11 @@ class LoRA(nn.Module):
 
     def _require_shapes(self, model: Transformer, name: str) -> None:
         known = _targets_of(model, None)
+        if self.score is not None and self.score.shape != (len(self.labels), model.config.dim):
+            raise AdapterError(
+                f"the head of {name} does not fit this base", got=" x ".join(map(str, self.score.shape)),
+                wanted=f"{len(self.labels)} x {model.config.dim}",
+            )  # fmt: skip
         for path in self.paths:
             a_RI, b_OR = self.pair(path)
             part = known.get(path)
@@ -222,6 +248,8 @@ class LoRA(nn.Module):
                 got=model.quantization.bits,
                 mend="load it as it is",
             )
+        if self.score is not None:
+            raise AdapterError(f"{name} has a head of its own and cannot be merged", mend="use it as an adapter")
         self.require_base(model, name)
         stack = (*self.parents, self)
         if model.head is None and any(self.touches(model.linear(None, group)) for group in ("embed", "head")):
@@ -363,6 +391,11 @@ class LoRA(nn.Module):
         key = path.replace(".", "/")
         return Pair(self.a[key], self.b[key], self.magnitude[key] if self.config.dora else None, path in self.embedded)
 
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors of the file."""
+        score = {} if self.score is None else {SCORE: self.score.detach().cpu().contiguous()}
+        return {**state_to_peft(self._pairs()), **score}
+
     def _pairs(self) -> dict[str, Pair]:
         return {path: self._pair(path) for path in self.paths}
 
@@ -411,6 +444,18 @@ def _fresh(part: Part, rank: int, embedded: bool, generator: torch.Generator) ->
     bound = 1 / math.sqrt(part.inputs)  # kaiming_uniform_(a=sqrt(5)), as nn.Linear and PEFT start
     a_RI = torch.empty(rank, part.inputs).uniform_(-bound, bound, generator=generator)
     return Pair(a_RI, torch.zeros(part.outputs, rank))
+
+
+def _score_of(model: Transformer, parent: LoRA | None, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+    """(C, D) the head of scores below where it has these labels, else a fresh one: normal, std 1/sqrt(width)."""
+    if model.config.kind != "decoder":
+        raise AdapterError("an adapter brings scores only to a decoder", got=f"an {model.config.kind}")
+    if parent is not None and parent.score is not None and parent.labels == tuple(labels):
+        return parent.score.detach().clone()
+    if model.task is not None and model.task.out is not None and model.config.labels == tuple(labels):
+        return model.task.out.detach().float().clone()
+    width = model.config.dim
+    return torch.empty(len(labels), width).normal_(generator=generator) / math.sqrt(width)
 
 
 def _load_parent(folder: Path, parents: list[str]) -> LoRA | None:

@@ -25,11 +25,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before each path of the base model."""
 
+SCORE = f"{PREFIX}score.weight"
+"""The head of scores of a decoder, which PEFT saves whole."""
+
 REFUSED_SETTINGS = {
     "use_qalora": False,
     "lora_bias": False,
     "bias": "none",
-    "modules_to_save": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
@@ -126,11 +128,13 @@ def config_from_peft(raw: Mapping[str, Any], folder: Path) -> LoRAConfig:
     )
 
 
-def config_to_peft(config: LoRAConfig, targets: Sequence[str], base_name: str | None) -> dict[str, Any]:
-    """PEFT's own settings. `targets`: PEFT's `target_modules`."""
+def config_to_peft(
+    config: LoRAConfig, targets: Sequence[str], base_name: str | None, *, scores: bool = False
+) -> dict[str, Any]:
+    """PEFT's own settings. `targets`: PEFT's `target_modules`; `scores`: there is a head of scores beside the pairs."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -144,7 +148,7 @@ def config_to_peft(config: LoRAConfig, targets: Sequence[str], base_name: str | 
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if scores else None,
     }
 
 
@@ -160,6 +164,22 @@ def state_to_peft(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
             if tensor is not None
         }
     return state
+
+
+def score_from_peft(state: Mapping[str, Tensor], raw: Mapping[str, Any], folder: Path) -> Tensor | None:
+    """(C, D) the head of scores in the file; None if it saves no module. AdapterError for other saved modules."""
+    named = raw.get("modules_to_save") or []
+    if not (isinstance(named, list) and set(named) <= {"score", "classifier"} and ("score" in named or not named)):
+        raise AdapterError(
+            f"the adapter in {folder} saves modules whole that are not read here", got=named, wanted="none, or score"
+        )
+    score_CD = state.get(SCORE)
+    if bool(named) != (score_CD is not None) or (score_CD is not None and score_CD.ndim != 2):
+        raise AdapterError(
+            f"the adapter in {folder} does not hold what its settings name",
+            got=f"modules_to_save {named or 'none'}, score.weight " + ("missing" if score_CD is None else "there"),
+        )
+    return score_CD
 
 
 def pairs_from_peft(state: Mapping[str, Tensor], config: LoRAConfig, folder: Path) -> dict[str, Pair]:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from prairie.errors import AdapterError, ModelError
 from prairie.models.config import ModelConfig
 from prairie.models.config_file import with_head
-from prairie.models.heads import Head
+from prairie.models.heads import Head, pool_rows
 from prairie.models.names import Part, Weight
 from prairie.models.rope import alike, depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.weight_table import block_norms, fused_parts, names_of, weight_table
@@ -236,11 +236,17 @@ class Transformer(nn.Module):
         picked_S = logprobs_SV.gather(1, labels_N[places_S, None])[:, 0]
         return picked_S.new_zeros(len(labels_N)).index_copy(0, places_S, picked_S)
 
-    def scores(self, hidden_ND: Tensor, lengths: Sequence[int]) -> Tensor:
-        """What the head makes of the rows: "classify" (B, labels), "tag" (N, labels), "pool" vectors (B, D).
+    def scores(self, hidden_ND: Tensor, lengths: Sequence[int], adapters: Sequence[AdapterRows] = ()) -> Tensor:
+        """What the head makes of the rows: "classify" (B, labels), "tag" (N, labels), "pool" vectors (B, D). An adapter
+        that brings a head is asked in place of the model's.
 
-        ModelError for a model without such a head.
+        ModelError for a model without such a head, AdapterError where one of several adapters brings one.
         """
+        heads = [adapter.lora.score for adapter in adapters if adapter.lora.score is not None]
+        if heads:
+            if len(adapters) > 1:
+                raise AdapterError("adapters with heads of scores are asked one at a time", got=len(adapters))
+            return F.linear(pool_rows(hidden_ND, lengths, "last"), heads[0].to(hidden_ND.dtype))
         if self.task is None or self.config.head is None or self.config.head.kind == "mlm":
             raise ModelError(
                 "this model gives no scores",

@@ -37,7 +37,7 @@ from prairie.pipeline.curves import curve_page
 from prairie.pipeline.data_stages import held_out_records, train_records
 from prairie.pipeline.held_out import watcher
 from prairie.pipeline.hub import ORIGIN
-from prairie.recipe import Import, Learning, Sample, Shape, Train
+from prairie.recipe import AdapterShape, Import, Learning, Sample, Shape, Train
 from prairie.runtime import Runtime
 from prairie.store.artifacts import Artifact
 from prairie.tasks.catalog import check, items
@@ -75,6 +75,11 @@ class Start:
     def adapters(self) -> list[AdapterRows]:
         """What the forward pass takes."""
         return [AdapterRows(self.adapter)] if self.adapter is not None else []
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the scores it gives; none of a language model."""
+        return (self.adapter.labels if self.adapter is not None else ()) or self.model.config.labels
 
 
 def new_model(shape: Shape, vocab_size: int) -> ModelConfig:
@@ -313,9 +318,9 @@ def _lesson(
     """
     runtime = runtime.computing_in(config.dtype)
     runtime.seed_all()
-    labels = labels_of(objective, records, start.model.config)
+    labels = labels_of(objective, records, start.labels)
     require_teachable(objective, start.model.config, config.adapter is not None)
-    start.model = _with_head(start, objective, labels, runtime.seed)
+    start.model = _with_head(start, objective, labels, runtime.seed, config.adapter)
     marked = not start.model.config.causal
     dataset = dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
     dataset.check_refused(config.max_refused)
@@ -324,7 +329,7 @@ def _lesson(
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     learned = _objective(objective, config, start, dataset, runtime, kept)
     evaluate = None
-    adapter = _adapter_to_train(config, start, runtime.seed)
+    adapter = _adapter_to_train(config, start, runtime.seed, labels)
     if config.evaluation is not None:
         rows = {
             name: (_objective(objective, config, start, found, runtime, kept), found)
@@ -569,8 +574,9 @@ def base_of(artifact: Artifact) -> str:
     return str(manifest["base_artifact"]) if manifest.get("kind") == "adapter" else artifact.id
 
 
-def _adapter_to_train(config: Learning, start: Start, seed: int) -> LoRA | None:
-    """The start's own adapter goes on learning, or a new one stands on it; otherwise a new one, or none."""
+def _adapter_to_train(config: Learning, start: Start, seed: int, labels: tuple[str, ...]) -> LoRA | None:
+    """The start's own adapter goes on learning, or a new one stands on it; otherwise a new one, or none. A new one
+    that learns scores brings their head."""
     shape = config.adapter
     if start.adapter is not None and (shape is None or not shape.stack):
         return start.adapter
@@ -578,17 +584,18 @@ def _adapter_to_train(config: Learning, start: Start, seed: int) -> LoRA | None:
         return None
     targets: Any = shape.targets if isinstance(shape.targets, str) else tuple(shape.targets)
     wanted = LoRAConfig(shape.rank, shape.alpha, shape.dropout, targets, shape.rslora, shape.dora)
-    return LoRA.create(start.model, wanted, seed, start.adapter)
+    return LoRA.create(start.model, wanted, seed, start.adapter, labels)
 
 
-def labels_of(objective: str, records: Sequence[Record], config: ModelConfig) -> tuple[str, ...]:
-    """The scores that an objective wants of a model: those it has, one reward, or the labels of the rows, sorted."""
+def labels_of(objective: str, records: Sequence[Record], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The scores that an objective wants of a model: those it gives already (`known`), one reward, or the labels of the
+    rows, sorted."""
     if objective == "reward":
         return LABELS
     if objective != "classification":
         return ()
-    if config.labels:
-        return config.labels
+    if known:
+        return known
     labels = sorted({r.label for r in records if isinstance(r, Text) and r.label})
     if len(labels) < 2:
         raise DataError(
@@ -598,23 +605,28 @@ def labels_of(objective: str, records: Sequence[Record], config: ModelConfig) ->
     return tuple(labels)
 
 
-def _with_head(start: Start, objective: str, labels: tuple[str, ...], seed: int) -> Transformer:
-    """The starting model with the head that the objective wants: its own if it has that, else a fresh one."""
+def _with_head(
+    start: Start, objective: str, labels: tuple[str, ...], seed: int, shape: AdapterShape | None
+) -> Transformer:
+    """The starting model with the head that the objective wants: its own if it has that, else a fresh one, which a new
+    adapter (of `shape`) brings itself."""
     head = start.model.config.head
     if objective == "masked_lm" and start.model.config.kind == "encoder":
         return start.model if head is not None and head.kind == "mlm" else start.model.with_head("mlm", seed=seed)
-    if start.model.config.labels == labels:
+    if start.labels == labels:
         return start.model
-    if not labels or start.model.config.labels:
+    if not labels or start.labels:
         raise ModelError(
             "the starting model gives other scores than the objective wants",
-            got=", ".join(start.model.config.labels), wanted=", ".join(labels) or "a language model",
+            got=", ".join(start.labels), wanted=", ".join(labels) or "a language model",
         )  # fmt: skip
-    if start.adapter is not None:
+    if start.adapter is not None and not (shape is not None and shape.stack):
         raise ModelError(
-            "a head of scores is trained with the whole model", got="a start that is an adapter",
-            mend="start from the model that the adapter stands on",
+            "an adapter that has learnt to write gets no head of scores", got="a start that is an adapter",
+            mend="start from the model it stands on, or let a new one stand on it (`adapter: {stack: true}`)",
         )  # fmt: skip
+    if shape is not None:
+        return start.model
     return start.model.with_scores(labels, seed)
 
 

@@ -158,7 +158,7 @@ def _training(context: Context, name: str, config: Train, origins: dict[str, _Or
     if unknown:
         return PlannedStage(name, config.kind, f"{what}; its rows come from `{unknown[0]}`, not made yet", figures)
     records = [record for source in config.sources() for record in train_records(context.made[source].product.path)]
-    labels = labels_of(config.objective, records, origin.config)
+    labels = labels_of(config.objective, records, origin.config.labels)
     require_teachable(config.objective, origin.config, config.adapter is not None)
     marked = not origin.config.causal
     dataset = dataset_of(records, origin.tokenizer, origin.template, config, config.objective, labels, marked=marked)

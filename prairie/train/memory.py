@@ -133,10 +133,10 @@ def _with_packed_weights(job: Job, dense: Memory) -> Memory:
 
 
 def _kept_by_layers(job: Job, narrow: int) -> float:
-    """Bytes that all layers keep for each token; recomputed ones keep their inputs, and about two at a time the rest:
-    the one whose gradient is made and the one that is computed again."""
+    """Bytes that all layers keep for each token; recomputed ones keep their inputs, and about three at a time the
+    rest: the one whose gradient is made, the one that is computed again, and what was freed and does not fit."""
     one = _kept_by_layer(job, narrow)
-    return job.config.layers * narrow * job.config.dim + 2 * one if job.recomputes else job.config.layers * one
+    return job.config.layers * narrow * job.config.dim + 3 * one if job.recomputes else job.config.layers * one
 
 
 def _kept_by_layer(job: Job, narrow: int) -> float:

@@ -164,9 +164,10 @@ def require_pairs(batch: Batch) -> None:
 
 def row_scores(model: Transformer, batch: Batch, adapters: Sequence[AdapterRows]) -> Tensor:
     """(R, L) float32: the scores of each row, read where the model's head reads them (a decoder's: its last token)."""
-    head = model.config.head
-    hidden_ND, _ = hidden_states(model, batch, adapters, every=head is None or head.pool != "last")
-    return model.scores(hidden_ND, batch.lengths).float()
+    head, brought = model.config.head, any(adapter.lora.score is not None for adapter in adapters)
+    every = not brought and (head is None or head.pool != "last")
+    hidden_ND, _ = hidden_states(model, batch, adapters, every=every)
+    return model.scores(hidden_ND, batch.lengths, adapters).float()
 
 
 def row_sums(values_N: Tensor, lengths: Sequence[int]) -> Tensor:

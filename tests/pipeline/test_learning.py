@@ -9,6 +9,7 @@ from tiny_recipes import chat_rows, data_stages, learning, model_folder, quiet_r
 import prairie
 from prairie.data.tokenizer import Tokenizer
 from prairie.errors import DataError, ModelError, RecipeError, TrainingError
+from prairie.models.lora import LoRA
 from prairie.models.weights import hash_of, load_model
 from prairie.pipeline.context import Context
 from prairie.pipeline.plan import plan_recipe
@@ -96,6 +97,36 @@ def labelled_rows():
     return [
         {"text": f"thing {n} is {'hot' if n % 2 else 'cold'}", "label": "warm" if n % 2 else "cool"} for n in range(40)
     ]
+
+
+def test_an_adapter_brings_the_head_of_its_scores(home, tmp_path):
+    """It learns on a language model that goes on to write; loaded by name it scores, and nobody may talk to it."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", labelled_rows())
+    watch = {"every": 20, "by": "accuracy"}
+    tree = tree_of(
+        tmp_path,
+        labelled={"kind": "prepare", "source": "file", "path": str(texts), "held_out": 0.2},
+        base=learning(2, data="chats", tokenizer="tokenizer", shape=SHAPE),
+        judge=learning(2, objective="reward", data="pairs", start="base", adapter={"rank": 2}),
+        kinds=learning(
+            40, objective="classification", data="labelled", start="base", lr=1e-2, evaluation=watch,
+            adapter={"rank": 4},
+        ),
+        further=learning(2, objective="classification", data="labelled", start="kinds"),
+        out={"kind": "publish", "line": "kinds", "model": "kinds"},
+    )  # fmt: skip
+    made = run_here(tree, home)
+    assert made["kinds"].figures["evaluation"]["held_out"]["labelled"]["accuracy"] >= 0.8
+    assert LoRA.load(made["judge"].product.path).labels == ("reward",)
+    model = prairie.load("kinds", home=home.root)
+    scores = model.scores(["thing 41 is hot", "thing 42 is cold"])
+    assert [max(one, key=one.__getitem__) for one in scores] == ["warm", "cool"]
+    assert LoRA.load(made["further"].product.path).labels == ("cool", "warm")
+    with pytest.raises(ModelError, match="gives no vectors"):
+        model.embed("thing")
+    more = {**tree, "stages": {**tree["stages"], "after": learning(2, data="chats", start="kinds")}}
+    with pytest.raises(ModelError, match="gives other scores"):
+        run_here(more, home)
 
 
 def test_reward_and_classification_are_stages(home, tmp_path):
@@ -187,7 +218,7 @@ def test_too_many_rows_that_cannot_be_learnt_from_stop_the_stage(home, tmp_path)
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"objective": "reward", "adapter": {"rank": 2}}, "no adapter"),
+        ({"objective": "reward", "adapter": {"rank": 2}, "together": "all"}, "causal_lm or dpo"),
         ({"evaluation": {"by": "accuracy"}}, "needs `evaluation.tasks`"),
         ({"objective": "classification", "evaluation": {"tasks": ["units"]}}, "answers no `evaluation.tasks`"),
         ({"evaluation": {"evry": 2}}, "did you mean `every`"),
