@@ -171,7 +171,7 @@ def score_from_peft(state: Mapping[str, Tensor], raw: Mapping[str, Any], folder:
     named = raw.get("modules_to_save") or []
     if not (isinstance(named, list) and set(named) <= {"score", "classifier"} and ("score" in named or not named)):
         raise AdapterError(
-            f"the adapter in {folder} saves modules whole that are not read here", got=named, wanted="none, or score"
+            f"the adapter in {folder} sets modules_to_save to what is not read here", got=named, wanted="none, or score"
         )
     score_CD = state.get(SCORE)
     if bool(named) != (score_CD is not None) or (score_CD is not None and score_CD.ndim != 2):
