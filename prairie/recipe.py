@@ -446,6 +446,8 @@ class GoPlay(_Strict):
     """Of the first moves; it halves every `size` moves."""
     opening_moves: int = Field(0, ge=0)
     """Each game begins with 0 to so many random moves."""
+    play_out: bool = False
+    """Nobody passes while there is anything to play but own eyes: games end without dead stones."""
     score_weight: float = Field(0.1, ge=0, lt=1)
     """How much of a value in the search is points instead of winning; with more of it dead stones are taken."""
     score_reach: float = Field(1.0, gt=0)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prairie.data.loader import Loader
 from prairie.data.positions import ARRAYS, PositionDataset
@@ -93,6 +94,7 @@ class GoActor:
         settings = SelfPlay(
             size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
             komi_spread=keys.komi_spread, temperature=keys.temperature, opening_moves=keys.opening_moves,
+            play_out=keys.play_out,
             search=SearchSettings(score_weight=keys.score_weight, score_reach=keys.score_reach),
         )  # fmt: skip
         lock = threading.Lock()
@@ -165,6 +167,8 @@ class GoLearner:
         self, parent: Artifact, window: list[Artifact], records: Artifact, folder: Path, work: Path
     ) -> dict[str, Any]:
         began, tower, keys = time.process_time(), load_tower(parent.path), self.keys
+        # The layout in which a CPU takes 18% more steps.
+        tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         dataset = PositionDataset.load([artifact.path for artifact in window])
         steps = max(1, math.ceil(keys.passes * int(records.figures["rows"]) / keys.batch))
         config = TrainConfig(
@@ -178,7 +182,7 @@ class GoLearner:
             tower, objective, loader, config, runtime=self.context.runtime, folder=work, title="learn"
         )  # fmt: skip
         figures = trainer.fit()
-        save_tower(tower.eval(), folder)
+        save_tower(tower.eval().to(memory_format=torch.contiguous_format), folder)  # type: ignore[call-overload]
         (folder / "metrics.jsonl").write_bytes((work / "metrics.jsonl").read_bytes())
         return {
             **figures, "window_rows": len(dataset), "new_rows": records.figures["rows"],

@@ -152,8 +152,17 @@ class Position:
         return "superko" if board in self.past else None
 
     def own_eye(self, move: int) -> bool:
-        """Would it fill an empty point that has nothing but stones of the player to move beside it?"""
-        return all(self.stones[near] == self.to_move for near in _beside(self.size, move))
+        """Would it fill an eye of the player to move: nothing but own stones beside it, and of the points across its
+        corners fewer than two the opponent's (none where the board ends)?"""
+        if any(self.stones[near] != self.to_move for near in _beside(self.size, move)):
+            return False
+        row, column = divmod(move, self.size)
+        across = [
+            self.stones[(row + down) * self.size + column + right]
+            for down in (-1, 1) for right in (-1, 1)
+            if 0 <= row + down < self.size and 0 <= column + right < self.size
+        ]  # fmt: skip
+        return across.count(other(self.to_move)) + (len(across) < 4) < 2
 
     def legal_moves(self) -> list[int]:
         """All of them, the pass last."""

@@ -71,6 +71,24 @@ def find_chains(stones, neighbours, zobrist, chain, liberties, only, keys, stack
 
 
 @njit(cache=True)
+def is_eye(stones, point, color, neighbours):
+    """A free point with only stones of `color` beside it, which the other colour cannot make false: of the points across
+    its corners it holds fewer than two, and none where the board ends."""
+    for k in range(4):
+        there = stones[neighbours[point, k]]
+        if there != color and there != WALL:
+            return False
+    others, at_end = 0, 0
+    for upright in range(2):
+        for sideways in range(2, 4):
+            beside = neighbours[point, upright]
+            across = stones[neighbours[beside, sideways]] if stones[beside] != WALL else WALL
+            others += across == 3 - color
+            at_end |= across == WALL
+    return others + at_end < 2
+
+
+@njit(cache=True)
 def is_past(key, past, length):
     for i in range(length - 1, -1, -1):  # noqa: SIM110 - numba compiles loops, not generators
         if past[i] == key:
@@ -345,6 +363,8 @@ class Games(NamedTuple):
     komi: np.ndarray
     pass_from: np.ndarray
     """(G,): before so many moves nobody passes, unless nothing else is left."""
+    play_out: np.ndarray
+    """(G,): nobody fills an eye, and nobody passes while anything else is left."""
 
 
 class Rates(NamedTuple):
@@ -504,6 +524,17 @@ def descend(trees, games, g, rates, forced, considered, neighbours, zobrist, siz
     return node, LEAF
 
 
+@njit(cache=True)
+def leave_eyes(stones, color, neighbours, legal):
+    """Takes the points that are the player's own eyes from `legal`. Returns 1 if nothing else but the pass is left."""
+    left = 0
+    for move in range(len(stones) - 1):
+        if legal[move] == 1:
+            legal[move] = not is_eye(stones, move, color, neighbours)
+            left += legal[move]
+    return left == 0
+
+
 @njit(cache=True, nogil=True)
 def descend_all(trees, games, active, leaves, rates, forced, considered, neighbours, zobrist, size,
                 planes, figures, legal, leaf_game, leaf_node):  # fmt: skip
@@ -545,7 +576,9 @@ def descend_all(trees, games, active, leaves, rates, forced, considered, neighbo
             encode(
                 stones, color, recent, legal[rows], chain, liberties, games.komi[g], size, planes[rows], figures[rows]
             )
-            if games.length[g] - 1 + depth < games.pass_from[g]:
+            if games.play_out[g]:
+                legal[rows, points] = leave_eyes(stones, color, neighbours, legal[rows])
+            elif games.length[g] - 1 + depth < games.pass_from[g]:
                 for move in range(points):
                     if legal[rows, move] == 1:
                         legal[rows, points] = 0

@@ -102,13 +102,13 @@ class Forest:
 
     def __init__(
         self, boards: Boards, komi: npt.ArrayLike, judge: Judge, settings: SearchSettings, *, capacity: int,
-        seed: int = 0, pass_from: int = 0,
+        seed: int = 0, pass_from: int = 0, play_out: bool = False,
     ) -> None:  # fmt: skip
         count, points, size = len(boards), boards.pass_move, boards.size
         self.boards, self.judge, self.settings = boards, judge, settings
         self.random = np.random.default_rng(seed)
         self.komi = np.full(count, komi, np.float64)
-        self.pass_from = np.full(count, pass_from, np.int64)
+        self.pass_from, self.play_out = np.full(count, pass_from, np.int64), np.full(count, play_out)
         shape = (count, capacity)
         self.trees = Trees(
             used=np.zeros(count, np.int32), stones=np.zeros((*shape, points + 1), np.int8),
@@ -176,7 +176,7 @@ class Forest:
             for g in np.flatnonzero(active & ~self._unprepared):
                 considered[g] = self._sequences[g][trees.visits[g, 0] - self._begun[g]]
         forced = np.where(self.noisy, settings.forced, 0.0) if not settings.gumbel else np.zeros(len(active))
-        games = Games(self.boards.past, self.boards.length, self.boards.recent, self.komi, self.pass_from)
+        games = Games(self.boards.past, self.boards.length, self.boards.recent, self.komi, self.pass_from, self.play_out)
         rows = descend_all(
             trees, games, active, np.minimum(missing, settings.leaves), settings.rates(), forced, considered,
             *self._tables, self._planes, self._figures, self._legal, self._game, self._node,

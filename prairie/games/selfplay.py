@@ -3,7 +3,8 @@
 Playout-cap randomisation (arXiv 1902.10565): a share of the moves is searched well, with noise, and becomes a row; the
 rest is searched little and only brings the game forward. Komi is drawn around the running mean of the score, so that
 games stay undecided, and nobody passes in the first 70% of the points: with a fixed komi and free passing a net soon
-learns to end the game at once, while its loss looks fine. `Health` says whether the games are games.
+learns to end the game at once, while its loss looks fine. Games that are played out end with no dead stones on the
+board: what is left of each player is what the net should think alive. `Health` says whether the games are games.
 
 Not here: training, the loop (`prairie.flywheel.go`).
 """
@@ -46,6 +47,8 @@ class SelfPlay:
     """Of the first moves; it halves every `size` moves, down to 0.2."""
     opening_moves: int = 0
     """Each game begins with 0 to so many random moves."""
+    play_out: bool = False
+    """Nobody passes while there is anything to play but own eyes."""
     longest: float = 3.0
     """Moves for each point after which a game is counted as it stands."""
     search: SearchSettings = field(default_factory=SearchSettings)
@@ -86,7 +89,7 @@ def play(
     room = max(settings.visits, settings.fast_visits) + settings.search.leaves + 1
     forest = Forest(
         boards, np.zeros(slots), judge, settings.search, capacity=room,
-        seed=int(chance.integers(2**31)), pass_from=math.ceil(ALL_POINTS * points),
+        seed=int(chance.integers(2**31)), pass_from=math.ceil(ALL_POINTS * points), play_out=settings.play_out,
     )  # fmt: skip
     under_way: list[Game | None] = [None] * slots
     done: list[tuple[Game, int, npt.NDArray[np.int8]]] = []

@@ -25,9 +25,9 @@ class Node:
 class PlainSearch:
     """`judge(position) -> (logits (M,), value, lead)`; `noise` replaces the root's policy once it is known."""
 
-    def __init__(self, position, komi, judge, settings, pass_from=0):
+    def __init__(self, position, komi, judge, settings, pass_from=0, play_out=False):
         self.root, self.komi, self.judge, self.settings = Node(position), komi, judge, settings
-        self.pass_from, self.root_prior, self.forced, self.gumbel = pass_from, {}, 0.0, None
+        self.pass_from, self.play_out, self.root_prior, self.forced, self.gumbel = pass_from, play_out, {}, 0.0, None
 
     def step(self, leaves=1, considered=-1):
         waiting = []
@@ -110,7 +110,9 @@ class PlainSearch:
 
     def softmax(self, position, logits):
         legal = position.legal_moves()
-        if len(position.moves) < self.pass_from and len(legal) > 1:
+        if self.play_out:
+            legal = [move for move in legal[:-1] if not position.own_eye(move)] or legal[-1:]
+        elif len(position.moves) < self.pass_from and len(legal) > 1:
             legal = legal[:-1]
         highest = max(logits[move] for move in legal)
         weights = {move: math.exp(float(logits[move] - highest)) for move in legal}

@@ -141,7 +141,7 @@ def test_final_scores_agree_with_gnu_go():
             position = Position.empty(size)
             commands += [f"boardsize {size}", "clear_board", "komi 0.5"]
             while len(position.moves) < 6 * size * size:
-                moves = [m for m in position.legal_moves()[:-1] if not _own_eye(position, m)]
+                moves = [m for m in position.legal_moves()[:-1] if not position.own_eye(m)]
                 if not moves:
                     break
                 position = position.after(chance.choice(moves))
@@ -149,7 +149,7 @@ def test_final_scores_agree_with_gnu_go():
                 commands.append(f"play {color} {vertex(position.moves[-1], size)}")
             filled = position  # the other side plays to its end too
             for _ in range(4 * size * size):
-                moves = [m for m in filled.legal_moves()[:-1] if not _own_eye(filled, m)]
+                moves = [m for m in filled.legal_moves()[:-1] if not filled.own_eye(m)]
                 filled = filled.after(moves[0] if moves else filled.pass_move)
                 if filled.over:
                     break
@@ -171,10 +171,30 @@ def test_final_scores_agree_with_gnu_go():
         assert theirs == f"{'B' if score > 0 else 'W'}+{abs(score)}"
 
 
-def _own_eye(position, move):
-    beside = [m for m in (move - position.size, move + position.size) if 0 <= m < position.size**2]
-    beside += [m for m in (move - 1, move + 1) if m // position.size == move // position.size and m >= 0]
-    return all(position.stones[m] == position.to_move for m in beside)
+@pytest.mark.parametrize(
+    ("rows", "eye"),
+    [
+        (("..X..", ".XXX.", "XX.XX", ".XXX.", "..X.."), True),
+        ((".....", ".XXX.", ".X.X.", ".XXO.", "....."), True),
+        ((".....", ".XXO.", ".X.X.", ".OXX.", "....."), False),
+        ((".....", ".XXX.", ".X.O.", ".XXX.", "....."), False),
+    ],
+)
+def test_eyes_in_the_middle(rows, eye):
+    assert board("\n".join(rows)).own_eye(12) is eye
+
+
+@pytest.mark.parametrize(
+    ("rows", "move", "eye"),
+    [
+        ((".X...", "XX...", ".....", ".....", "....."), 0, True),
+        ((".X...", "XO...", ".....", ".....", "....."), 0, False),  # at the end of the board one is enough
+        (("X.X..", "XXX..", ".....", ".....", "....."), 1, True),
+        (("X.X..", "OXX..", ".....", ".....", "....."), 1, False),
+    ],
+)
+def test_eyes_at_the_end_of_the_board(rows, move, eye):
+    assert board("\n".join(rows)).own_eye(move) is eye
 
 
 def test_names_of_points():

@@ -80,14 +80,16 @@ def some_position(size, plies, seed):
     return position
 
 
-def both(position, komi, settings, visits, *, noisy=False, pass_from=0):
+def both(position, komi, settings, visits, *, noisy=False, pass_from=0, play_out=False):
     """Visits of the root's moves after the same search, fast and plain."""
     boards = Boards.at([position], 400)
     boards.length[0] = boards.length[0]
-    forest = Forest(boards, komi, judge, settings, capacity=visits + 10, seed=5, pass_from=pass_from)
+    forest = Forest(
+        boards, komi, judge, settings, capacity=visits + 10, seed=5, pass_from=pass_from, play_out=play_out
+    )
     forest.begin(0, visits, noisy=noisy)
     forest.run()
-    plain = PlainSearch(position, komi, lambda p: judge_position(p, komi), settings, pass_from)
+    plain = PlainSearch(position, komi, lambda p: judge_position(p, komi), settings, pass_from, play_out)
     plain.step()
     if noisy and not settings.gumbel:
         plain.root_prior = {m: float(forest.trees.root_prior[0, m]) for m in plain.root_prior}
@@ -115,6 +117,15 @@ def test_visits_are_those_of_the_plain_search(seed, settings, noisy):
     assert forest.visits(0).tolist() == plain.visits().tolist()
     assert forest.trees.visits[0, 0] == 90 == plain.root.count
     assert forest.value(0) == pytest.approx(plain.root.total / plain.root.count, abs=1e-6)
+
+
+def test_a_game_that_is_played_out_goes_on_to_the_eyes():
+    for seed in range(8):
+        position = some_position(3 + seed % 3, plies=12 + 6 * seed, seed=seed)
+        forest, plain = both(position, 0.5, SearchSettings(), 60, play_out=True)
+        assert forest.visits(0).tolist() == plain.visits().tolist()
+        more = [move for move in position.legal_moves()[:-1] if not position.own_eye(move)]
+        assert set(np.flatnonzero(forest.visits(0))) <= set(more or [position.pass_move])
 
 
 def test_planes_are_what_they_are_said_to_be():

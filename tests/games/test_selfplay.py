@@ -1,11 +1,13 @@
 """Self-play: the same seed gives the same games, rows say what happened, a collapse is seen and refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from prairie.errors import DataError
 from prairie.games.features import TowerJudge
-from prairie.games.go import BLACK
+from prairie.games.go import BLACK, WHITE
 from prairie.games.mcts import Opinion
 from prairie.games.selfplay import ALL_POINTS, Health, SelfPlay, joined, play
 from prairie.models.tower import Tower, TowerConfig
@@ -45,6 +47,16 @@ def test_rows_say_what_happened():
         assert all(len(positions[k].legal_moves()) == 1 for k in passed), "a pass only where nothing else was allowed"
     assert len({game.komi for game in played.games}) > 1 and all(game.komi % 1 == 0.5 for game in played.games)
     assert 0.1 < len(rows) / sum(len(game.moves) for game in played.games) < 0.6
+
+
+def test_games_that_are_played_out_leave_nothing_but_eyes():
+    played = play(judge(), replace(SMALL, play_out=True), games=12, mean_score=0, seed=2)
+    ends = [list(game.positions())[-1] for game in played.games]
+    done = [end for end in ends if end.over]
+    assert len(done) > 6
+    for end in done:
+        for side in (end.by(BLACK), end.by(WHITE)):
+            assert all(side.own_eye(move) for move in side.legal_moves()[:-1])
 
 
 def test_parts_are_joined():
