@@ -72,8 +72,8 @@ def find_chains(stones, neighbours, zobrist, chain, liberties, only, keys, stack
 
 @njit(cache=True)
 def is_eye(stones, point, color, neighbours):
-    """A free point with only stones of `color` beside it, which the other colour cannot make false: of the points across
-    its corners it holds fewer than two, and none where the board ends."""
+    """A free point with only stones of `color` beside it; of the points across its corners the other colour holds fewer
+    than two, and none where the board ends."""
     for k in range(4):
         there = stones[neighbours[point, k]]
         if there != color and there != WALL:

@@ -176,7 +176,8 @@ class Forest:
             for g in np.flatnonzero(active & ~self._unprepared):
                 considered[g] = self._sequences[g][trees.visits[g, 0] - self._begun[g]]
         forced = np.where(self.noisy, settings.forced, 0.0) if not settings.gumbel else np.zeros(len(active))
-        games = Games(self.boards.past, self.boards.length, self.boards.recent, self.komi, self.pass_from, self.play_out)
+        boards = self.boards
+        games = Games(boards.past, boards.length, boards.recent, self.komi, self.pass_from, self.play_out)
         rows = descend_all(
             trees, games, active, np.minimum(missing, settings.leaves), settings.rates(), forced, considered,
             *self._tables, self._planes, self._figures, self._legal, self._game, self._node,

@@ -84,9 +84,7 @@ def both(position, komi, settings, visits, *, noisy=False, pass_from=0, play_out
     """Visits of the root's moves after the same search, fast and plain."""
     boards = Boards.at([position], 400)
     boards.length[0] = boards.length[0]
-    forest = Forest(
-        boards, komi, judge, settings, capacity=visits + 10, seed=5, pass_from=pass_from, play_out=play_out
-    )
+    forest = Forest(boards, komi, judge, settings, capacity=visits + 10, seed=5, pass_from=pass_from, play_out=play_out)
     forest.begin(0, visits, noisy=noisy)
     forest.run()
     plain = PlainSearch(position, komi, lambda p: judge_position(p, komi), settings, pass_from, play_out)
