@@ -373,7 +373,7 @@ class Turn(_Stage):
 
 
 class NewTower(_Stage):
-    """A convolutional net that knows nothing yet, for Go on boards of one size."""
+    """A convolutional net for Go on boards of one size, which knows nothing yet or what it learned on another size."""
 
     gives: ClassVar[str] = "model"
     kind: Literal["tower"]
@@ -382,6 +382,17 @@ class NewTower(_Stage):
     blocks: int = Field(4, gt=0)
     width: int = Field(32, ge=8)
     """Channels of the trunk."""
+    start: str | None = None
+    """A stage whose net goes on with this board; its blocks and width are its own."""
+
+    def wants(self) -> list[tuple[str, str]]:
+        return [(self.start, "model")] if self.start else []
+
+    @model_validator(mode="after")
+    def _shape(self) -> NewTower:
+        if self.start and {"blocks", "width"} & self.model_fields_set:
+            raise ValueError("leave `blocks` and `width` out where a net goes on from `start`: it has its own")
+        return self
 
 
 class GoGames(_Stage):

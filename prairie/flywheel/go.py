@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ class GoLearner:
             tower, objective, loader, config, runtime=self.context.runtime, folder=work, title="learn"
         )  # fmt: skip
         figures = trainer.fit()
-        save_tower(tower.eval().to(memory_format=torch.contiguous_format), folder)  # type: ignore[call-overload]
+        save_tower(tower.eval(), folder)
         (folder / "metrics.jsonl").write_bytes((work / "metrics.jsonl").read_bytes())
         return {
             **figures, "window_rows": len(dataset), "new_rows": records.figures["rows"],
@@ -282,10 +282,15 @@ def stage_of(home: Home, line: str) -> dict[str, Any]:
 
 
 def tower(work: Work) -> dict[str, Any]:
-    """The `tower` stage: a net that knows nothing, for boards of one size."""
+    """The `tower` stage: a net for boards of one size, which knows nothing or what it learned on another size."""
     config: NewTower = work.config
-    shape = TowerConfig.small(PLANES, FIGURES, config.blocks, config.width, (config.size,))
-    net = Tower(shape).init_weights(work.context.recipe.seed)
+    if config.start is None:
+        shape = TowerConfig.small(PLANES, FIGURES, config.blocks, config.width, (config.size,))
+        net = Tower(shape).init_weights(work.context.recipe.seed)
+    else:
+        learned = load_tower(work.model(config.start).path)
+        net = Tower(replace(learned.config, boards=(config.size,)))
+        net.load_state_dict(learned.state_dict())
     save_tower(net, work.folder)
     return {"parameters": net.parameter_count(), "size": config.size}
 

@@ -232,7 +232,7 @@ def _title(name: str, dtype: torch.dtype, shape: Iterable[int]) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    data: memoryview = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    data: memoryview = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
     return data
 
 

@@ -2,13 +2,14 @@
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from prairie.cli.turn import _go_stage
 from prairie.data.positions import PositionDataset
-from prairie.errors import DataError, NotFoundError
+from prairie.errors import DataError, NotFoundError, RecipeError
 from prairie.evals.sequential import sequential_test
 from prairie.flywheel import go
 from prairie.flywheel.gate import Verdict, judge_games
@@ -37,6 +38,7 @@ RECIPE = {
             "learn": {"batch": 32, "passes": 2, "window": 2},
             "match": {"games": 12, "visits": 4, "opening_moves": 2},
         },
+        "larger": {"kind": "tower", "size": 4, "start": "turns"},
     },
 }  # fmt: skip
 
@@ -57,6 +59,18 @@ def turned(folder):
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("go") / "home"
     return folder, *turned(folder)
+
+
+def test_what_was_learned_on_a_small_board_goes_on_on_a_larger_one(whole):
+    with Home(whole[0]) as home:
+        champion = load_tower(home.artifacts.get(home.registry.champion("go3").artifact_id).path)
+        (found,) = [artifact for artifact in home.artifacts.list() if artifact.name == "larger"]
+        larger = load_tower(found.path)
+    assert larger.config == replace(champion.config, boards=(4,))
+    assert all((value == champion.state_dict()[name]).all() for name, value in larger.state_dict().items())
+    stage = {"kind": "tower", "size": 4, "start": "turns", "width": 16}
+    with pytest.raises(RecipeError, match="leave `blocks` and `width` out"):
+        resolve_recipe({**RECIPE, "stages": {**RECIPE["stages"], "larger": stage}})
 
 
 def test_a_turn_leaves_games_a_candidate_and_a_verdict(whole):
