@@ -66,6 +66,8 @@ LEFT_OUT = {
     "no pooling": replace(WHOLE, pooled=False),
     "no symmetries": replace(WHOLE, turned=False),
     "gumbel": replace(WHOLE, play=replace(PLAY, visits=28, full_share=1.0, search=SearchSettings(gumbel=8))),
+    "gumbel, 12 visits": replace(WHOLE, play=replace(PLAY, visits=12, full_share=1.0, search=SearchSettings(gumbel=8))),
+    "played out": replace(WHOLE, play=replace(PLAY, play_out=True)),
 }
 
 
