@@ -5,12 +5,13 @@ torch is imported inside the functions, so that commands that do not compute ans
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
@@ -95,6 +96,12 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return str(value)
+
+
+def give_back() -> None:
+    """What this process has freed goes back to the machine; the allocator keeps it otherwise."""
+    with suppress(OSError, AttributeError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

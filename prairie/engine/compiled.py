@@ -33,6 +33,7 @@ from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnit
 from prairie.models.transformer import Transformer
 from prairie.ops.attention import rotary_turns
 from prairie.ops.packed import IN_PANELS, PANEL, PackedWeight, in_one_piece, in_panels, lay_in_panels
+from prairie.runtime import give_back
 
 if TYPE_CHECKING:
     from prairie.engine.kv_cache import KVCache
@@ -237,6 +238,7 @@ class CompiledDecoder:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
             self.ready.set()
+            give_back()  # what loading and packing needed
             return True
 
     def _describe_model(self, decoder: ModuleType) -> None:

@@ -1,13 +1,11 @@
-"""Whether a model fits into this machine's memory, asked before it is read; what is free goes back to the machine.
+"""Whether a model fits into this machine's memory, asked before it is read.
 
 Not here: reading a model, who is in memory and how long (`models`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-from contextlib import suppress
 from pathlib import Path
 
 from prairie.errors import ModelError
@@ -35,13 +33,6 @@ def settle() -> None:
     through the libraries alone stops every thread for a tenth of a second."""
     gc.collect()
     gc.freeze()
-
-
-def give_back() -> None:
-    """What left memory goes back to the machine; the allocator keeps it otherwise. An engine holds no reference cycle
-    and is gone with its last reference, so nothing is collected first."""
-    with suppress(OSError, AttributeError):  # a C library without it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_bytes() -> int | None:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prairie.errors import AdapterError, ModelError, NotFoundError, RequestError
-from prairie.serve.memory import check_fits, give_back
+from prairie.runtime import give_back
+from prairie.serve.memory import check_fits
 from prairie.serve.metrics import Metrics
 
 if TYPE_CHECKING:
