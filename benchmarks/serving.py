@@ -419,7 +419,7 @@ async def _clients(url: str, model: str, clients: int, server: subprocess.Popen[
     import httpx
 
     rng = random.Random(3)
-    limits = httpx.Limits(max_connections=clients)
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)  # llama.cpp closes idle ones unseen
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         for _ in range(600):
             if server.poll() is not None:
