@@ -347,11 +347,24 @@ class GateRules(_Strict):
     """Held-out items of each task in the frozen suite."""
 
 
+class Replay(_Strict):
+    """Earlier conversations that a candidate goes over again, as supervised rows, while it learns from votes."""
+
+    share: float = Field(1.0, gt=0)
+    """How many for each row of votes, in each epoch."""
+    weight: float = Field(1.0, gt=0)
+    """What the loss of one, averaged over its tokens, counts."""
+    sources: list[Literal["data", "votes"]] = Field(["data"], min_length=1)
+    """data: what the stages before the champion were trained on; votes: what people preferred in earlier turns."""
+
+
 class VoteLearning(Learning):
     """How a candidate learns from votes."""
 
     objective: Literal["dpo", "kto"] = "dpo"
     """dpo: from answers preferred to others; kto: from thumbs, one answer at a time."""
+    replay: Replay | None = None
+    """Earlier data that is mixed in, so that old skills stay."""
 
 
 class Turn(_Stage):

@@ -25,6 +25,7 @@ from prairie.flywheel.curate import Curated, curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
 from prairie.flywheel.health import ChatHealth
 from prairie.flywheel.probes import Ask, Probe, probes, sycophancy_probe
+from prairie.flywheel.replay import replayed
 from prairie.flywheel.users import Compared, SimulatedUser, TalkReport, compare, people, talk
 from prairie.models.lora import AdapterRows
 from prairie.pipeline.context import Context, code_revision
@@ -172,16 +173,25 @@ class ChatLearner:
 
     def learn(self, champion: Version, records: Artifact) -> Version:
         parent = self.context.home.artifacts.get(champion.artifact_id)
-        candidate = make_candidate(self.context, self.config, parent, records, self.title)
+        earlier = replayed(self.context, self.config, parent, records)
+        candidate = make_candidate(self.context, self.config, parent, records, self.title, earlier)
         self.figures = candidate.figures
         return register(Registry(self.context.home), champion.line, candidate, self.context)
 
 
-def make_candidate(context: Context, config: VoteLearning, parent: Artifact, records: Artifact, title: str) -> Artifact:
-    """What `parent` becomes by learning from `records`: the artifact that is there, or a new one."""
+def make_candidate(
+    context: Context,
+    config: VoteLearning,
+    parent: Artifact,
+    records: Artifact,
+    title: str,
+    earlier: Artifact | None = None,
+) -> Artifact:
+    """What `parent` becomes by learning from `records`, going over `earlier` rows again: the artifact that is there, or
+    a new one."""
     home, store = context.home, context.home.artifacts
     keys = {**config.model_dump(mode="json"), "seed": context.recipe.seed}
-    inputs, code = [parent.id, records.id], code_revision(LEARNING_CODE)
+    inputs, code = [a.id for a in (parent, records, earlier) if a is not None], code_revision(LEARNING_CODE)
     identity = store.id_of("candidate", keys, inputs, code)
     if store.find(identity) is None:
         figures: dict[str, Any] = {}
@@ -189,19 +199,28 @@ def make_candidate(context: Context, config: VoteLearning, parent: Artifact, rec
             home.working(identity) as scratch,
             store.create("candidate", title, keys, inputs, code, figures=figures) as folder,
         ):
-            figures.update(learn_candidate(context, config, parent, records, folder, scratch, title))
+            figures.update(learn_candidate(context, config, parent, records, folder, scratch, title, earlier))
     return store.get(identity)
 
 
 def learn_candidate(
-    context: Context, config: VoteLearning, parent: Artifact, records: Artifact, folder: Path, scratch: Path, title: str
+    context: Context,
+    config: VoteLearning,
+    parent: Artifact,
+    records: Artifact,
+    folder: Path,
+    scratch: Path,
+    title: str,
+    earlier: Artifact | None = None,
 ) -> dict[str, Any]:
     """The work of `make_candidate`: fills `folder`, returns the figures."""
     start, rows = open_start(parent), train_records(records.path)
-    return learn(
+    figures = learn(
         config, config.objective, rows, start, base_of(parent), folder, scratch, context.runtime, title,
         kept=context.home.references, tracked=context.home.root / "tracking",
+        earlier=train_records(earlier.path) if earlier is not None else (),
     )  # fmt: skip
+    return {**figures, "replayed": earlier.figures["rows"] if earlier is not None else 0}
 
 
 @dataclass

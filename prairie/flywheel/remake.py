@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prairie.data.records import Text
+from prairie.data.records import Chat, Text
 from prairie.data.sources import write_records
 from prairie.errors import RequestError
 from prairie.flywheel.chat import LEARNING_CODE, LEAST_ROWS, learn_candidate, make_candidate
+from prairie.flywheel.replay import events_of, sealed
 from prairie.pipeline.context import Context, Made, Work, code_revision
 from prairie.pipeline.data_stages import train_records
 from prairie.pipeline.handlers import HANDLERS
@@ -100,16 +101,20 @@ def _without(home: Home, artifact: Artifact, forgotten: set[str], runtime: Runti
         return artifact
     if artifact.kind == "votes":
         return _fewer_votes(home, artifact, forgotten)
+    if artifact.kind == "replay":
+        return _fewer_earlier(home, artifact, forgotten, runtime)
     if artifact.kind != "candidate":
         raise RequestError(
             f"{artifact.kind} `{artifact.name}` has learned from what was forgotten", got=artifact.id,
             wanted="a candidate of a turn", mend="run its recipe again",
         )  # fmt: skip
-    parent, records = (_without(home, home.artifacts.get(id), forgotten, runtime) for id in artifact.inputs)
+    parent, records, earlier = _learned(artifact, lambda id: _without(home, home.artifacts.get(id), forgotten, runtime))
     if records.figures["rows"] < LEAST_ROWS:
         return parent  # what is left teaches too little: as if this turn had not been
+    if earlier is not None and not earlier.figures["rows"]:
+        earlier = None
     context = _context(home, runtime, _seed(artifact))
-    return make_candidate(context, _learning(artifact), parent, records, artifact.name)
+    return make_candidate(context, _learning(artifact), parent, records, artifact.name, earlier)
 
 
 @dataclass
@@ -131,7 +136,7 @@ class Rebase:
                 f"{champion.name} cannot be trained again on a new base", got=f"a {artifact.kind}",
                 wanted="an adapter that a stage or a turn trained here", mend="train it by a recipe and publish it",
             )  # fmt: skip
-        return store.get(below[-1])
+        return store.get(artifact.inputs[1] if artifact.kind == "candidate" else below[-1])
 
     def learn(self, champion: Version, records: Artifact) -> Version:
         """A version of the vertical on the new base; nobody's champion yet."""
@@ -145,9 +150,11 @@ class Rebase:
         if artifact.id == old:
             return store.get(self.model)
         if artifact.kind == "candidate":
-            parent, records = (store.get(id) for id in artifact.inputs)
+            parent, records, earlier = _learned(artifact, store.get)
             context = _context(home, self.context.runtime, _seed(artifact))
-            return make_candidate(context, _learning(artifact), self._again(parent, old), records, artifact.name)
+            return make_candidate(
+                context, _learning(artifact), self._again(parent, old), records, artifact.name, earlier
+            )
         keys, handler = artifact.manifest["config"], HANDLERS[artifact.kind]
         reads = {name: self.model if id == old else id for name, id in keys["reads"].items()}
         inputs, code = [self.model if id == old else id for id in artifact.inputs], code_revision(handler.rooms)
@@ -187,6 +194,21 @@ def _fewer_votes(home: Home, artifact: Artifact, forgotten: set[str]) -> Artifac
     return store.get(id)
 
 
+def _fewer_earlier(home: Home, artifact: Artifact, forgotten: set[str], runtime: Runtime) -> Artifact:
+    """The same earlier rows but for those that stand on a forgotten event, from datasets without it."""
+    rows = [row for row in train_records(artifact.path) if isinstance(row, Chat)]
+    kept = [row for row in rows if not forgotten & set(row.tags.get("events", ()))]
+    inputs = [_without(home, home.artifacts.get(id), forgotten, runtime).id for id in artifact.inputs]
+    config = {**artifact.manifest["config"], "events": events_of(kept), "without_forgotten": True}
+    return sealed(home, artifact.name, config, inputs, artifact.manifest["code"], kept)
+
+
+def _learned(artifact: Artifact, get: Callable[[str], Artifact]) -> tuple[Artifact, Artifact, Artifact | None]:
+    """What a candidate was made from: its parent, the votes, and what it went over again, if anything."""
+    parent, records, *earlier = map(get, artifact.inputs)
+    return parent, records, earlier[0] if earlier else None
+
+
 Make = Callable[[Path, Path], object]
 
 
@@ -194,10 +216,11 @@ def _maker(home: Home, artifact: Artifact, runtime: Runtime) -> tuple[Make, str]
     """(what fills a product's folder, given a scratch folder; the revision of the code that does it now)."""
     context = _context(home, runtime, _seed(artifact))
     if artifact.kind == "candidate":
-        parent, records = (home.artifacts.get(id) for id in artifact.inputs)
+        parent, records, earlier = _learned(artifact, home.artifacts.get)
+        config, title = _learning(artifact), artifact.name
 
         def learn_again(folder: Path, scratch: Path) -> object:
-            return learn_candidate(context, _learning(artifact), parent, records, folder, scratch, artifact.name)
+            return learn_candidate(context, config, parent, records, folder, scratch, title, earlier)
 
         return learn_again, code_revision(LEARNING_CODE)
     handler = HANDLERS.get(artifact.kind)
@@ -207,15 +230,15 @@ def _maker(home: Home, artifact: Artifact, runtime: Runtime) -> tuple[Make, str]
             wanted="candidate | " + " | ".join(kind for kind, one in HANDLERS.items() if not one.always),
         )  # fmt: skip
     keys = artifact.manifest["config"]
-    config: Any = KINDS[artifact.kind].model_validate(_of_the_stage(keys))
-    if handler.outside(config) != keys["outside"]:
+    stage: Any = KINDS[artifact.kind].model_validate(_of_the_stage(keys))
+    if handler.outside(stage) != keys["outside"]:
         raise RequestError(
             f"what {artifact.kind} `{artifact.name}` read from outside the home has changed since", got=artifact.id
         )
     inputs = {name: _made(home, name, id) for name, id in keys["reads"].items()}
 
     def make_again(folder: Path, scratch: Path) -> object:
-        return handler.make(Work(context, artifact.name, config, inputs, folder, scratch, artifact.id))
+        return handler.make(Work(context, artifact.name, stage, inputs, folder, scratch, artifact.id))
 
     return make_again, code_revision(handler.rooms)
 

@@ -326,8 +326,8 @@ def _nibble_tile(tokens: int, chains: int = 1) -> Any:
 
 
 def _gain(b: Any, kept: Any, one: Any, other: Any) -> None:
-    """A sum gains a product."""
-    b.store(b.fadd(b.load(kept), b.fmul(one, other, flags=("fast",)), flags=("fast",)), kept)
+    """A sum gains a product, rounded once; sums keep their order."""
+    b.store(b.fadd(b.load(kept), b.fmul(one, other, flags=("contract",)), flags=("contract",)), kept)
 
 
 def _joined(b: Any, chains: Any) -> Any:
@@ -390,8 +390,10 @@ def _wholes(address, shape):
     return carray(_whole_pointer(address), shape)
 
 
-_score = _tile(1, 1, 4)
-_row_two, _row_three, _row_four = _tile(1, 2, 4), _tile(1, 3, 2), _tile(1, 4)
+# Each has one chain: a product is summed in the same order whichever tile it falls into, so that of float32 weights an
+# answer's bits do not depend on what else is in the step.
+_score, _row_two = _tile(1, 1, strides=4), _tile(1, 2, strides=4)
+_row_three, _row_four = _tile(1, 3, strides=2), _tile(1, 4)
 _rows_by_tokens = _tile(3, 4, strides=2)
 
 
@@ -427,7 +429,8 @@ def _panel_products(kind: int) -> Any:
     """panel_products(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight in
     panels with all tokens; `low` begins a panel. Addresses are those of row 0 and token 0."""
     size = np.int64(SIZES[kind])
-    one, two, three = _panel_tile(kind, 1, 4), _panel_tile(kind, 2, 2), _panel_tile(kind, 3, 2)
+    chains = (1, 1, 1) if kind == PANELS else (4, 2, 2)  # in float32 the order of sums is one for all, as in rows
+    one, two, three = (_panel_tile(kind, n + 1, chains[n]) for n in range(3))
     four, five, six = _panel_tile(kind, 4), _panel_tile(kind, 5), _panel_tile(kind, 6)
 
     @njit(nogil=True, error_model="numpy")
@@ -801,7 +804,7 @@ def _mixture(rows: int) -> Any:
             for start, weight in zip(starts, weights, strict=True):
                 _ask_for(b, b.add(b.add(start, offset), ahead))
                 values = b.load(at(start, offset, vector), align=4)
-                total = b.fadd(total, b.fmul(values, weight, flags=("fast",)), flags=("fast",))
+                total = b.fadd(total, b.fmul(values, weight, flags=("contract",)), flags=("contract",))
             b.store(total, at(to, offset, vector), align=4)
         return context.get_dummy_value()
 

@@ -37,7 +37,7 @@ from prairie.pipeline.curves import curve_page
 from prairie.pipeline.data_stages import held_out_records, train_records
 from prairie.pipeline.held_out import watcher
 from prairie.pipeline.hub import ORIGIN
-from prairie.recipe import AdapterShape, Import, Learning, Sample, Shape, Train
+from prairie.recipe import AdapterShape, Import, Learning, Sample, Shape, Train, VoteLearning
 from prairie.runtime import Runtime
 from prairie.store.artifacts import Artifact
 from prairie.tasks.catalog import check, items
@@ -49,6 +49,7 @@ from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, kept_reference
 from prairie.train.objectives.kto import KTO, KTOConfig
 from prairie.train.objectives.masked_lm import MaskedLM
+from prairie.train.objectives.replay import Replay
 from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.objectives.seq2seq import Seq2Seq
 from prairie.train.together import fit_together
@@ -263,10 +264,14 @@ def learn(
     *,
     kept: Path,
     tracked: Path | None = None,
+    earlier: Sequence[Record] = (),
 ) -> dict[str, Any]:
     """Trains and writes the model (or adapter) into `folder`; returns the figures. Resumes from `scratch`; `kept` is
-    where references lie (`Home.references`), `tracked` where a tracker writes."""
-    with _lesson(config, objective, records, start, scratch, runtime, title, kept=kept, tracked=tracked) as lesson:
+    where references lie (`Home.references`), `tracked` where a tracker writes, `earlier` is gone over again as
+    `config.replay` says."""
+    with _lesson(
+        config, objective, records, start, scratch, runtime, title, kept=kept, tracked=tracked, earlier=earlier
+    ) as lesson:
         return lesson.write(lesson.trainer.fit(), folder, base_artifact)
 
 
@@ -310,11 +315,12 @@ def _lesson(
     kept: Path,
     held_out: Mapping[str, Sequence[Record]] | None = None,
     tracked: Path | None = None,
+    earlier: Sequence[Record] = (),
 ) -> Iterator[Lesson]:
     """Everything between the keys of a recipe and the first step.
 
     `kept` is where references lie; `held_out` are rows by the stage they come from, for `config.evaluation`; `tracked`
-    is where a tracker writes.
+    is where a tracker writes; `earlier` are conversations to go over again.
     """
     runtime = runtime.computing_in(config.dtype)
     runtime.seed_all()
@@ -328,17 +334,20 @@ def _lesson(
     loader = Loader(dataset, tokens_per_batch=config.tokens_per_batch, seed=runtime.seed)
     steps = config.steps or max(1, round((config.epochs or 1) * loader.batches_per_epoch / config.micro_batches))
     learned = _objective(objective, config, start, dataset, runtime, kept)
+    if earlier and isinstance(config, VoteLearning) and config.replay is not None:
+        rows = dataset_of(earlier, start.tokenizer, start.template, config, "causal_lm")
+        learned = Replay(learned, rows, len(dataset), config.replay.share, config.replay.weight)
     evaluate = None
     adapter = _adapter_to_train(config, start, runtime.seed, labels)
     if config.evaluation is not None:
-        rows = {
+        held_out_rows = {
             name: (_objective(objective, config, start, found, runtime, kept), found)
             for name, records in (held_out or {}).items() if records
             for found in [
                 dataset_of(records, start.tokenizer, start.template, config, objective, labels, marked=marked)
             ]
         }  # fmt: skip
-        evaluate = watcher(config.evaluation, rows, start.model, start.tokenizer, start.template, adapter)
+        evaluate = watcher(config.evaluation, held_out_rows, start.model, start.tokenizer, start.template, adapter)
     settings = train_config(config, steps, runtime.seed)
     with tracking(config.track, tracked or scratch, f"{title}-{scratch.name[:12]}", settings.deciding()) as tracker:
         trainer = Trainer(
