@@ -1,8 +1,9 @@
 """Requests -> tokens. `Engine.step` is one turn: schedule, run, accept.
 
 An engine is for one thread. It holds one base and many adapters; weights never change under it: a new version is a new
-adapter hash or a new engine. The same requests in the same order give the same answers. Sampled with a seed, an answer
-depends on its neighbours only through rounding in the logits: products of another shape may differ in the last bit.
+adapter hash or a new engine. The same requests in the same order give the same answers. Once float32 weights are
+computed by the compiled form, a seeded answer has the same bits whatever else the engine answers; else it depends on
+its neighbours through rounding in the logits: products of another shape may differ in the last bit.
 Not here: HTTP (`serve`), text prompts and chats as a library (`language_model`).
 """
 
@@ -101,6 +102,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._steps = 0
+        self._patient = False
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -195,7 +197,10 @@ class Engine:
             return []
         self._steps += 1
         if self._steps == COMPILE_AFTER:
-            self.start_compiling()
+            if self._patient:
+                self.compile()
+            else:
+                self.start_compiling()
         try:
             ready, sampled = self.runner.run(step)
         except BaseException:
@@ -209,13 +214,15 @@ class Engine:
         self, requests: Seq[Request], *, on_done: Callable[[Completion], object] | None = None
     ) -> list[Completion]:
         """Answers all requests, in their order. The same list gives the same answers: a request without a seed gets
-        its place in the list as seed. `on_done` hears of each answer as it is finished.
+        its place in the list as seed, and the compiled form is waited for, so that time does not say which steps it
+        computes. `on_done` hears of each answer as it is finished.
 
         Raises what `add` raises, before anything is computed; ModelError if the logits of a request are not finite.
         """
         if self.has_work:
             raise RequestError("the engine is busy with other requests", mend="use add and step, or wait")
         done: dict[str, Completion] = {}
+        self._patient = True
         try:
             for place, request in enumerate(requests):
                 seed = request.params.seed
@@ -233,6 +240,7 @@ class Engine:
                         if on_done is not None:
                             on_done(output.completion)
         finally:
+            self._patient = False
             for request_id in list(self._sequences):
                 self.cancel(request_id)
         return [done[request.id] for request in requests]

@@ -110,7 +110,9 @@ def dataset(
     objective: VoteObjective = "dpo",
     names: FindNames | None = None,
 ) -> Artifact:
-    """An immutable artifact of preferences, or of judged answers (`objective` kto), that names every event it holds."""
+    """An immutable artifact of preferences, or of judged answers (`objective` kto), that names every event it holds.
+    Votes stand in the order of their ids: when each came decides nothing."""
+    votes = sorted(votes, key=lambda vote: str(vote.event.id))
     curated = curate(votes, gold=gold_of(gold), names=names)
     rows, events, liked, disliked = _taught(curated, objective)
     if len(rows) < LEAST_ROWS or not liked or not disliked:

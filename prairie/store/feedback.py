@@ -634,7 +634,7 @@ def _append(connection: Connection, event: FeedbackEvent, key: str) -> tuple[str
         raise NotFoundError(f"response {event.response_id} was forgotten", param="response_id")
     _check_targets(connection, event, response)
     row = {
-        "id": f"fb-{secrets.token_hex(12)}",
+        "id": _event_id(connection, key),
         "response_id": event.response_id,
         "kind": event.kind,
         "value": value,
@@ -646,6 +646,14 @@ def _append(connection: Connection, event: FeedbackEvent, key: str) -> tuple[str
     }
     connection.execute(FEEDBACK_EVENTS.insert().values(**row))
     return str(row["id"]), True
+
+
+def _event_id(connection: Connection, key: str) -> str:
+    """The same for the same idempotency key, so that whoever sends the same votes with the same keys to another home
+    gets the same datasets; a new one where what was said under this key was forgotten."""
+    id = f"fb-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+    forgotten = connection.execute(select(FORGOTTEN_EVENTS.c.id).where(FORGOTTEN_EVENTS.c.id == id)).first()
+    return id if forgotten is None else f"fb-{secrets.token_hex(12)}"
 
 
 def _others(event: FeedbackEvent) -> list[str]:
