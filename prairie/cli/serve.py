@@ -79,6 +79,12 @@ def serve(
     no_guard: Annotated[
         bool, typer.Option("--no-guard", help="Do not take back a trial or a promotion that goes badly.")
     ] = False,
+    compile_first: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Ready only when the models are compiled: seeded answers then repeat bit by bit."
+        ),
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,6 +112,7 @@ def serve(
             max_pending=max_pending, max_pending_tokens=max_pending_tokens, requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute, remotes=remotes, max_adapters=max_adapters,
             admin_without_key=_is_loopback(host), max_body_bytes=max_body_mb * 2**20, otel=otel, guard=not no_guard,
+            compile_first=compile_first,
         )  # fmt: skip
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))

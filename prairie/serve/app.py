@@ -93,6 +93,8 @@ class Settings:
     """Where traces go: the address of an OTLP receiver over HTTP."""
     guard: bool = True
     """Trials and promotions that go badly are taken back."""
+    compile_first: bool = False
+    """Models are ready when their compiled form is, so that no answer depends on when that came to be."""
 
 
 class Service:
@@ -107,6 +109,7 @@ class Service:
         self.worker = Worker()
         engine = {"may_be_empty": bool(settings.remotes), **engine}
         self.models = Models(home, self.worker, self.metrics, names, detect, **engine)
+        self.models.compile_first = settings.compile_first
         self.worker.on_fault = self.models.drop_engine
         self.models.max_adapters = settings.max_adapters
         self.adapters = Adapters(self.models)

@@ -210,6 +210,8 @@ class Models:
         self._runtime: Runtime | None = None
         self.ready = False
         """Everything that is served from the start is in memory."""
+        self.compile_first = False
+        """Every model answers by its compiled form from the first step."""
         self._lock = threading.Lock()
         self._loader = ThreadPoolExecutor(1, "prairie-loader")
         self._bases: dict[tuple[str, str, str], Base] = {}
@@ -534,7 +536,8 @@ class Models:
         shared, and laying out the weights for it takes a moment between two steps."""
         with self._lock:
             engines = [base.model.engine for base in self._bases.values()]
-        if (new := model.engine) is not None and any(engine is not None and engine.is_compiled for engine in engines):
+        known = self.compile_first or any(engine is not None and engine.is_compiled for engine in engines)
+        if (new := model.engine) is not None and known:
             self.worker.call(new.compile).result()
 
     def start_compiling(self) -> None:

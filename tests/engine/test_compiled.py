@@ -205,3 +205,34 @@ def test_what_is_not_covered_goes_through_torch():
         assert not covers(subject.model) and not subject.compile()
         (answer,) = subject.generate([request("r", prompts()[2], max_tokens=4)])
         assert answer.token_ids == naive.greedy(prompts()[2], 4, base=subject.model)
+
+
+@pytest.mark.parametrize("width", [32, 160])  # 160: more than one tile of rows, and tails of tiles
+def test_an_answer_has_the_same_bits_whatever_runs_beside_it(width):
+    """Float32: alone, among others, in chunks, thrown out and computed again, behind a prefix that another left."""
+    base = model(dim=width, ffn_dim=88, windows=(7, 0))
+    lora = LoRA.create(base, LoRAConfig(rank=4, targets="all-linear"), seed=3).requires_grad_(False).eval()
+    for path in lora.paths:
+        lora.pair(path)[1].normal_(0, 0.3, generator=torch.Generator().manual_seed(5))
+    asked = [
+        request(f"r{i}", ids, "a" if i % 3 == 2 else None, max_tokens=9, ignore_eos=True, temperature=1.0, seed=i)
+        for i, ids in enumerate(prompts()[:18])
+    ]
+
+    def answered(groups, **settings):
+        subject = compiled(model=base, **settings)
+        subject.add_adapter("a", lora)
+        answers = [answer for group in groups for answer in subject.generate(group)]
+        return [(answer.token_ids, answer.logprobs) for answer in answers]
+
+    alone = answered([[one] for one in asked], prefix_reuse=False)
+    assert answered([asked], max_batch=18) == alone
+    assert answered([asked[i : i + 3] for i in range(0, 18, 3)]) == alone
+    assert answered([asked], step_tokens=8, max_batch=5, block_size=8) == alone
+    assert answered([asked], kv_tokens=96, block_size=4) == alone
+
+
+def test_a_list_of_questions_waits_for_the_compiled_form():
+    subject = engine()
+    subject.generate([request("r", prompts()[0], max_tokens=40, ignore_eos=True)])
+    assert subject.is_compiled

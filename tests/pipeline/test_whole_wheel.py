@@ -6,19 +6,27 @@ its artifact was sealed: nothing is trained, asked or promoted again.
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from tiny_recipes import learning, write_jsonl, write_recipe
 
 from prairie.flywheel.curate import is_held_out
+from prairie.flywheel.remake import LOGS
 from prairie.models.weights import read_manifest
+from prairie.pipeline.publishing import free_port
 from prairie.store.home import Home
 
 pytestmark = pytest.mark.long
+OTHERS = {"X-Prairie-Purpose": "gate"}
+"""What strangers ask is not counted as a conversation on the line."""
 
 
 def wheel_recipe(text):
@@ -134,3 +142,59 @@ def test_the_whole_wheel(tmp_path):
 def _unseal(folder):
     folder.chmod(0o755)
     shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_same_recipe_turns_out_the_same_whatever_else_is_asked(tmp_path):
+    """Another home, and strangers who ask all the while: the same datasets, candidates, verdicts and champions, though
+    people talk side by side and are answered in another order."""
+    text = write_jsonl(tmp_path / "text.jsonl", [{"text": f"Page {n}. " + (str.__doc__ or "")} for n in range(60)])
+    tree = wheel_recipe(text)
+    for name in ("child", "scores", "report"):
+        del tree["stages"][name]
+    found = []
+    for name, strangers in (("calm", 0), ("busy", 3)):
+        port = tree["stages"]["server"]["port"] = free_port("127.0.0.1")
+        with asking(f"http://127.0.0.1:{port}", strangers) as asked:
+            result = prairie_run(write_recipe(tmp_path / f"{name}.yaml", tree), tmp_path / name)
+        assert bool(asked) == bool(strangers)
+        turns = [result["stages"][turn]["figures"] for turn in ("turn1", "turn2")]
+        with Home(tmp_path / name) as home:
+            rows = [(home.artifacts.get(turn["dataset"]).path / "train.jsonl").read_text("utf-8") for turn in turns]
+            files = {
+                a.id: {of: facts["sha256"] for of, facts in a.manifest["files"].items() if of not in LOGS}
+                for a in home.artifacts.list()
+            }
+        told = [
+            {key: turn[key] for key in ("dataset", "candidate_artifact", "champion_artifact", "verdict", "true")}
+            for turn in turns
+        ]
+        found.append((told, rows, files))
+    assert found[0] == found[1]
+
+
+@contextmanager
+def asking(url, strangers):
+    """So many people who are no part of the recipe ask whatever comes to their mind; what is yielded fills with the
+    answers' numbers of tokens."""
+    ended, asked = threading.Event(), []
+
+    def ask(seed):
+        rng = random.Random(seed)
+        while not ended.wait(0.02):
+            words = " ".join(str(rng.randrange(100)) for _ in range(rng.randrange(1, 12)))
+            body = {"model": "spark", "messages": [{"role": "user", "content": words}], "max_tokens": 24}
+            with suppress(httpx.HTTPError, KeyError):
+                told = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30, headers=OTHERS).json()
+                asked.append(told["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(strangers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield asked
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()

@@ -22,6 +22,7 @@ from prairie.train.objectives.classification import Classification
 from prairie.train.objectives.dpo import DPO, DPOConfig, reference_logprobs
 from prairie.train.objectives.kto import KTO, KTOConfig
 from prairie.train.objectives.masked_lm import MaskedLM
+from prairie.train.objectives.replay import Replay
 from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.ranks import Ranks
 from prairie.train.trainer import ALONE, TrainConfig, Trainer, accumulate_gradients
@@ -112,13 +113,14 @@ def judged(dataset: TokenDataset) -> TokenDataset:
 
 OBJECTIVES = (
     "causal_lm", "causal_lm_weighted", "masked_lm", "classification", "reward_weighted", "dpo", "ipo",
-    "dpo_lora_weighted", "kto_weighted",
+    "dpo_lora_weighted", "kto_weighted", "kto_replay",
 )  # fmt: skip
 
 
 def tiny_learner(kind: str, rows: int = 12) -> Learner:
     """One of OBJECTIVES on `rows` groups of rows."""
     kind, is_weighted = kind.removesuffix("_weighted"), kind.endswith("_weighted")
+    kind, goes_over = kind.removesuffix("_replay"), kind.endswith("_replay")
     pairs = kind in ("reward", "dpo", "ipo", "dpo_lora", "kto")
     model, dataset = tiny_model(), tiny_dataset(rows, group=2 if pairs else 1)
     dataset = weighted(dataset) if is_weighted else dataset
@@ -143,6 +145,8 @@ def tiny_learner(kind: str, rows: int = 12) -> Learner:
     if kind == "dpo_lora":
         model.requires_grad_(False)
         adapters = [AdapterRows(moved_adapter(model))]
+    if goes_over:
+        objective = Replay(objective, tiny_dataset(9, seed=5), len(dataset), share=0.7, weight=0.4)
     return Learner(model, objective, dataset, adapters)
 
 
