@@ -5,7 +5,8 @@
               a name is an entity that it calls a PERSON
 
 Both guess. jieba takes words that are also names for names (白云, 田野) and misses names in Latin letters, many foreign
-ones and double surnames (of 欧阳娜娜 it finds 娜娜); it knows no Japanese or Korean. What is masked needlessly costs a
+ones and double surnames (of 欧阳娜娜 it finds 娜娜); it knows no Japanese or Korean. spaCy's small pipeline misses names
+in small letters, given names alone and many that are not English (Xiaoming Wang). What is masked needlessly costs a
 word, what is missed stays. Not here: everything that has a check (`personal`).
 """
 
@@ -72,7 +73,14 @@ def _chinese() -> FindNames:
 def _english(pipeline: str) -> FindNames:
     import spacy
 
-    model: Any = spacy.load(pipeline, exclude=["lemmatizer"])
+    try:
+        model: Any = spacy.load(pipeline, exclude=["lemmatizer"])
+    except (OSError, ValueError) as error:  # of another version of spaCy, or only half installed
+        raise UsageError(
+            f"spaCy cannot load its pipeline {pipeline}",
+            got=str(error).split("\n")[0][:200],
+            mend=f"python -m spacy download {pipeline}",
+        ) from None
 
     def find(text: str) -> Iterator[tuple[int, int]]:
         for entity in model(text).ents:

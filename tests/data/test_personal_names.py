@@ -36,13 +36,37 @@ def test_what_jieba_misses_is_known():
     assert mask_personal("奥巴马访问了上海", find)[0] == "奥巴马访问了上海", "a foreign name"
 
 
-def test_english_names_are_masked():
-    pipeline = next((name for name in ENGLISH if personal_names._installed(name)), None)
-    if pipeline is None or not personal_names._installed("spacy"):
+@pytest.fixture
+def english():
+    """What finds English names, if it is installed."""
+    if not personal_names._installed("spacy") or not any(map(personal_names._installed, ENGLISH)):
         pytest.skip("spaCy or an English pipeline of it is not installed (python -m spacy download en_core_web_sm)")
-    assert mask_personal("My name is John Smith and I live in Paris.", name_finder())[0] == (
-        "My name is [name] and I live in Paris."
-    )
+    return name_finder()
+
+
+def test_english_names_are_masked(english):
+    for text, masked in {
+        "My name is John Smith and I live in Paris.": "My name is [name] and I live in Paris.",
+        "Please call Maria Garcia about the invoice.": "Please call [name] about the invoice.",
+        "write to anna@x.org, Anna Berg": "write to [email], [name]",
+        "The Washington Monument is tall.": "The Washington Monument is tall.",
+        "What is three plus seven?": "What is three plus seven?",
+    }.items():
+        assert mask_personal(text, english)[0] == masked
+
+
+def test_what_spacy_misses_is_known(english):
+    """As the module says, of the small pipeline; a larger one may do better and change this test."""
+    if any(map(personal_names._installed, ENGLISH[:-1])):
+        pytest.skip("a larger pipeline than en_core_web_sm is installed")
+    for missed in ("ask bob about it", "Tell Xiaoming Wang I said hello."):
+        assert mask_personal(missed, english)[0] == missed
+
+
+def test_a_pipeline_that_does_not_load_is_one_sentence():
+    pytest.importorskip("spacy", reason="spaCy is not installed")
+    with pytest.raises(UsageError, match=r"cannot load its pipeline en_core_web_none.*spacy download"):
+        personal_names._english("en_core_web_none")
 
 
 def test_where_no_library_is_installed_it_is_one_sentence(monkeypatch, voted, capsys):
