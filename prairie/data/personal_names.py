@@ -5,9 +5,9 @@
               a name is an entity that it calls a PERSON
 
 Both guess. jieba takes words that are also names for names (白云, 田野) and misses names in Latin letters, many foreign
-ones and double surnames (of 欧阳娜娜 it finds 娜娜); it knows no Japanese or Korean. spaCy's small pipeline misses names
-in small letters, given names alone and many that are not English (Xiaoming Wang). What is masked needlessly costs a
-word, what is missed stays. Not here: everything that has a check (`personal`).
+ones and double surnames (of 欧阳娜娜 it finds 娜娜); it knows no Japanese or Korean. The small pipeline of spaCy misses
+names in small letters, given names alone and many that are not English (Xiaoming Wang). What is masked needlessly costs
+a word, what is missed stays. Not here: everything that has a check (`personal`).
 """
 
 from __future__ import annotations
