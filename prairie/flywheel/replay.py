@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from prairie.data.records import Chat, Preference, Record
+from prairie.data.records import Chat, Preference
 from prairie.data.sources import write_records
 from prairie.pipeline.context import Context, code_revision
 from prairie.pipeline.data_stages import train_records
@@ -77,7 +77,7 @@ def below(home: Home, model: Artifact) -> list[Artifact]:
     return [a for a in found.values() if not a.is_model and "train.jsonl" in a.manifest["files"]]
 
 
-def events_of(rows: Sequence[Record]) -> list[str]:
+def events_of(rows: Sequence[Chat]) -> list[str]:
     """Every event that these rows stand on."""
     return list(dict.fromkeys(event for row in rows for event in row.tags.get("events", ())))
 
