@@ -111,8 +111,8 @@ def dataset(
     names: FindNames | None = None,
 ) -> Artifact:
     """An immutable artifact of preferences, or of judged answers (`objective` kto), that names every event it holds.
-    Votes stand in the order of their ids: when each came decides nothing."""
-    votes = sorted(votes, key=lambda vote: str(vote.event.id))
+    One person's votes stand together, in the order in which they came: who was quicker than whom decides nothing."""
+    votes = sorted(votes, key=lambda vote: vote.event.user or "")
     curated = curate(votes, gold=gold_of(gold), names=names)
     rows, events, liked, disliked = _taught(curated, objective)
     if len(rows) < LEAST_ROWS or not liked or not disliked:
