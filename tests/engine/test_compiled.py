@@ -53,6 +53,7 @@ def compiled(**settings):
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_covered_kind_answers_as_the_naive_loop(kind):
     subject = compiled(model=model(**KINDS[kind]), step_tokens=24, block_size=8)

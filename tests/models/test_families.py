@@ -317,6 +317,7 @@ def template() -> ChatTemplate:
     return ChatTemplate.builtin("chatml", tokenizer())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hot", [True, False], ids=["hot", "paged"])
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_a_naive_loop(case: str, hot: bool, root: Path) -> None:
