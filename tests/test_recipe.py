@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
 
 from prairie.errors import RecipeError
 from prairie.recipe import load_recipe, resolve_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def tree(**train):
@@ -68,3 +72,11 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="is not a recipe"):
         load_recipe(tmp_path / "list.yaml")
+
+
+def test_go9_takes_what_go7_made():
+    """Stages are known by what stands in them and by the seed: what differs would be played again for an hour."""
+    small, large = (load_recipe(RECIPES / f"{name}.yaml") for name in ("go7", "go9"))
+    shared = ("net", "publish", "first", "then")
+    assert {name: small.stages[name] for name in shared} == {name: large.stages[name] for name in shared}
+    assert small.seed == large.seed

@@ -55,9 +55,8 @@ def sealed(
     id = store.id_of("replay", config, inputs, code)
     if store.find(id) is None:
         figures = {"rows": len(rows), "kind": "chat"}
-        with store.create(
-            "replay", name, config, inputs, code, figures=figures, events=config["events"]
-        ) as folder:  # fmt: skip
+        events = config["events"]
+        with store.create("replay", name, config, inputs, code, figures=figures, events=events) as folder:
             write_records(folder / "train.jsonl", rows)
     return store.get(id)
 
