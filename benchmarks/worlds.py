@@ -43,7 +43,7 @@ LEARN = VoteLearning(
     epochs=2, tokens_per_batch=1024, max_tokens=128, lr=3e-3, beta=0.1, weight_decay=0.0, sft_weight=1.0,
     adapter={"rank": 4, "alpha": 8.0},  # type: ignore[arg-type]
 )  # fmt: skip
-GATE = GateRules(users=200, prompts=8, items=100)
+GATE = GateRules(users=200, prompts=8, items=100, temperature=TEMPERATURE)
 
 FIRST = {
     "name": "world",

@@ -338,7 +338,7 @@ class GateRules(_Strict):
     """The most held-out users who compare candidate and champion; fewer when the verdict is certain before. With 8
     prompts each, 192 find a candidate that truly wins 55% in at least 80% of turns."""
     prompts: int = Field(8, gt=0)
-    """Held-out questions that each compares."""
+    """Held-out questions that each compares; where a model judges, pairs of answers to each question."""
     temperature: float = Field(1.0, ge=0, le=2)
     """Of the answers that are compared: what people are served with."""
     margin: float = Field(0.05, ge=0, lt=1)

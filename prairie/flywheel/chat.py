@@ -20,6 +20,7 @@ from prairie.engine.language_model import LanguageModel
 from prairie.errors import DataError
 from prairie.evals.harness import Evaluation
 from prairie.evals.judge import Opinion, length_controlled
+from prairie.evals.sequential import POWER, WANTED
 from prairie.evals.statistics import Interval
 from prairie.flywheel.curate import Curated, curate, gold_of, is_held_out
 from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
@@ -241,6 +242,11 @@ class ChatGate:
 
     def judge(self, candidate: Version, champion: Version) -> Verdict:
         store, runtime = self.context.home.artifacts, self.context.runtime
+        planned = required_sample_size(votes_per_user=self.rules.prompts)
+        runtime.progress.say(
+            f"{planned} {self.units} are planned: within so many a candidate that truly wins {WANTED:.0%} is promoted in"
+            f" at least {POWER:.0%} of turns"
+        )
         new = load_language_model(store.get(candidate.artifact_id), runtime)
         old = load_language_model(store.get(champion.artifact_id), runtime)
         compared = self.vote(candidate, champion) if self.vote is not None else None
@@ -261,7 +267,7 @@ class ChatGate:
                 *at_equal_length,
             ],
             margin=self.rules.margin,
-            planned=required_sample_size(votes_per_user=self.rules.prompts),
+            planned=planned,
             against_itself=itself,
             units=self.units,
             judge_accuracy=said.judge_accuracy,
@@ -367,8 +373,10 @@ def judged_vote(
     accuracy: Interval | None = None,
 ) -> Callable[[Version, Version], Compared]:
     """A model judges instead of people: held-out questions, each of them one unit, answered by both versions as they
-    are served, until the verdict is certain or `rules.users` questions have been asked. `accuracy`: how often the judge
-    agrees with people it does not know, where that was measured; the verdict states it."""
+    are served, until the verdict is certain or `rules.users` questions have been asked. It compares as many pairs of
+    answers to each as a person would compare questions (`rules.prompts`), so that the number planned for people is
+    the number of questions. `accuracy`: how often the judge agrees with people it does not know, where that was
+    measured; the verdict states it."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
         itself = candidate.name == champion.name
@@ -376,10 +384,11 @@ def judged_vote(
         asked = asked[:JUDGES_AT_ONCE] if itself else asked
         store = context.home.artifacts
         new, old = (load_language_model(store.get(v.artifact_id), context.runtime) for v in (candidate, champion))
-        seeds = itertools.count(context.recipe.seed, JUDGES_AT_ONCE)
+        seeds = itertools.count(context.recipe.seed, JUDGES_AT_ONCE * rules.prompts)
 
         def answered(some: list[Item]) -> Compared:
             seed = next(seeds)
+            some = [item for item in some for _ in range(rules.prompts)]
             talks = [[Message("user", item.prompt)] for item in some]
             a, b = (
                 [c.text for c in model.generate(
@@ -388,9 +397,10 @@ def judged_vote(
                 for model, side in ((new, 0), (old, 10**6))
             )  # fmt: skip
             opinions = judge.opinions([(i.prompt, x, y) for i, x, y in zip(some, a, b, strict=True)])
+            said = [(item.id, f"{item.id}/{n}", o) for n, (item, o) in enumerate(zip(some, opinions, strict=True))]
             return Compared(
-                [Comparison(item.id, item.id, o.outcome) for item, o in zip(some, opinions, strict=True)],
-                [Comparison(item.id, item.id, o.shown_first) for item, o in zip(some, opinions, strict=True)],
+                [Comparison(question, pair, o.outcome) for question, pair, o in said],
+                [Comparison(question, pair, o.shown_first) for question, pair, o in said],
                 some, a, b, TalkReport(), accuracy,
             )  # fmt: skip
 

@@ -19,6 +19,7 @@ Not here: reading the signals (`prairie.store.signals`), the change itself (`pra
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,11 @@ def _certain(values: Sequence[float], mean: float) -> str | None:
     return f"certain after {int(reached[0]) + 1} pairs (evidence {grown.max():.3g} of {1 / ERROR:.0f})"
 
 
+def _since(moment: float) -> float | None:
+    """What has come since; all there is when the clock was put back behind that moment."""
+    return moment if moment <= time.time() else None
+
+
 class Guard:
     """Looks at every line that is served. Called by the watcher's thread."""
 
@@ -96,8 +102,8 @@ class Guard:
         if champion is None:
             return
         purpose = "shadow" if trial.share is None else "chat"
-        new = signals(self.home, trial.version, purpose=purpose, since=trial.created)
-        old = signals(self.home, champion, since=trial.created)
+        new = signals(self.home, trial.version, purpose=purpose, since=_since(trial.created))
+        old = signals(self.home, champion, since=_since(trial.created))
         why = alarm(new, old, timed=True)
         if why is not None and self.home.registry.end_trial(trial, who=WHO, why=why):
             self._tell(trial.version.line, f"the trial of {trial.version.name} is over, {champion.name} stays", why)
@@ -110,7 +116,7 @@ class Guard:
         last = changes[-1] if changes else None
         if last is None or last.action != "promote" or last.previous is None or last.id in self._over:
             return
-        new = signals(self.home, registry.resolve(f"{line}@{last.number}"), since=last.created)
+        new = signals(self.home, registry.resolve(f"{line}@{last.number}"), since=_since(last.created))
         if len(new.failed) >= MOST_ANSWERS:
             self._over.add(last.id)
         before = registry.resolve(f"{line}@{last.previous}")

@@ -208,10 +208,11 @@ class FeedbackStore:
         """What was said until the client left or the engine failed."""
         self._close(id, "aborted", token_ids, logprobs, text, finish_reason, latency_ms)
 
-    def abort_started(self, older_than_s: float = 0.0) -> int:
-        """Marks responses that a dead server left unfinished as aborted; returns how many."""
-        before = time.time() - older_than_s
-        stale = update(RESPONSES).where(RESPONSES.c.status == "started", RESPONSES.c.created <= before)
+    def abort_started(self, older_than_s: float | None = None) -> int:
+        """Marks responses that a dead server left unfinished as aborted, all or only old ones; returns how many."""
+        stale = update(RESPONSES).where(RESPONSES.c.status == "started")
+        if older_than_s is not None:
+            stale = stale.where(RESPONSES.c.created <= time.time() - older_than_s)
         return self.home.database.write(
             lambda connection: connection.execute(stale.values(status="aborted", finish_reason=CRASHED)).rowcount
         )

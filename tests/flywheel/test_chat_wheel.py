@@ -9,6 +9,7 @@ from prairie.errors import DataError
 from prairie.flywheel import chat
 from prairie.flywheel.chat import ChatActor, ChatGate, ChatLearner, held_out_votes, judged_vote, learned_events
 from prairie.flywheel.curate import is_held_out
+from prairie.flywheel.gate import required_sample_size
 from prairie.flywheel.loop import Flywheel
 from prairie.models.weights import read_manifest
 from prairie.pipeline.context import Context
@@ -163,16 +164,20 @@ def test_held_out_votes_judge_by_likelihood(context):
 
 
 def test_a_model_judges_instead_of_people(context, judge_of):
-    rules = GateRules(users=24, items=20)
+    rules, said = GateRules(users=24, prompts=3, items=20), io.StringIO()
+    context.runtime.progress.stream, context.runtime.progress.quiet = said, False
     turned = wheel(context).turn(dry=True)
-    judges = {True: judge_of(lambda a, b: "A" if len(a) < len(b) else "B"), False: judge_of(lambda a, b: "A")}
+    brief = judge_of(lambda a, b: "C" if len(a) == len(b) else "A" if len(a) < len(b) else "B")
+    judges = {True: brief, False: judge_of(lambda a, b: "A")}
     for fair, judge in judges.items():
         vote = judged_vote(context, judge, rules, ["numbers"], max_tokens=8)
         gate = ChatGate(context, rules, ["numbers"], vote, max_tokens=8, units="questions")
         verdict = gate.judge(turned.candidate, turned.champion)
-        assert (verdict.units, verdict.users) == ("questions", 24) and verdict.judge_noise is not None
+        assert (verdict.units, verdict.users, verdict.n) == ("questions", 24, 72) and verdict.judge_noise is not None
+        assert verdict.planned == required_sample_size(votes_per_user=3)
         assert "win rate at equal length" in [probe.name for probe in verdict.probes]
         assert any("judge is not fair" in reason for reason in verdict.reasons) != fair
+        assert f"{verdict.planned} questions are planned" in said.getvalue(), "beforehand"
 
 
 def test_without_judges_nobody_is_promoted(context):

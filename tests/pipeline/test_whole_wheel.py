@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 from tiny_recipes import learning, write_jsonl, write_recipe
+from two_homes import differences, main
 
 from prairie.flywheel.curate import is_held_out
-from prairie.flywheel.remake import LOGS
 from prairie.models.weights import read_manifest
 from prairie.pipeline.publishing import free_port
 from prairie.store.home import Home
@@ -159,19 +159,34 @@ def test_the_same_recipe_turns_out_the_same_whatever_else_is_asked(tmp_path):
         with asking(f"http://127.0.0.1:{port}", strangers) as asked:
             result = prairie_run(write_recipe(tmp_path / f"{name}.yaml", tree), tmp_path / name)
         assert bool(asked) == bool(strangers)
-        turns = [result["stages"][turn]["figures"] for turn in ("turn1", "turn2")]
-        with Home(tmp_path / name) as home:
-            rows = [(home.artifacts.get(turn["dataset"]).path / "train.jsonl").read_text("utf-8") for turn in turns]
-            files = {
-                a.id: {of: facts["sha256"] for of, facts in a.manifest["files"].items() if of not in LOGS}
-                for a in home.artifacts.list()
-            }
-        told = [
-            {key: turn[key] for key in ("dataset", "candidate_artifact", "champion_artifact", "verdict", "true")}
-            for turn in turns
-        ]
-        found.append((told, rows, files))
+        found.append([
+            {key: result["stages"][turn]["figures"][key] for key in ("champion_artifact", "verdict", "true")}
+            for turn in ("turn1", "turn2")
+        ])  # fmt: skip
     assert found[0] == found[1]
+    with Home(tmp_path / "calm") as calm, Home(tmp_path / "busy") as busy:
+        same, told = differences(calm, busy)
+        assert (same["candidate"], same["votes"], same["turn"], told) == (2, 2, 4, []), "turns: artifacts and rows"
+
+
+def test_what_differs_between_two_homes_is_named(tmp_path, capsys):
+    for name, text in (("one", "a"), ("other", "b")):
+        with Home(tmp_path / name) as home:
+            for kind, said in (("votes", "same"), ("candidate", text)):
+                with home.artifacts.create(kind, "made", {}) as folder:
+                    (folder / "train.jsonl").write_text(said)
+                    (folder / "metrics.jsonl").write_text(name)
+            with home.artifacts.create("train", "made", {"of": name}) as folder:
+                (folder / "weights").write_text("w")
+            id = home.artifacts.list("candidate")[0].id
+            home.registry.register("spark", id, kind="model")
+            home.registry.record_turn("spark", 1, None, id, None, {"win_rate": 0.5}, False)
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    assert main([one, one]) == 0 and "nothing differs" in capsys.readouterr().out
+    assert main([one, other]) == 1
+    said = capsys.readouterr().out
+    assert "the same in both: 1 turn, 1 votes\n" in said and f"candidate {id}: train.jsonl\n" in said
+    assert said.count(f"only in {one}") == said.count(f"only in {other}") == 1
 
 
 @contextmanager

@@ -142,6 +142,17 @@ def test_a_promotion_that_people_dislike_is_taken_back_once(home):
     assert guard.metrics.taken_back.labels("spark")._value.get() == 1
 
 
+def test_a_clock_that_is_put_back_blinds_nobody(home, monkeypatch):
+    registry, guard, now = home.registry, Guard(home, Metrics()), time.time()
+    served(home, registry.resolve("spark@1"), 60, disliked=0.1)
+    monkeypatch.setattr(time, "time", lambda: now + 3600)
+    registry.promote("spark@2")
+    monkeypatch.setattr(time, "time", lambda: now)
+    served(home, registry.resolve("spark@2"), 60, disliked=0.95)
+    guard.look(["spark"])
+    assert registry.champion("spark").number == 1
+
+
 def test_what_is_seen_of_a_version(home):
     version = home.registry.resolve("spark@1")
     served(home, version, 3)

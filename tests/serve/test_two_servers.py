@@ -1,5 +1,5 @@
-"""Two servers on one store, one in a process of its own: each sees what is promoted by the other, and votes that come
-to both are neither lost nor doubled."""
+"""Two servers on one store, on SQLite and on Postgres, one of them in a process of its own: each sees what is promoted
+by the other, and votes that come to both are neither lost nor doubled."""
 
 import time
 import uuid
@@ -13,9 +13,11 @@ pytestmark = pytest.mark.long
 VOTERS, VOTES = 6, 5
 
 
-@pytest.fixture
-def servers(tmp_path):
+@pytest.fixture(params=["sqlite", "postgres"])
+def servers(tmp_path, monkeypatch, request):
     """(the home of one, its client, the other's client)."""
+    if request.param == "postgres":
+        monkeypatch.setenv("PRAIRIE_DATABASE", request.getfixturevalue("postgres_url"))
     home = make_home(tmp_path / "home")
     other = Process(tmp_path / "home", "--no-guard")
     try:
@@ -43,7 +45,9 @@ def follows(http, number, limit_s=20.0):
         time.sleep(0.05)
 
 
-def test_a_promotion_on_one_is_seen_by_the_other(servers):
+def test_each_sees_what_the_other_promotes_and_no_vote_is_lost_or_doubled(servers):
+    """Promotions by both in turn; then people who ask one server and vote at the other, each vote sent to both at once
+    under one key, one of them twice: one event each, and one of the two says that it is new."""
     home, here, there = servers
     for http in (here, there):
         follows(http, 1)
@@ -54,12 +58,6 @@ def test_a_promotion_on_one_is_seen_by_the_other(servers):
     for http in (there, here):
         follows(http, 1)
     assert [event.number for event in home.registry.history("spark")] == [1, 2, 1]
-
-
-def test_votes_on_both_are_all_there_and_once(servers):
-    """People who ask one server and vote at the other, each vote sent to both at once under one key, one of them
-    twice: one event each, and one of the two says that it is new."""
-    home, here, there = servers
 
     def talk(number):
         kept = []

@@ -73,6 +73,7 @@ def test_what_comes_later_counts_though_the_clock_jumped_back(tmp_path, monkeypa
         home.registry.promote("spark@1")
         before, generation = time.time(), home.registry.generation()
         monkeypatch.setattr(time, "time", lambda: before - 3600.0)
+        assert home.feedback.abort_started() == 1, "an answer is left open by whoever died, whatever its clock said"
         home.feedback.add(FeedbackEvent("r", "thumb", "down", user="ann", created=time.time()), "second")
         assert [vote.event.thumb for vote in home.feedback.votes()] == ["down"]
         home.registry.promote("spark@2")
