@@ -244,8 +244,8 @@ class ChatGate:
         store, runtime = self.context.home.artifacts, self.context.runtime
         planned = required_sample_size(votes_per_user=self.rules.prompts)
         runtime.progress.say(
-            f"{planned} {self.units} are planned: within so many a candidate that truly wins {WANTED:.0%} is promoted in"
-            f" at least {POWER:.0%} of turns"
+            f"{planned} {self.units} are planned: within so many a candidate that truly wins {WANTED:.0%} is called"
+            f" better in at least {POWER:.0%} of turns"
         )
         new = load_language_model(store.get(candidate.artifact_id), runtime)
         old = load_language_model(store.get(champion.artifact_id), runtime)

@@ -2,8 +2,8 @@
 
     python -m tests.pipeline.two_homes HOME OTHER
 
-As after `prairie demo --no-serve --home HOME` and once more with another home. Says what differs, kind by kind, and ends
-with 1 if anything does. Files that tell how long something took are left out.
+As after `prairie demo --no-serve --home HOME` and once more with another home. Says what differs, kind by kind, and
+ends with 1 if anything does. Files that tell how long something took are left out.
 """
 
 from __future__ import annotations
