@@ -16,7 +16,15 @@ from typing import Any
 
 from prairie.data.records import Message
 from prairie.evals.statistics import Interval
-from prairie.flywheel.chat import JUDGES_AT_ONCE, JUDGES_OF_JUDGES, ChatActor, ChatGate, ChatLearner, judged_vote
+from prairie.flywheel.chat import (
+    JUDGES_AT_ONCE,
+    JUDGES_OF_JUDGES,
+    ChatActor,
+    ChatGate,
+    ChatLearner,
+    judged_vote,
+    rules_for,
+)
 from prairie.flywheel.curate import is_held_out
 from prairie.flywheel.gate import Comparison, vote_test
 from prairie.flywheel.loop import Flywheel, Turned
@@ -93,8 +101,9 @@ class World:
             assert champion is not None
             self._meet(number, judges, each, teaching=False)(champion)
             judge = train_reward_judge(self.context, LINE)
-            vote = judged_vote(self.context, judge, GATE, TASKS, MAX_TOKENS, judge.accuracy)
-            gate = ChatGate(self.context, GATE, TASKS, vote, MAX_TOKENS, units="questions")
+            rules = rules_for(GATE, judge.accuracy)
+            vote = judged_vote(self.context, judge, rules, TASKS, MAX_TOKENS, judge.accuracy)
+            gate = ChatGate(self.context, rules, TASKS, vote, MAX_TOKENS, "questions", judge.accuracy)
         return Flywheel(LINE, self.home.registry, actor, ChatLearner(self.context, LEARN), gate).turn()
 
     def true_win_rate(self) -> Interval:

@@ -128,7 +128,7 @@ def _chat_gate(context: Any, line: str, tasks: str, judge: str | None, judge_mod
     """The gate of a line that talks: held-out people's votes, a reward model trained on them, or a judge behind a
     URL."""
     from prairie.evals.judge import Judge
-    from prairie.flywheel.chat import ChatGate, judged_vote
+    from prairie.flywheel.chat import ChatGate, judged_vote, rules_for
 
     rules, names = context.recipe.stages["turn"].gate, _tasks(tasks)
     if judge is None:
@@ -137,8 +137,9 @@ def _chat_gate(context: Any, line: str, tasks: str, judge: str | None, judge_mod
         from prairie.flywheel.reward_judge import train_reward_judge
 
         trained = train_reward_judge(context, line)
-        vote = judged_vote(context, trained, rules, names, accuracy=trained.accuracy)
-        return ChatGate(context, rules, names, vote, units="questions")
+        rules, right = rules_for(rules, trained.accuracy), trained.accuracy
+        vote = judged_vote(context, trained, rules, names, accuracy=right)
+        return ChatGate(context, rules, names, vote, units="questions", judge_accuracy=right)
     asked = Judge(judge, judge_model, os.environ.get("PRAIRIE_JUDGE_KEY") or None)
     return ChatGate(context, rules, names, judged_vote(context, asked, rules, names), units="questions")
 

@@ -23,7 +23,7 @@ from prairie.evals.judge import Opinion, length_controlled
 from prairie.evals.sequential import POWER, WANTED
 from prairie.evals.statistics import Interval
 from prairie.flywheel.curate import Curated, curate, gold_of, is_held_out
-from prairie.flywheel.gate import Comparison, Verdict, judge, required_sample_size, vote_test
+from prairie.flywheel.gate import Comparison, Verdict, as_judged, judge, required_sample_size, vote_test
 from prairie.flywheel.health import ChatHealth
 from prairie.flywheel.probes import Ask, Probe, probes, sycophancy_probe
 from prairie.flywheel.replay import replayed
@@ -239,10 +239,12 @@ class ChatGate:
     max_tokens: int = 48
     units: str = "people"
     """What is independent in the votes: people, or the questions that one judge was asked."""
+    judge_accuracy: Interval | None = None
+    """How often a model that judges agrees with people it does not know, where that was measured."""
 
     def judge(self, candidate: Version, champion: Version) -> Verdict:
         store, runtime = self.context.home.artifacts, self.context.runtime
-        planned = required_sample_size(votes_per_user=self.rules.prompts)
+        planned = _planned(self.rules, self.judge_accuracy)
         runtime.progress.say(
             f"{planned} {self.units} are planned: within so many a candidate that truly wins {WANTED:.0%} is called"
             f" better in at least {POWER:.0%} of turns"
@@ -263,15 +265,21 @@ class ChatGate:
             suite_before=before.tasks,
             suite_after=after.tasks,
             probes=[
-                *probes([item.prompt for item in said.items], said.answers_b, said.answers_a), contradicted,
-                *at_equal_length,
+                *probes(*self._independent(said)), contradicted, *at_equal_length,
             ],
             margin=self.rules.margin,
             planned=planned,
             against_itself=itself,
             units=self.units,
-            judge_accuracy=said.judge_accuracy,
+            judge_accuracy=self.judge_accuracy,
         )  # fmt: skip
+
+    def _independent(self, said: Compared) -> tuple[list[str], list[str], list[str]]:
+        """Questions and both answers, for the probes, whose margins are those of independent answers: each question
+        once where one judge was asked it again and again."""
+        places = {item.id if self.units == "questions" else n: n for n, item in enumerate(said.items)}.values()
+        old, new = ([answers[n] for n in places] for answers in (said.answers_b, said.answers_a))
+        return [said.items[n].prompt for n in places], old, new
 
     def _asks(self, model: LanguageModel) -> Ask:
         """Greedy answers to conversations."""
@@ -346,13 +354,13 @@ def simulated_vote(
     return vote
 
 
-def _until_certain(ask: Callable[[list[T]], Compared], whom: list[T], itself: bool) -> Compared:
+def _until_certain(ask: Callable[[list[T]], Compared], whom: list[T], itself: bool, wanted: float = WANTED) -> Compared:
     """Asks some after the others until the verdict is certain; a version against itself (`itself`) asks them all."""
     found: list[Compared] = []
     for first in range(0, len(whom), JUDGES_AT_ONCE):
         found.append(ask(whom[first : first + JUDGES_AT_ONCE]))
         said = [comparison for some in found for comparison in some.comparisons]
-        if not itself and vote_test(said).decision != "undecided":
+        if not itself and vote_test(said, wanted=wanted).decision != "undecided":
             break
     return Compared.joined(found)
 
@@ -373,14 +381,15 @@ def judged_vote(
     accuracy: Interval | None = None,
 ) -> Callable[[Version, Version], Compared]:
     """A model judges instead of people: held-out questions, each of them one unit, answered by both versions as they
-    are served, until the verdict is certain or `rules.users` questions have been asked. It compares as many pairs of
-    answers to each as a person would compare questions (`rules.prompts`), so that the number planned for people is
-    the number of questions. `accuracy`: how often the judge agrees with people it does not know, where that was
-    measured; the verdict states it."""
+    are served, until the verdict is certain or `rules.users` questions have been asked, or all that the tasks have. It
+    compares as many pairs of answers to each as a person would compare questions (`rules.prompts`), so that the number
+    planned for people is the number of questions. `accuracy`: how often the judge agrees with people it does not know,
+    where that was measured (see `gate.as_judged`)."""
 
     def vote(candidate: Version, champion: Version) -> Compared:
         itself = candidate.name == champion.name
-        asked = items(tasks, "held_out", -(-rules.users // len(tasks)), context.recipe.seed)[: rules.users]
+        drawn = items(tasks, "held_out", -(-4 * rules.users // len(tasks)), context.recipe.seed, distinct=False)
+        asked = list({item.id: item for item in drawn}.values())[: rules.users]
         asked = asked[:JUDGES_AT_ONCE] if itself else asked
         store = context.home.artifacts
         new, old = (load_language_model(store.get(v.artifact_id), context.runtime) for v in (candidate, champion))
@@ -401,12 +410,21 @@ def judged_vote(
             return Compared(
                 [Comparison(question, pair, o.outcome) for question, pair, o in said],
                 [Comparison(question, pair, o.shown_first) for question, pair, o in said],
-                some, a, b, TalkReport(), accuracy,
+                some, a, b, TalkReport(),
             )  # fmt: skip
 
-        return _until_certain(answered, asked, itself)
+        return _until_certain(answered, asked, itself, as_judged(WANTED, accuracy))
 
     return vote
+
+
+def rules_for(rules: GateRules, accuracy: Interval) -> GateRules:
+    """Rules under which a judge that is right so often is asked as many questions as it takes, if there are so many."""
+    return rules.model_copy(update={"users": max(rules.users, _planned(rules, accuracy))})
+
+
+def _planned(rules: GateRules, accuracy: Interval | None) -> int:
+    return required_sample_size(as_judged(WANTED, accuracy), votes_per_user=rules.prompts)
 
 
 def _at_equal_length(said: Compared) -> Probe:

@@ -257,7 +257,8 @@ class Verdict:
             right = self.judge_accuracy
             lines.append(
                 f"  judge   a reward model: right on {right.value:.1%} [{right.low:.1%}, {right.high:.1%}] of the"
-                f" preferences of {right.n} people it did not learn from"
+                f" preferences of {right.n} people it did not learn from, so {WANTED:.0%} of people's votes are"
+                f" {as_judged(WANTED, right):.1%} of its"
             )
         return lines
 
@@ -285,7 +286,7 @@ def judge(
 
     `comparisons` stand in the order in which people came. `planned`: how many people the plan asked for, to be shown.
     `against_itself`: the same judges on two answers of the champion, outcome 1 when the one shown first won.
-    `judge_accuracy`: of a judge that is a reward model, to be shown.
+    `judge_accuracy`: of a judge that is a reward model, to be shown; what is worth finding is then told on its scale.
     `margins` overrides `margin` for single tasks. `units`: what `Comparison.user` names, when it is not people. Raises
     DataError for an outcome that is not 1, 1/2 or 0, or when one user voted twice on one prompt (a repeat must not
     count as new evidence).
@@ -293,7 +294,7 @@ def judge(
     _check(comparisons)
     outcomes = [comparison.outcome for comparison in comparisons]
     votes = clustered_interval(outcomes, [comparison.user for comparison in comparisons], confidence)
-    test = vote_test(comparisons, least_users)
+    test = vote_test(comparisons, least_users, as_judged(WANTED, judge_accuracy))
     noise = _judge_noise(against_itself)
     changes = _suite_changes(suite_before or {}, suite_after or {}, margin, margins or {})
     because = [
@@ -325,11 +326,19 @@ def judge(
     )
 
 
-def vote_test(comparisons: Sequence[Comparison], least_users: int = LEAST_USERS) -> SequentialTest:
+def vote_test(
+    comparisons: Sequence[Comparison], least_users: int = LEAST_USERS, wanted: float = WANTED
+) -> SequentialTest:
     """What people's votes say up to now, in the order in which the people came. It may be asked after every person, and
-    voting may stop as soon as it has decided."""
+    voting may stop as soon as it has decided. `wanted`: the win rate that is worth finding."""
     means = cluster_means([c.outcome for c in comparisons], [c.user for c in comparisons])
-    return sequential_test(means.tolist(), wanted=WANTED, error=ERROR, least=least_users)
+    return sequential_test(means.tolist(), wanted=wanted, error=ERROR, least=least_users)
+
+
+def as_judged(win_rate: float, accuracy: Interval | None) -> float:
+    """A win rate among people, as a judge sees it who agrees with people's votes with this `accuracy` and errs at
+    random elsewhere: nearer to one half, and the same without a judge."""
+    return win_rate if accuracy is None else 0.5 + (win_rate - 0.5) * (2 * accuracy.value - 1)
 
 
 def judge_games(

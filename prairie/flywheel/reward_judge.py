@@ -69,8 +69,11 @@ def train_reward_judge(context: Context, line: str) -> RewardJudge:
     votes are too few, or when what it learnt is not better than chance."""
     home = context.home
     votes = [v for v in home.feedback.votes(line=line, purpose="chat") if is_held_out(v.event.user or "")]
-    tried = [vote for vote in votes if is_held_out(f"tried {vote.event.user}", TRIED_SHARE)]
-    pairs, asked = curate([vote for vote in votes if vote not in tried]).pairs, curate(tried).pairs
+    teaching, tried = (
+        [vote for vote in votes if is_held_out(f"tried {vote.event.user}", TRIED_SHARE) == on_trial]
+        for on_trial in (False, True)
+    )
+    pairs, asked = curate(teaching).pairs, curate(tried).pairs
     if min(len(pairs), 2 * len(asked)) < LEAST_PAIRS:
         raise DataError(
             f"the people who judge `{line}` have voted too little to train a judge",

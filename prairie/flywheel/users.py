@@ -203,8 +203,6 @@ class Compared:
     answers_a: Sequence[str]
     answers_b: Sequence[str]
     report: TalkReport
-    judge_accuracy: Interval | None = None
-    """Of a model that judged instead of people: how often it agrees with people."""
 
     @classmethod
     def joined(cls, parts: Sequence[Compared]) -> Compared:
@@ -219,7 +217,6 @@ class Compared:
             answers_a=[each for part in parts for each in part.answers_a],
             answers_b=[each for part in parts for each in part.answers_b],
             report=report,
-            judge_accuracy=parts[0].judge_accuracy if parts else None,
         )
 
 

@@ -178,6 +178,8 @@ def test_a_model_judges_instead_of_people(context, judge_of):
         assert "win rate at equal length" in [probe.name for probe in verdict.probes]
         assert any("judge is not fair" in reason for reason in verdict.reasons) != fair
         assert f"{verdict.planned} questions are planned" in said.getvalue(), "beforehand"
+        drawn = vote(turned.candidate, turned.champion)
+        assert len(drawn.items) == 72 and len(gate._independent(drawn)[0]) == 24, "a probe sees each question once"
 
 
 def test_without_judges_nobody_is_promoted(context):

@@ -7,9 +7,9 @@ import pytest
 
 from prairie.data.records import Message
 from prairie.errors import DataError
-from prairie.flywheel.chat import ChatGate, judged_vote
+from prairie.flywheel.chat import ChatGate, judged_vote, rules_for
 from prairie.flywheel.curate import is_held_out
-from prairie.flywheel.gate import Verdict
+from prairie.flywheel.gate import Verdict, as_judged, required_sample_size
 from prairie.flywheel.reward_judge import TRIED_SHARE, train_reward_judge
 from prairie.pipeline.context import Context
 from prairie.recipe import GateRules, resolve_recipe
@@ -67,9 +67,15 @@ def test_it_learns_what_people_prefer_and_is_tried_on_others(context):
     assert [opinion.outcome for opinion in said] == [1, 0, 0.5, 0, 0.5]
     assert train_reward_judge(context, "spark").artifact.id == judge.artifact.id, "made once"
 
-    rules, champion = GateRules(users=24, items=5), context.home.registry.champion("spark")
+    rules, champion = GateRules(users=24, prompts=2, items=5), context.home.registry.champion("spark")
+    assert rules_for(rules, judge.accuracy).users > required_sample_size(votes_per_user=2), (
+        "a judge errs, people do not"
+    )
     vote = judged_vote(context, judge, rules, ["numbers"], max_tokens=8, accuracy=judge.accuracy)
-    verdict = ChatGate(context, rules, ["numbers"], vote, max_tokens=8, units="questions").judge(champion, champion)
+    gate = ChatGate(context, rules, ["numbers"], vote, 8, "questions", judge.accuracy)
+    verdict = gate.judge(champion, champion)
+    assert verdict.test.wanted == as_judged(0.55, judge.accuracy) < 0.55 and verdict.users == 24
+    assert verdict.planned == rules_for(rules, judge.accuracy).users
     assert verdict.judge_accuracy == judge.accuracy and verdict.judge_noise is not None and not verdict.passed
     assert "a reward model: right on" in verdict.text()
     assert Verdict.from_json(verdict.to_json()).judge_accuracy == judge.accuracy
