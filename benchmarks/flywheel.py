@@ -4,7 +4,7 @@
 
     hidden preference   true win rate of the champion against the first model after five turns; required 0.8
     reward judge        the same where a reward model judges, trained on the votes of 60 people who do not teach; 0.8
-    noise               share of 200 comparisons by coins, or by a split crowd, that promote nobody; 0.95
+    noise               share of 200 comparisons by coins, a split crowd or a reward model, that promote nobody; 0.95
     adversaries N%      lowest true win rate of a champion against the first model, when N% of all people, teachers and
                         judges, vote against their taste; 0.5
     adversaries 40%     share of turns that promote nobody; 1
@@ -109,14 +109,24 @@ PEOPLE, VOTES = 200, 8
 
 
 def noise(quick: bool) -> Found:
-    """People without a preference, or split into two camps of equal size; a verdict knows every moment before it, so it
-    is the verdict of somebody who looks after every person and stops when it pleases them."""
+    """People without a preference, or split into two camps of equal size, or a reward model that is right in 80% and
+    asked about 555 questions; a verdict knows every moment before it, so it is the verdict of somebody who looks after
+    every person and stops when it pleases them."""
+    from prairie.evals.statistics import Interval
     from prairie.flywheel.gate import judge
 
+    right = Interval(0.8, 0.7, 0.9, 40)
+    worlds: dict[str, tuple[float, int, Interval | None]] = {
+        "coins": (0.0, PEOPLE, None), "split crowd": (0.2, PEOPLE, None), "a judge of questions": (0.2, 555, right),
+    }  # fmt: skip
     trials = 40 if quick else 200
     shares = {
-        name: sum(not judge(_votes(f"noise {name} {n}", 0.5, spread, PEOPLE)).passed for n in range(trials)) / trials
-        for name, spread in (("coins", 0.0), ("split crowd", 0.2))
+        name: sum(
+            not judge(_votes(f"noise {name} {n}", 0.5, spread, units), judge_accuracy=accuracy).passed
+            for n in range(trials)
+        )
+        / trials
+        for name, (spread, units, accuracy) in worlds.items()
     }
     return {"rate": min(shares.values()), "rss_mb": peak_rss_mb(), "not_promoted": shares, "trials": trials}
 
