@@ -472,6 +472,8 @@ class GoPlay(_Strict):
     """Each game begins with 0 to so many random moves."""
     play_out: bool = False
     """Nobody passes while there is anything to play but own eyes: games end without dead stones."""
+    decided: float = Field(1.0, gt=0, le=1)
+    """From this value of the search on, four searches in a row, a game is ended with four visits a move (1: never)."""
     score_weight: float = Field(0.1, ge=0, lt=1)
     """How much of a value in the search is points instead of winning; with more of it dead stones are taken."""
     score_reach: float = Field(1.0, gt=0)

@@ -94,7 +94,7 @@ class GoActor:
         settings = SelfPlay(
             size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
             komi_spread=keys.komi_spread, temperature=keys.temperature, opening_moves=keys.opening_moves,
-            play_out=keys.play_out,
+            play_out=keys.play_out, decided=keys.decided,
             search=SearchSettings(score_weight=keys.score_weight, score_reach=keys.score_reach),
         )  # fmt: skip
         lock = threading.Lock()

@@ -4,7 +4,8 @@ Playout-cap randomisation (arXiv 1902.10565): a share of the moves is searched w
 rest is searched little and only brings the game forward. Komi is drawn around the running mean of the score, so that
 games stay undecided, and nobody passes in the first 70% of the points: with a fixed komi and free passing a net soon
 learns to end the game at once, while its loss looks fine. Games that are played out end with no dead stones on the
-board: what is left of each player is what the net should think alive. `Health` says whether the games are games.
+board: what is left of each player is what the net should think alive. A game that is decided is ended with little
+thought (the same paper lowers its visits). `Health` says whether the games are games.
 
 Not here: training, the loop (`prairie.flywheel.go`).
 """
@@ -28,6 +29,9 @@ from prairie.games.sgf import GameRecord, result_text
 
 ALL_POINTS = 0.7
 """Share of the points that must be played before anybody may pass."""
+DECIDED_MOVES, DECIDED_VISITS, DECIDED_ROWS = 4, 4, 0.1
+"""A game is decided once so many searches in a row were surer than that; then so many visits make a move, and of the
+moves that became rows so many still do: the net must see ends too."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class SelfPlay:
     """Each game begins with 0 to so many random moves."""
     play_out: bool = False
     """Nobody passes while there is anything to play but own eyes."""
+    decided: float = 1.0
+    """From this sureness of one winner on, -1 to 1 in the search's value, a game only has to be ended (1: never)."""
     longest: float = 3.0
     """Moves for each point after which a game is counted as it stands."""
     search: SearchSettings = field(default_factory=SearchSettings)
@@ -62,6 +68,17 @@ class Game:
     moves: list[int] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     full: bool = False
+    sure: int = 0
+    """Searches in a row that were sure of one winner: above 0 of Black, below of White."""
+
+    def judged(self, value: float, decided: float) -> None:
+        """One more search; `value` is Black's."""
+        side = int(np.sign(value)) if abs(value) > decided else 0
+        self.sure = self.sure + side if side * self.sure > 0 else side
+
+    @property
+    def decided(self) -> bool:
+        return abs(self.sure) >= DECIDED_MOVES
 
 
 @dataclass(frozen=True)
@@ -115,8 +132,11 @@ def play(
     def begin_search(g: int) -> None:
         game = under_way[g]
         assert game is not None
-        game.full = bool(chance.random() < settings.full_share)
-        forest.begin(g, settings.visits if game.full else settings.fast_visits, noisy=game.full)
+        share, fast = settings.full_share, settings.fast_visits
+        if game.decided:
+            share, fast = share * DECIDED_ROWS, min(fast, DECIDED_VISITS)
+        game.full = bool(chance.random() < share)
+        forest.begin(g, settings.visits if game.full else fast, noisy=game.full)
 
     def move(g: int) -> None:
         game = under_way[g]
@@ -127,6 +147,7 @@ def play(
                 "planes": planes[0], "figures": figures[0], "policy": forest.policy(g),
                 "color": int(boards.to_move[g]),
             })  # fmt: skip
+        game.judged(forest.value(g) * (1 if boards.to_move[g] == BLACK else -1), settings.decided)
         temperature = max(0.2, settings.temperature * 0.5 ** (len(game.moves) / size))
         chosen = forest.draw(g, temperature)
         game.moves.append(chosen)

@@ -9,7 +9,7 @@ from prairie.errors import DataError
 from prairie.games.features import TowerJudge
 from prairie.games.go import BLACK, WHITE
 from prairie.games.mcts import Opinion
-from prairie.games.selfplay import ALL_POINTS, Health, SelfPlay, joined, play
+from prairie.games.selfplay import ALL_POINTS, Game, Health, SelfPlay, joined, play
 from prairie.models.tower import Tower, TowerConfig
 
 SMALL = SelfPlay(4, visits=16, fast_visits=6, slots=6, opening_moves=2)
@@ -57,6 +57,36 @@ def test_games_that_are_played_out_leave_nothing_but_eyes():
     for end in done:
         for side in (end.by(BLACK), end.by(WHITE)):
             assert all(side.own_eye(move) for move in side.legal_moves()[:-1])
+
+
+def test_a_decided_game_is_only_ended():
+    """A judge that is always sure of Black: after four searches the rest is played with few visits and few rows."""
+
+    def sure(planes, figures):
+        black = figures[:, 5] < 0  # komi for the player to move
+        return net(planes, figures)._replace(value_R=np.where(black, 1.0, -1.0).astype(np.float32))
+
+    net, settings = judge(), replace(SMALL, full_share=1.0, komi_spread=0.0, opening_moves=0)
+    whole, short = (
+        play(sure, replace(settings, decided=decided), games=8, mean_score=2, seed=2) for decided in (1.0, 0.5)
+    )
+    assert len(whole.rows) == sum(len(game.moves) for game in whole.games)
+    assert len(short.rows) < 0.6 * sum(len(game.moves) for game in short.games)
+    assert short.simulations / sum(len(game.moves) for game in short.games) < 0.6 * settings.visits
+
+
+@pytest.mark.parametrize(
+    ("values", "decided"),
+    [
+        ([0.9] * 4, True), ([0.9] * 3, False), ([-0.9] * 4, True), ([0.9, 0.9, -0.9, -0.9], False),
+        ([0.9, 0.9, 0.9, 0.1, 0.9], False), ([0.9, -0.9, -0.9, -0.9, -0.9], True), ([0.5] * 9, False),
+    ],
+)  # fmt: skip
+def test_when_a_game_is_decided(values, decided):
+    game = Game(komi=0.5)
+    for value in values:
+        game.judged(value, 0.8)
+    assert game.decided == decided
 
 
 def test_parts_are_joined():
