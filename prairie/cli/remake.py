@@ -53,6 +53,8 @@ def rebuild(
     from prairie.runtime import Progress, Runtime
 
     with open_home(home) as store:
+        if line is not None:
+            store.registry.champion(line)  # an unknown one is an error, not an empty queue
         queue = [name for name in store.feedback.to_rebuild() if line in (None, name.partition("@")[0])]
         runtime = Runtime.detect(threads=threads, progress=Progress(quiet=as_json))
         with store.lock("run"):

@@ -102,6 +102,9 @@ def test_what_is_no_vertical_is_an_error(voted, capsys):
             main(["rejudge", name, "--home", str(voted)])
         assert end.value.code == 1
         assert f"no such vertical: got {name}, wanted spark:poet" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["rebuild", "nobody", "--home", str(voted)])
+    assert end.value.code == 1 and "no such model: got `nobody`" in capsys.readouterr().err
 
 
 def test_it_is_trained_on_the_new_base_judged_and_waits_no_more(context, voted, capsys, monkeypatch):

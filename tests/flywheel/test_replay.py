@@ -70,7 +70,6 @@ def test_earlier_rows_are_drawn_named_and_made_the_same_again(context):
     assert (drawn.inputs, drawn.events) == ([a.id for a in home.artifacts.list("prepare")], [])
     assert all(row.messages[-1].content.endswith(".") for row in rows_of(drawn)) and len(rows_of(drawn)) == 16
     assert first.figures["replay_loss"] > 0
-    assert reproduce(home, first, context.runtime).same
 
     second, more = turned(context, learn())
     drawn = home.artifacts.get(second.inputs[2])

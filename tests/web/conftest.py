@@ -52,7 +52,7 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Any]
         context = browser.new_context(**{"locale": "en-US", "viewport": DESK, **options})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(90_000)
         page.on("pageerror", lambda error: wrong.append(f"error on the page: {error}"))
         page.on("request", lambda request: request.url.startswith((at.url, "blob:")) or wrong.append(request.url))
         page.goto(f"{at.url}/{to}")

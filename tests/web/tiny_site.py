@@ -143,7 +143,7 @@ class Site:
         command = [sys.executable, "-m", "prairie", "serve", "--home", str(self.home.root), "--port", str(self.port)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240  # one that gets no processor time is slow, not wrong
         while time.monotonic() < end:
             if self.process.poll() is not None:
                 break
