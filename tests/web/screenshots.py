@@ -147,10 +147,14 @@ def go(camera: Camera) -> None:
             camera.shoot(page, name)
 
 
-def studio(camera: Camera) -> None:
+def studio(camera: Camera, user: str | None) -> None:
+    """As `user` sees it, who has voted."""
     tall = {"viewport": {"width": 1280, "height": 1180}}
     for name, look in (("studio", ENGLISH), ("studio-dark", DARK)):
         with camera.page("studio", "#lines .card", **tall, **look) as page:
+            if user:
+                page.evaluate("(user) => localStorage.setItem('prairie.user', JSON.stringify(user))", user)
+                page.reload()
             page.locator("#lineage .node").first.wait_for()
             camera.shoot(page, name)
 
@@ -164,6 +168,7 @@ def main() -> None:
     parser.add_argument("--ask-zh", default=QUESTION_ZH, help="a question in Chinese")
     parser.add_argument("--go", action="store_true", help="only the Go page; the server has a line that plays")
     parser.add_argument("--studio", action="store_true", help="only the studio")
+    parser.add_argument("--user", help="whose votes the studio follows; default: a new browser's, who has none")
     given = parser.parse_args()
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
@@ -175,7 +180,7 @@ def main() -> None:
         if given.go:
             go(camera)
         if given.studio:
-            studio(camera)
+            studio(camera, given.user)
         if not given.go and not given.studio:
             english(camera, given.ask)
             compare(camera, given.ask[2])
