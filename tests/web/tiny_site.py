@@ -154,6 +154,7 @@ class Site:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
+        self.kill()
         raise AssertionError(f"the server did not start: {self.log.read_text()}")
 
     def kill(self) -> None:
