@@ -68,7 +68,7 @@ def counting(site: Site, page: Page) -> list[FeedbackEvent]:
     return [event for event in site.home.feedback.current() if event.user == user_of(page)]
 
 
-def until(check: Any, seconds: float = 10.0) -> Any:
+def until(check: Any, seconds: float = 90.0) -> Any:
     """The first true value of `check()`."""
     end = time.monotonic() + seconds
     while not (value := check()):
