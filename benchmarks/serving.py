@@ -11,6 +11,8 @@ rounded numbers, because torch multiplies bfloat16 at a sixtieth of that speed o
 then 127 single tokens, without the prompt's time. llama.cpp's GGUF file is written by our own exporter.
 `speculation`: one stream, ours with drafts and without. `corrects`: an answer that repeats its prompt but for every
 16th token, said by weights made to do that and nothing else; `babbles`: tokens drawn evenly, where no draft is right.
+`8 corrects`, `8 babble`: the same with eight at a time. `8 stories`: eight at a time, greedy, by the trained model of
+260 thousand parameters in ../shared/data. `dtype auto`: weights that bfloat16 holds, kept as a probe finds best.
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ CLIENTS, ASKED_TOKENS = 64, 16
 SLOTS = (8, 32, 64)
 """Parallel slots that llama.cpp's server is tried with."""
 WALK, MISTAKES = 256, 16
+STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K-hf"
+BEGINNINGS = (
+    "Once upon a time, there was a little girl named Lily.", "Tom and Sam were friends.", "One day, a big dog",
+    "The sun was hot and the", "A small bird sat on a tree and", "Ben had a red ball. He", "It was a rainy day.",
+    "Mom said,",
+)  # fmt: skip
 PREFIX = 400
 
 Ask = tuple[list[int], int]
@@ -129,7 +137,9 @@ def our_engine(shape: str, weights: str, model: Any = None, **settings: Any) -> 
     from prairie.models.quantized import quantize
 
     model = model or rounded_model(shape)
-    if weights != "float32":
+    if weights == "auto":
+        settings["dtype"] = weights
+    elif weights != "float32":
         quantize(model, weights, [list(range(300, 332))], head=True)
     words = tokenizer(VOCABULARY[shape])
     engine = Engine(model, words, template(words), weights_hash="benchmark", max_context=CONTEXT, **settings)
@@ -205,6 +215,37 @@ def our_speculation(speculate: str | None, quick: bool, copies: bool) -> Found:
     rate, figures = (len(answer) - 1) / (ended[-1] - ended[0]), engine.figures()
     counts = {name: figures[name] for name in ("drafted_tokens", "accepted_tokens")}
     return {"rate": rate, "rss_mb": peak_rss_mb(), "steps": len(ended), **counts}
+
+
+def our_batch(speculate: str | None, quick: bool, copies: bool) -> Found:
+    """Eight at a time, prompts inside the time, and what came of drafts."""
+    engine = our_engine("50m", "bf16", correcting_model() if copies else None, max_batch=8, speculate=speculate)
+    warm_up(engine)
+    asked = to_correct(48 if quick else 160) * 8 if copies else mixed(8, quick)
+    return _drafted(engine, asked, 0 if copies else 1)
+
+
+def our_stories(speculate: str | None, quick: bool) -> Found:
+    """Text of a trained model, eight at a time."""
+    from prairie.engine.language_model import LanguageModel
+
+    if not STORIES.is_dir():
+        raise SystemExit(f"the trained model is not there: {STORIES}")
+    engine = LanguageModel.load(STORIES, speculate=speculate, max_batch=8).engine
+    engine.compile()
+    forget_peak()
+    asked = [(engine.prompt_ids(BEGINNINGS[i % len(BEGINNINGS)]), 64 if quick else 400) for i in range(16)]
+    _drafted(engine, asked[:2], 0)
+    return _drafted(engine, asked, 0)
+
+
+def _drafted(engine: Any, asked: list[Ask], temperature: float) -> Found:
+    before, began = engine.figures(), time.perf_counter()
+    answers, ended = answered(engine, asked, temperature=temperature)
+    figures, tokens = engine.figures(), sum(map(len, answers))
+    counts = {name: figures[name] - before[name] for name in ("drafted_tokens", "accepted_tokens")}
+    rate = tokens / (ended[-1] - began)
+    return {"rate": rate, "rss_mb": peak_rss_mb(), "steps": len(ended), "tokens": tokens, **counts}
 
 
 def our_prefix(reuse: bool, quick: bool) -> Found:
@@ -509,6 +550,23 @@ CASES = [
         "speculation babbles", "our engine without drafts", "tokens/s",
         lambda quick: our_speculation("ngram", quick, copies=False),
         lambda quick: our_speculation(None, quick, copies=False), required=0.98,
+    ),
+    Case(
+        "speculation 8 corrects", "our engine without drafts", "tokens/s",
+        lambda quick: our_batch("ngram", quick, copies=True), lambda quick: our_batch(None, quick, copies=True),
+    ),
+    Case(
+        "speculation 8 babble", "our engine without drafts", "tokens/s",
+        lambda quick: our_batch("ngram", quick, copies=False), lambda quick: our_batch(None, quick, copies=False),
+        required=0.98,
+    ),
+    Case(
+        "speculation 8 stories", "our engine without drafts", "tokens/s",
+        lambda quick: our_stories("ngram", quick), lambda quick: our_stories(None, quick), required=0.98,
+    ),
+    Case(
+        "dtype auto", "our engine in float32", "tokens/s", lambda quick: ours("50m", "auto", 1, single("50m", quick)),
+        lambda quick: ours("50m", "float32", 1, single("50m", quick)), required=1.0,
     ),
     Case(
         "adapters 16", "our base alone", "tokens/s",

@@ -29,6 +29,14 @@ class Quantize(StrEnum):
     bf16 = "bf16"
 
 
+class Dtype(StrEnum):
+    """In what the weights are kept."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class Speculate(StrEnum):
     """Where drafts of answers come from."""
 
@@ -43,6 +51,14 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines too.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     threads: ThreadsOption = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Keep the weights in float32, or rounded to bfloat16; auto: in bfloat16 where nothing is lost by it "
+            "and a probe finds it faster.",
+            show_default="auto",
+        ),
+    ] = None,
     quantize: Annotated[
         Quantize | None,
         typer.Option("--quantize", help="Keep the weights in bf16, int8, int4 or nf4; the log says what that changes."),
@@ -90,9 +106,15 @@ def serve(
 ) -> None:
     """Serve models over OpenAI's HTTP API, with a chat page at / and votes that the next version learns from."""
     from prairie.engine.remote import Remote
+    from prairie.errors import UsageError
     from prairie.serve.replicas import inherited_socket
     from prairie.serve.server import bind, serve_on, url_of
 
+    if dtype is not None and quantize is not None:
+        raise UsageError(
+            "--dtype and --quantize both say how weights are kept", got=f"{dtype.value} and {quantize.value}",
+            mend="leave out one of them",
+        )  # fmt: skip
     remotes = [Remote.parse(text, os.environ.get("PRAIRIE_REMOTE_KEY")) for text in remote or ()]
     # Before anything is loaded: a taken port is said at once.
     listening = inherited_socket() or bind(host, port)
@@ -117,8 +139,10 @@ def serve(
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
+        kept = dtype.value if dtype is not None else "auto" if quantize is None else None
         asked = {
-            "quantize": quantize and quantize.value, "speculate": speculate and speculate.value, "threads": threads,
+            "dtype": kept, "quantize": quantize and quantize.value, "speculate": speculate and speculate.value,
+            "threads": threads,
         }  # fmt: skip
         given = {name: value for name, value in asked.items() if value is not None}
         app = create_app(store, names or (), settings, lambda: Runtime.detect(threads=count), **given)

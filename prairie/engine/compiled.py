@@ -17,22 +17,31 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from prairie.engine.probe import Choice, probe
+from prairie.engine.probe import Choice, numbers_to_try, of_dtype, probe
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
+from prairie.models.weights import hash_of
 from prairie.ops.attention import rotary_turns
-from prairie.ops.packed import IN_PANELS, PANEL, PackedWeight, in_one_piece, in_panels, lay_in_panels
+from prairie.ops.packed import (
+    IN_PANELS,
+    PANEL,
+    Bits,
+    PackedWeight,
+    in_one_piece,
+    in_panels,
+    is_bfloat16,
+    lay_in_panels,
+)  # fmt: skip
 from prairie.runtime import give_back
 
 if TYPE_CHECKING:
@@ -63,6 +72,10 @@ SAID = (
     "tokens", "sequences", "ready_count", "sampled", "threads", "head_pieces", "segment_count", "segments"
 )  # fmt: skip
 """Of the plan: what each step says itself."""
+
+
+Dtype = Literal["auto", "float32"]
+"""In what weights that were read in float32 are kept: auto takes bfloat16 where it loses nothing and is faster."""
 
 
 def covers(model: Transformer) -> bool:
@@ -97,6 +110,46 @@ def _kinds(model: Transformer) -> bool:
 def _weights(model: Transformer) -> list[Tensor | PackedWeight]:
     """The matrices of the blocks."""
     return [getattr(block, group) for block in model.layers for group in GROUPS]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The large matrices of a model, as a step multiplies them."""
+
+    blocks: list[Tensor | PackedWeight]
+    """Of each layer, by `GROUPS`."""
+    embed: Tensor | PackedWeight
+    head: Tensor | PackedWeight
+    """`embed` itself where they are tied."""
+
+    @classmethod
+    def of(cls, model: Transformer) -> Matrices:
+        """The model's own; a vocabulary that holds only numbers of a quantised form is kept in it."""
+        found = cls(_weights(model), model.embed, model.head_weight)
+        quantization = model.quantization
+        if quantization is not None:
+            lay_in_panels([weight for weight in found.blocks if isinstance(weight, PackedWeight)])
+            if quantization.head is not None and isinstance(found.embed, Tensor):
+                return cls(found.blocks, *found.vocabulary_in(quantization.head))
+        return found
+
+    def in_bfloat16(self) -> Matrices | None:
+        """The same numbers in bfloat16; None where some of the blocks' are no such numbers."""
+        plain = [weight for weight in self.blocks if isinstance(weight, Tensor)]
+        if len(plain) < len(self.blocks) or not all(map(is_bfloat16, plain)):
+            return None
+        packed = [PackedWeight(weight, "bf16", exact=True) for weight in plain]
+        lay_in_panels(packed)
+        whole = all(isinstance(weight, Tensor) and is_bfloat16(weight) for weight in (self.embed, self.head))
+        return Matrices([*packed], *(self.vocabulary_in("bf16") if whole else (self.embed, self.head)))
+
+    def vocabulary_in(self, bits: Bits) -> tuple[PackedWeight, PackedWeight]:
+        """Embedding and head in a form that loses nothing of them."""
+        assert isinstance(self.embed, Tensor) and isinstance(self.head, Tensor)
+        embed = PackedWeight(self.embed, bits, exact=True)
+        head = embed if self.head is self.embed else PackedWeight(self.head, bits, exact=True)
+        lay_in_panels([embed] if head is embed else [embed, head])
+        return embed, head
 
 
 @cache
@@ -194,13 +247,20 @@ class Helpers:
 class CompiledDecoder:
     """A model and its cache, as arrays and addresses. Everything that an address points to is held here."""
 
-    def __init__(self, model: Transformer, cache: KVCache, threads: int | None = None) -> None:
-        """`threads` of every step; None: found by a probe."""
+    def __init__(
+        self, model: Transformer, cache: KVCache, threads: int | None = None, dtype: Dtype = "float32"
+    ) -> None:
+        """`threads` of every step; None: found by a probe. `dtype` auto: found by it, too."""
         c = model.config
-        self.choice = None if threads is None else Choice(threads, threads)
-        """How many threads compute a step; None until the probe has found it."""
+        self.asked_threads, self.dtype = threads, dtype
+        self.choice: Choice | None = None
+        """How many threads compute a step, and in what the weights are kept; None until that is known."""
         self.model, self.cache, self.config = model, cache, c
-        self.held: list[Tensor | np.ndarray] = []
+        self.held: dict[str, np.ndarray] = {}
+        self.laid: list[Tensor] = []
+        """What matrices are read from."""
+        self.newer: Matrices | None = None
+        """Matrices that the model shall keep from the next step on instead of its own."""
         self.adapters: weakref.WeakKeyDictionary[LoRA, Adapter | None] = weakref.WeakKeyDictionary()
         self.scratch: dict[str, np.ndarray] = {}
         self.room = (0, 0, 0)
@@ -232,8 +292,7 @@ class CompiledDecoder:
                 decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
                 self._describe_model(decoder)
                 self.step = decoder.decoder_step
-                if self.choice is None:
-                    self._probe()
+                self._choose(decoder)
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
@@ -250,10 +309,8 @@ class CompiledDecoder:
         record["eps"], record["query_scale"] = c.norm_eps, model.query_scale * c.head_dim**-0.5
         record["embed_scale"] = c.embed_scale
         self.said = {name: self.plan[name] for name in SAID}
-        self._keep("embeddings", model.embed.detach().numpy())
         turns = rotary_turns(torch.arange(c.max_context), rope_frequencies(c), rope_magnitudes(c))[:, 0]
         self._keep("all_turns", torch.cat([turns.real, turns.imag], 1).numpy())
-        self._describe_weights(decoder)
 
         def stacked(name: str) -> np.ndarray | None:
             rows = [row.detach().float() for block in model.layers if (row := getattr(block, name, None)) is not None]
@@ -283,49 +340,85 @@ class CompiledDecoder:
         self.helpers = helpers
         record["stop"] = 0
 
-    def _describe_weights(self, decoder: ModuleType) -> None:
-        """The matrices of the blocks and the head, each as it is multiplied."""
-        model, c, record = self.model, self.config, self.plan[0]
-        weights: Sequence[Tensor | PackedWeight] = _weights(model)
-        head = model.head_weight
-        packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
-        plain = [weight for weight in (*weights, head) if not isinstance(weight, PackedWeight)]
-        lay_in_panels(packed)
+    def _choose(self, decoder: ModuleType) -> None:
+        """How the matrices are kept and how many threads compute a step, by trying where it was not said."""
+        asked, own = self.asked_threads, Matrices.of(self.model)
+        numbers = [asked] if asked is not None else numbers_to_try(most_threads())
+        open_question = self.dtype == "auto" and isinstance(own.blocks[0], Tensor) and self.config.ffn_dim % PANEL == 0
+        narrow = own.in_bfloat16() if open_question else None
+        self._describe_weights(decoder, own)
+        chosen = Choice(numbers[0], numbers[0])
+        if narrow is not None:
+            wide = self._probed(numbers)
+            self._describe_weights(decoder, narrow)
+            chosen = of_dtype(self._probed(numbers), wide)
+            if chosen.dtype == "float32":
+                self._describe_weights(decoder, own)
+            else:
+                own = narrow
+        elif len(numbers) > 1:
+            chosen = self._probed(numbers)
+        if open_question and narrow is None:
+            chosen = replace(chosen, why="bfloat16 would round them")
+        self.choice = chosen
+        log.info("%s", chosen)
+        if own.embed is not self.model.embed or own.blocks[0] is not self.model.layers[0].qkv:
+            if self.model.loaded_hashes is None:
+                self.model.loaded_hashes = (hash_of(self.model), "")
+            self.newer = own
+
+    def _replace_matrices(self, newer: Matrices) -> None:
+        """In the engine's thread, between two steps: the model keeps its matrices as they are computed with. They hold
+        the same numbers, and what they held them in before is free."""
+        model = self.model
+        blocks = iter(newer.blocks)
+        places: list[tuple[nn.Module, str]] = [(block, group) for block in model.layers for group in GROUPS]
+        for owner, name, weight in (
+            *((owner, name, next(blocks)) for owner, name in places),
+            (model, "embed", newer.embed),
+            *([] if model.head is None else [(model, "head", newer.head)]),
+        ):
+            if getattr(owner, name) is not weight:
+                delattr(owner, name)
+                setattr(owner, name, weight)
+        self.newer = None
+        threading.Thread(target=give_back, name="prairie-give-back").start()
+
+    def _describe_weights(self, decoder: ModuleType, matrices: Matrices) -> None:
+        """The matrices, each as it is multiplied."""
+        c, record, self.laid = self.config, self.plan[0], []
         kinds = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}
-        if packed:
-            kind = kinds[packed[0].bits]
-        elif c.ffn_dim % PANEL == 0 and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
-            *weights, head = in_one_piece([in_panels(weight.detach()) for weight in plain])
-            kind = record["head_kind"] = decoder.PANELS
-        else:
-            kind = decoder.FLOAT32
-        record["kind"] = kind
+        blocks, embed, head = matrices.blocks, matrices.embed, matrices.head
+        plain = [weight.detach() for weight in (*blocks, head) if isinstance(weight, Tensor)]
+        kind = kinds[blocks[0].bits] if isinstance(blocks[0], PackedWeight) else decoder.FLOAT32
+        head_kind = kinds[head.bits] if isinstance(head, PackedWeight) else decoder.FLOAT32
+        copied = len(plain) > len(blocks) and c.ffn_dim % PANEL == 0
+        if copied and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
+            *blocks, head = in_one_piece([in_panels(weight) for weight in plain])
+            kind = head_kind = decoder.PANELS
+        record["kind"], record["head_kind"] = kind, head_kind
         record["rows_at_once"] = decoder.TILE_ROWS if kind == decoder.FLOAT32 else PANEL
         record["heads_at_once"] = 1 if kind == decoder.FLOAT32 else PANEL // math.gcd(PANEL, c.head_dim)
-        record["adapter_kind"] = decoder.BFLOAT16 if packed else decoder.PANELS
-        addresses = np.array([self._addresses(weight) for weight in weights]).reshape(c.layers, len(GROUPS), 2)
+        record["adapter_kind"] = decoder.PANELS if self.model.quantization is None else decoder.BFLOAT16
+        addresses = np.array([self._addresses(weight) for weight in blocks]).reshape(c.layers, len(GROUPS), 2)
         self._keep("weights", addresses[:, :, 0])
         self._keep("scales", addresses[:, :, 1])
         record["head"], record["head_scales"] = self._addresses(head)
-        if model.quantization is not None and model.quantization.head:
-            packed_head = PackedWeight(head, model.quantization.head)
-            lay_in_panels([packed_head])
-            record["head_kind"] = kinds[model.quantization.head]
-            record["head"], record["head_scales"] = self._addresses(packed_head)
+        record["embed_kind"] = kinds[embed.bits] if isinstance(embed, PackedWeight) else decoder.FLOAT32
+        record["embeddings"], record["embed_scales"] = self._addresses(embed)
 
     def _keep(self, name: str, values: np.ndarray) -> None:
         """Something of the model, by its address."""
-        kept = np.ascontiguousarray(values)
-        self.held.append(kept)
+        kept = self.held[name] = np.ascontiguousarray(values)
         self.plan[0][name] = address(kept)
 
     def _addresses(self, weight: Tensor | PackedWeight) -> tuple[int, int]:
         """Of the numbers and of their scales, 0 where there are none."""
         if isinstance(weight, PackedWeight):
-            self.held += [weight.numbers, weight.scales]
+            self.laid += [weight.numbers, weight.scales]
             return weight.numbers.data_ptr(), weight.scales.data_ptr() if weight.bits == "int8" else 0
         held = weight.detach().contiguous()
-        self.held.append(held)
+        self.laid.append(held)
         return held.data_ptr(), 0
 
     # ---- adapters
@@ -383,6 +476,8 @@ class CompiledDecoder:
     def run(self, step: Step, tokens: list[int], places: list[int], sampled: int) -> Found | None:
         """Computes a step, given its tokens (N,); keys and values of all are in the cache afterwards. What is to be
         known of the tokens at `places` (R,), if there are any: of their logits, and of the first `sampled` of these."""
+        if self.newer is not None and self.ready.is_set():
+            self._replace_matrices(self.newer)
         count, sequences, wanted, threads = len(tokens), len(step.rows), len(places), self.threads(len(tokens))
         self._have_room(count, threads, wanted)
         said, scratch = self.said, self.scratch
@@ -467,7 +562,7 @@ class CompiledDecoder:
         assert self.choice is not None
         return min(self.choice.threads(tokens), MOST_THREADS)
 
-    def _probe(self) -> None:
+    def _probed(self, numbers: list[int]) -> Choice:
         """Tries steps on a cache of their own, while no other thread looks at the plan."""
         record, c, cache = self.plan[0], self.config, self.cache
         names = ("kv", "tables", "slots", "blocks")
@@ -491,11 +586,10 @@ class CompiledDecoder:
             return time.perf_counter() - began
 
         try:
-            self.choice = probe(step_s, most_threads())
+            return probe(step_s, numbers)
         finally:
             for name, value in before.items():
                 record[name] = value
-        log.info("%s", self.choice)
 
 
 def most_threads() -> int:

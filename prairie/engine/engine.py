@@ -1,9 +1,9 @@
 """Requests -> tokens. `Engine.step` is one turn: schedule, run, accept.
 
 An engine is for one thread. It holds one base and many adapters; weights never change under it: a new version is a new
-adapter hash or a new engine. The same requests in the same order give the same answers. Once float32 weights are
-computed by the compiled form, a seeded answer has the same bits whatever else the engine answers; else it depends on
-its neighbours through rounding in the logits: products of another shape may differ in the last bit.
+adapter hash or a new engine. The same requests in the same order give the same answers. Once weights in float32 or
+bfloat16 are computed by the compiled form, a seeded answer has the same bits whatever else the engine answers; else it
+depends on its neighbours through rounding in the logits: products of another shape may differ in the last bit.
 Not here: HTTP (`serve`), text prompts and chats as a library (`language_model`).
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from prairie.data.chat_template import ChatTemplate, Options
 from prairie.data.records import Message, Tools
 from prairie.data.tokenizer import Tokenizer
-from prairie.engine.compiled import CompiledDecoder, covers
+from prairie.engine.compiled import CompiledDecoder, Dtype, covers
 from prairie.engine.constraint import Grammars
 from prairie.engine.kv_cache import KVCache, root_hash
 from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
@@ -63,12 +63,14 @@ class Engine:
         compiles: bool = True,
         speculate: Literal["ngram"] | None = None,
         threads: int | None = None,
+        dtype: Dtype = "float32",
     ) -> None:
         """`kv_tokens` bounds the tokens in the cache, `step_tokens` those of a forward pass (at least `max_batch`).
 
         `compiles`: after the first steps the model's compiled form is made ready in the background, where it has one.
         `speculate`: drafts what stood in the text before, where that pays (`speculation`).
         `threads` of its steps; None: at most torch's, as many as are fastest (`probe`).
+        `dtype` auto: float32 weights that bfloat16 holds to the last bit are kept in it, if that is faster.
         """
         config = model.config
         context = min(max_context or config.max_context, config.max_context)
@@ -97,7 +99,7 @@ class Engine:
         self.speculation = Speculation() if speculate is not None and not self._turns_by_length else None
         self.scheduler = Scheduler(self.cache, max_batch, step_tokens, self.speculation)
         vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        compiled = CompiledDecoder(model, self.cache, threads) if compiles and covers(model) else None
+        compiled = CompiledDecoder(model, self.cache, threads, dtype) if compiles and covers(model) else None
         self.runner = Runner(model, self.cache, Sampler(max_batch, vocab_size, weight.device), compiled)
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
@@ -252,7 +254,8 @@ class Engine:
 
     @property
     def choice(self) -> Choice | None:
-        """How many threads compute its steps, and why; None before the compiled form is there."""
+        """How many threads compute its steps, in what its weights are kept, and why; None before the compiled form is
+        there."""
         compiled = self.runner.compiled
         return compiled.choice if compiled is not None and compiled.ready.is_set() else None
 

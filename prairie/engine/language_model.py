@@ -19,7 +19,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -102,16 +102,25 @@ class LanguageModel:
         adapter: Path | str | None = None,
         runtime: Runtime | None = None,
         quantize: Bits | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         verified: bool = False,
         **engine_settings: Any,
     ) -> LanguageModel:
         """Reads a model folder, and an adapter folder to answer with. `quantize` keeps the matrices of the blocks in
-        fewer bits; `quantization` then says what that changed. `verified`: as in `load_model`.
+        fewer bits; `quantization` then says what that changed. `dtype` auto: in bfloat16 where the weights are such
+        numbers and a probe finds it faster; bfloat16: as `quantize` bf16. `verified`: as in `load_model`.
 
         Raises ModelError, TokenizerError, TemplateError or AdapterError if a file is missing or damaged, or if
         tokenizer, base, template and adapter were not made for each other.
         """
         folder, runtime = Path(folder), runtime or Runtime()
+        if dtype != "float32" and quantize is not None:
+            raise ModelError(
+                "two ways are asked for in which weights shall be kept", got=f"dtype {dtype}, quantize {quantize}",
+                mend="leave out one of them",
+            )  # fmt: skip
+        if dtype == "bfloat16":
+            quantize = "bf16"
         if not folder.is_dir():
             raise ModelError("no such model folder", got=folder, wanted="a folder with config.json and safetensors")
         if read_manifest(folder).get("kind") == "adapter":
@@ -129,8 +138,9 @@ class LanguageModel:
             lora = LoRA.load(adapter).to(runtime.device)
         name = Path(adapter).name if adapter is not None else folder.name
         return cls(
-            model, tokenizer, template, lora=lora, name=name, folder=folder, weights_hash=hashed, **engine_settings
-        )
+            model, tokenizer, template, lora=lora, name=name, folder=folder, weights_hash=hashed,
+            dtype="auto" if dtype == "auto" else "float32", **engine_settings,
+        )  # fmt: skip
 
     @property
     def quantization(self) -> Quantization | None:

@@ -36,7 +36,7 @@ def load(
         if config.kind != "decoder" or not config.writes:
             if adapter is not None:
                 raise ModelError(f"{folder} takes no adapter here", got=adapter, wanted="a decoder that writes")
-            if engine_settings.get("quantize") is not None:
+            if engine_settings.get("quantize") is not None or engine_settings.get("dtype") == "bfloat16":
                 raise ModelError(
                     f"{folder} cannot be quantised", got=f"an {config.kind}", wanted="a decoder that writes"
                 )

@@ -1,17 +1,18 @@
-"""How many threads compute a step fastest: measured on the model itself, when its compiled form is ready.
+"""How many threads compute a step fastest, and whether weights that bfloat16 can hold are faster in it: measured on the
+model itself, when its compiled form is ready.
 
 A step of a small model is over before a second thread has woken; one of many tokens or of a large model wants every
 core. What is best hangs on the model, the machine and what else runs there, so it is tried and not guessed. The answers
-are the same with any number of threads.
-Not here: a step (`compiled`), the numbers that weights are kept in, which may change answers and are never chosen here.
+are the same with any number of threads, and of weights that lose nothing.
+Not here: a step, and which weights lose nothing (`compiled`).
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 MANY = 16
@@ -24,6 +25,8 @@ EACH_S = 0.03
 """How long a number of threads is tried, if a step does not take longer."""
 LONG_S = 0.05
 """A step that takes longer with all threads wants all of them, and is not tried with fewer."""
+SLOWER = 1.05
+"""What times of equal steps may differ by."""
 GAIN = 0.9
 """Fewer threads are taken for a step that then takes at most this share of the time: ties go to more of them, as cores
 that are busy now may be idle later."""
@@ -37,32 +40,39 @@ class Choice:
     few: int
     many: int
     step_ms: dict[tuple[int, int], float] = field(default_factory=dict)
+    dtype: str = "float32"
+    """In what the weights are kept."""
+    why: str = ""
 
     def threads(self, tokens: int) -> int:
         return self.few if tokens < BETWEEN else self.many
 
+    def ms(self, tokens: int) -> float:
+        """What a step takes as chosen."""
+        return self.step_ms[tokens, self.threads(tokens)]
+
     def to_json(self) -> dict[str, Any]:
         tried = {f"{tokens} tokens, {threads} threads": round(ms, 3) for (tokens, threads), ms in self.step_ms.items()}
-        return {"threads_few_tokens": self.few, "threads_many_tokens": self.many, "step_ms": tried}
+        chosen = {"threads_few_tokens": self.few, "threads_many_tokens": self.many, "step_ms": tried}
+        return chosen | ({"dtype": self.dtype, "dtype_why": self.why} if self.why else {})
 
     def __str__(self) -> str:
         tried = ", ".join(
             f"{tokens} {'token' if tokens == 1 else 'tokens'} on {threads}: {ms:.3g} ms"
             for (tokens, threads), ms in self.step_ms.items()
         )
-        return f"steps of fewer than {BETWEEN} tokens on {self.few} threads, larger ones on {self.many} ({tried})"
+        kept = f"weights in {self.dtype}: {self.why}; " if self.why else ""
+        return f"{kept}steps of fewer than {BETWEEN} tokens on {self.few} threads, larger ones on {self.many} ({tried})"
 
 
-def probe(step_s: Callable[[int, int], float], most: int) -> Choice:
-    """The best numbers of threads, at most `most`. `step_s` computes a step of so many tokens with so many threads and
-    says how many seconds it took."""
-    if most == 1:
-        return Choice(1, 1)
+def probe(step_s: Callable[[int, int], float], numbers: Sequence[int]) -> Choice:
+    """The best of some `numbers` of threads, falling. `step_s` computes a step of so many tokens with so many threads
+    and says how many seconds it took."""
     found: dict[tuple[int, int], float] = {}
     best = {}
     for tokens in (1, MANY):
-        best[tokens] = most
-        for threads in _numbers(most):
+        best[tokens] = numbers[0]
+        for threads in numbers:
             seconds = found[tokens, threads] = _typical(step_s, tokens, threads)
             if seconds <= GAIN * found[tokens, best[tokens]]:
                 best[tokens] = threads
@@ -71,7 +81,20 @@ def probe(step_s: Callable[[int, int], float], most: int) -> Choice:
     return Choice(best[1], best[MANY], {at: 1000 * seconds for at, seconds in found.items()})
 
 
-def _numbers(most: int) -> list[int]:
+def of_dtype(narrow: Choice, wide: Choice) -> Choice:
+    """The faster of two forms of the same numbers, bfloat16 and float32: bfloat16 only if single tokens gain from it
+    and larger steps lose nothing."""
+    gains = narrow.ms(1) <= GAIN * wide.ms(1) and narrow.ms(MANY) <= SLOWER * wide.ms(MANY)
+    times = ", ".join(
+        f"a step of {tokens} takes {narrow.ms(tokens):.3g} ms and {wide.ms(tokens):.3g} in float32"
+        for tokens in (1, MANY)
+    )
+    if gains:
+        return replace(narrow, dtype="bfloat16", why=f"it holds them to the last bit and is faster here, {times}")
+    return replace(wide, why=f"bfloat16 holds them to the last bit too, and is not faster here, {times}")
+
+
+def numbers_to_try(most: int) -> list[int]:
     """All threads first, then powers of two, falling."""
     return [most, *(1 << power for power in range(most.bit_length(), -1, -1) if 1 << power < most)]
 

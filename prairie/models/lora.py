@@ -242,10 +242,10 @@ class LoRA(nn.Module):
         AdapterError for another base; when that change is above `tolerance` (the model must then be loaded anew); when
         only one side of tied embeddings is adapted.
         """
-        if model.quantization is not None:
+        if (bits := model.packed) is not None:
             raise AdapterError(
                 f"{name} cannot be merged into a quantised base",
-                got=model.quantization.bits,
+                got=bits,
                 mend="load it as it is",
             )
         if self.score is not None:
@@ -411,8 +411,9 @@ class LoRA(nn.Module):
 
 
 def _served(change: LowRank, weight: Tensor | PackedWeight) -> LowRank:
-    """What is answered with: on a base that is served in bfloat16, 8 or 4 bits an adapter is rounded to bfloat16."""
-    if not isinstance(weight, PackedWeight) or weight.bits not in IN_PANELS or change.gain_O is not None:
+    """What is answered with: on a base that is rounded to bfloat16, 8 or 4 bits an adapter is rounded to bfloat16."""
+    rounded = isinstance(weight, PackedWeight) and weight.bits in IN_PANELS and not weight.exact
+    if not rounded or change.gain_O is not None:
         return change
     return LowRank(*(tensor.bfloat16().to(tensor.dtype) for tensor in (change.a_RI, change.b_OR)))
 

@@ -33,7 +33,7 @@ from prairie.ops.elementwise import ACTIVATIONS, gated, layer_norm, rms_norm, so
 from prairie.ops.experts import mix_experts, route
 from prairie.ops.linear import adapted_linear, linear
 from prairie.ops.loss import IGNORED, linear_cross_entropy, linear_logprobs
-from prairie.ops.packed import PackedWeight, dense
+from prairie.ops.packed import PackedWeight, dense, embedding
 from prairie.ops.relative import RelativeBias
 
 if TYPE_CHECKING:
@@ -111,12 +111,13 @@ class FusedLinear(NamedTuple):
     group: str
     parts: tuple[Part, ...]
     weight: Tensor | PackedWeight
-    """(O, I)"""
+    """(O, I); of the embedding (I, O), a row a token."""
     bias: Tensor | None = None
 
     def dense(self) -> Tensor:
         """(O, I) the weight itself, however it is kept."""
-        return dense(self.weight)
+        weight = dense(self.weight)
+        return weight.T if self.group == "embed" else weight
 
     def rows(self) -> Iterator[tuple[Part, slice]]:
         """Each part with its rows of the weight."""
@@ -130,7 +131,8 @@ class Transformer(nn.Module):
     """A decoder, an encoder, or a decoder over an encoder. Parameters are not set until `init_weights` or
     `weights.load_model`."""
 
-    embed: nn.Parameter
+    embed: nn.Parameter | PackedWeight
+    head: nn.Parameter | PackedWeight | None
 
     def __init__(self, config: ModelConfig, *, owns_embeddings: bool = True) -> None:
         """Without embeddings of its own it is the encoder of another Transformer, which embeds for it."""
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.layers))
         self.norm, self.norm_bias = norm(c.final_norm), norm(c.final_norm and c.norm_bias)
         self.encoder = Transformer(c.encoder, owns_embeddings=False) if c.encoder is not None else None
-        self.head = table(not c.tie_embeddings, c.vocab_size)
+        self.register_parameter("head", table(not c.tie_embeddings, c.vocab_size))
         bias_shape = (1, c.vocab_size) if c.encoder is not None else (c.vocab_size,)
         self.logit_bias = nn.Parameter(torch.empty(bias_shape)) if c.logit_bias else None
         self.task = Head(c) if c.head is not None else None
@@ -197,7 +199,12 @@ class Transformer(nn.Module):
     # ---- from hidden states to the vocabulary
 
     @property
-    def head_weight(self) -> Tensor:
+    def packed(self) -> str | None:
+        """In what form matrices are kept, if some are packed; such a model can be answered with and not be changed."""
+        return next((module.bits for module in self.modules() if isinstance(module, PackedWeight)), None)
+
+    @property
+    def head_weight(self) -> Tensor | PackedWeight:
         """(V, D) the matrix that turns hidden states into logits: the embedding when tied. Logits and losses are asked
         of the methods below, which know what else belongs to them. Raises ModelError for a model of scores."""
         self._refuse_logits_of_scores()
@@ -279,7 +286,8 @@ class Transformer(nn.Module):
             if len(adapters) > 1 or adapters[0].rows is not None:
                 raise AdapterError("adapters of the head learn one at a time", got=f"{len(adapters)} at once")
             return adapters[0].lora.weight_under(at)
-        return self.head_weight if torch.is_grad_enabled() else self.head_weight.detach()
+        weight = dense(self.head_weight)
+        return weight if torch.is_grad_enabled() else weight.detach()
 
     def with_scores(self, labels: Sequence[str], seed: int = 0) -> Transformer:
         """`with_head` of the kind that classifies rows; one label makes it a reward model."""
@@ -308,7 +316,7 @@ class Transformer(nn.Module):
             value = torch.full(like.shape, 0.0 if name.endswith("bias") else 1.0)
         else:
             value = torch.empty(like.shape).normal_(generator=generator) / math.sqrt(like.shape[-1])
-        return nn.Parameter(value.to(self.embed))
+        return nn.Parameter(value.to(self.embed.device, self.embed.dtype))
 
     # ---- what can carry an adapter
 
@@ -318,7 +326,7 @@ class Transformer(nn.Module):
             vocabulary, width = self.embed.shape
             if group == "embed":
                 path = self.table[0].name.removesuffix(".weight")
-                return FusedLinear(None, group, (Part(path, width, vocabulary),), self.embed.T)
+                return FusedLinear(None, group, (Part(path, width, vocabulary),), self.embed)
             return FusedLinear(None, group, (Part(HEAD, vocabulary, width),), self.head_weight)
         block = self.layers[layer]
         weight, bias = getattr(block, group), getattr(block, f"{group}_bias")
@@ -361,7 +369,7 @@ class Transformer(nn.Module):
             raise ModelError("a decoder over an encoder needs what the encoder read, and no other model can use it")
         if wanted_W is not None and memory is not None:
             raise ModelError("a decoder over an encoder gives the hidden states of all tokens", got="some wanted")
-        x_ND = F.embedding(tokens_N, self.embed)
+        x_ND = embedding(tokens_N, self.embed)
         for adapter in adapters:
             x_ND = adapter.lora.add_to_embedding(x_ND, tokens_N, self.linear(None, "embed"), adapter.rows)
         return self._through_layers(x_ND, attend, adapters, segments_N, memory, wanted_W)
@@ -370,7 +378,7 @@ class Transformer(nn.Module):
         """hidden_MD of the encoder of an encoder-decoder, for a `Memory`. ModelError for a model of another kind."""
         if self.encoder is None:
             raise ModelError("only an encoder-decoder encodes apart from what it writes", got=self.config.kind)
-        hidden_MD: Tensor = self.encoder._through_layers(F.embedding(tokens_M, self.embed), attend)
+        hidden_MD: Tensor = self.encoder._through_layers(embedding(tokens_M, self.embed), attend)
         return hidden_MD
 
     def _through_layers(

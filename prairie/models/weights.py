@@ -63,8 +63,8 @@ def named_state(model: Transformer) -> dict[str, Tensor]:
 
 def _each_named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """In the order of the names. ModelError when some are packed."""
-    if model.quantization is not None:
-        raise ModelError("a quantised model cannot be written", got=model.quantization.bits, mend="write it before")
+    if (bits := model.packed) is not None:
+        raise ModelError("a model whose weights are packed cannot be written", got=bits, mend="write it before")
     parameters = dict(model.named_parameters())
     for weight in sorted(model.table):
         yield weight.name, weight.take(parameters[weight.parameter].detach())
@@ -73,7 +73,7 @@ def _each_named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 def hash_of(model: Transformer) -> str:
     """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype), else
     theirs. Always computed anew: fused optimisers change weights without counting it in the tensor's version."""
-    if model.quantization is not None and model.loaded_hashes is not None:
+    if model.loaded_hashes is not None and model.packed is not None:
         return model.loaded_hashes[0]  # the model that was packed; packed weights do not change
     found = _hash_of(_each_named(model))
     if model.loaded_hashes is not None and model.loaded_hashes[1] == found:

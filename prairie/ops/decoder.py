@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -89,8 +89,8 @@ PLAN = np.dtype(
         "windows", "turned", "head_kind", "head", "head_scales", "vocab",
         # the cache: kv (L, 2, slots, K, E), tables (rows, blocks)
         "kv", "slots", "tables", "blocks", "block_size",
-        # embeddings (V, D), and of each position (.., E) cosines, then sines
-        "embeddings", "all_turns",
+        # embeddings (V, D), FLOAT32 or in panels, and of each position (.., E) cosines, then sines
+        "embed_kind", "embeddings", "embed_scales", "all_turns",
         # the step: of its sequences (S,) the row in tables, the first token's position, how many tokens; ids (N,)
         "sequences", "rows", "starts", "counts", "tokens", "ids",
         # what follows from that. x (N, D) holds embeddings before and hidden states, not yet normed, afterwards; turns
@@ -380,6 +380,18 @@ def _whole_pointer(typing: Any, address: Any) -> Any:
     )
 
 
+@intrinsic
+def _word_pointer(typing: Any, address: Any) -> Any:
+    return types.CPointer(types.int32)(types.int64), lambda context, b, signature, args: b.inttoptr(
+        args[0], ir.PointerType(ir.IntType(32))
+    )
+
+
+@njit(nogil=True, inline="always")
+def _words(address, shape):
+    return carray(_word_pointer(address), shape)
+
+
 @njit(nogil=True, inline="always")
 def _floats(address, shape):
     return carray(_float_pointer(address), shape)
@@ -390,8 +402,8 @@ def _wholes(address, shape):
     return carray(_whole_pointer(address), shape)
 
 
-# Each has one chain: a product is summed in the same order whichever tile it falls into, so that of float32 weights an
-# answer's bits do not depend on what else is in the step.
+# Each has one chain: a product is summed in the same order whichever tile it falls into, so that of float32 and
+# bfloat16 weights an answer's bits do not depend on what else is in the step.
 _score, _row_two = _tile(1, 1, strides=4), _tile(1, 2, strides=4)
 _row_three, _row_four = _tile(1, 3, strides=2), _tile(1, 4)
 _rows_by_tokens = _tile(3, 4, strides=2)
@@ -429,7 +441,7 @@ def _panel_products(kind: int) -> Any:
     """panel_products(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds): rows low..high of a weight in
     panels with all tokens; `low` begins a panel. Addresses are those of row 0 and token 0."""
     size = np.int64(SIZES[kind])
-    chains = (1, 1, 1) if kind == PANELS else (4, 2, 2)  # in float32 the order of sums is one for all, as in rows
+    chains = (4, 2, 2) if kind == INT8 else (1, 1, 1)  # but for int8 the order of sums is one for all, as in rows
     one, two, three = (_panel_tile(kind, n + 1, chains[n]) for n in range(3))
     four, five, six = _panel_tile(kind, 4), _panel_tile(kind, 5), _panel_tile(kind, 6)
 
@@ -555,6 +567,16 @@ def products(kind, w, w_step, scales, x, x_step, y, y_step, length, low, high, t
         _products_f32(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds)
 
 
+PRODUCT = np.dtype(
+    [(name, np.int64) for name in (
+        "tickets", "products", "kind", "w", "scales", "x", "y", "columns", "rows", "tokens", "each"
+    )],
+    align=True,
+)  # fmt: skip
+"""A product for `shared_product`, rows of the weight in pieces of `each`, whole panels; tickets: of pieces taken and
+done."""
+
+
 @intrinsic
 def _call(typing: Any, address: Any, numbers: Any) -> Any:
     """Calls `products` by its address with a tuple of 13 whole numbers."""
@@ -599,6 +621,20 @@ def _add(typing: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), lambda context, b, signature, args: b.atomic_rmw(
         "add", _word(b, args[0]), args[1], "seq_cst"
     )
+
+
+@cfunc(types.void(types.CPointer(from_dtype(PRODUCT))), error_model="numpy", cache=True)
+def shared_product(product):
+    """A PRODUCT, by as many threads as call this (`ops.threads`)."""
+    p = carray(product, 1)[0]
+    low = _add(p.tickets, 1) * p.each
+    while low < p.rows:
+        high = min(p.rows, low + p.each)
+        _call(p.products, (
+            p.kind, p.w, p.columns, p.scales, p.x, p.columns, p.y, p.rows, p.columns, low, high, p.tokens, np.int64(0),
+        ))  # fmt: skip
+        _add(p.tickets + 8, 1)
+        low = _add(p.tickets, 1) * p.each
 
 
 @intrinsic
@@ -1141,14 +1177,33 @@ def _lay_out_token(p, token, row, position):
     _wholes(p.positions, (p.tokens,))[token] = position
     _wholes(p.of_row, (p.tokens,))[token] = row
     _wholes(p.own_slots, (p.tokens,))[token] = block * p.block_size + position % p.block_size
-    embedding = _floats(p.embeddings + _wholes(p.ids, (p.tokens,))[token] * p.dim * 4, (p.dim,))
-    x = _floats(p.x + token * p.dim * 4, (p.dim,))
-    for j in range(p.dim):
-        x[j] = embedding[j] * p.embed_scale
+    _embed(p, _wholes(p.ids, (p.tokens,))[token], _floats(p.x + token * p.dim * 4, (p.dim,)))
     turn = _floats(p.all_turns + position * p.head_dim * 4, (p.head_dim,))
     to = _floats(p.turns + token * p.head_dim * 4, (p.head_dim,))
     for j in range(p.head_dim):
         to[j] = turn[j]
+
+
+@njit(nogil=True, error_model="numpy")
+def _embed(p, number, x):
+    """x (D,) becomes a token's row of the embeddings."""
+    size, place = p.dim, number % PANEL
+    if p.embed_kind == FLOAT32:
+        row = _floats(p.embeddings + number * size * 4, (size,))
+        for j in range(size):
+            x[j] = row[j] * p.embed_scale
+    elif p.embed_kind == BFLOAT16:  # rows r and r + 8 of a panel are the halves of a word
+        words = _words(p.embeddings + number // PANEL * size * PANEL * 2, (size, PANEL // 2))
+        to_left = 0 if place >= PANEL // 2 else 16
+        for j in range(size):
+            bits = np.int32(words[j, place % (PANEL // 2)] << to_left) & np.int32(-1 << 16)
+            x[j] = _float_of_bits(np.int32(bits)) * p.embed_scale
+    else:
+        words = _words(p.embeddings + number // PANEL * size * PANEL, (size, PANEL // 4))
+        scale, to_left = _floats(p.embed_scales + number * 4, (1,))[0], 24 - 8 * (place % 4)
+        for j in range(size):
+            whole = np.int32(words[j, place // 4] << to_left) >> 24
+            x[j] = np.float32(whole) * scale * p.embed_scale
 
 
 @njit(nogil=True, error_model="numpy")

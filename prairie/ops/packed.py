@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prairie.ops.threads import share_out
+
 Bits = Literal["bf16", "int8", "int4", "nf4"]
 GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
@@ -30,6 +32,8 @@ IN_PANELS = ("bf16", "int8", "int4")
 KERNEL_BLOCK = 32
 LINE = 64
 """Bytes that memory is read by."""
+ROWS_EACH = 96
+"""Rows of a weight in panels that a thread takes at once."""
 FEW_ROWS = 8
 """Up to so many tokens, torch's kernel for 8 bits is faster than a product with the dense weight (docs/log.md)."""
 
@@ -58,9 +62,10 @@ class PackedWeight(nn.Module):
     scales: Tensor
     least: Tensor
 
-    def __init__(self, weight_OI: Tensor, bits: Bits) -> None:
+    def __init__(self, weight_OI: Tensor, bits: Bits, exact: bool = False) -> None:
+        """`exact`: all numbers are such as this form has, so that nothing is lost."""
         super().__init__()
-        self.bits, self.shape, self.dtype = bits, weight_OI.shape, weight_OI.dtype
+        self.bits, self.shape, self.dtype, self.exact = bits, weight_OI.shape, weight_OI.dtype, exact
         pack = {"bf16": _pack_bf16, "int8": _pack_int8}.get(bits, _pack_4bit)
         numbers, scales, least = pack(weight_OI.detach().float(), bits)
         self.register_buffer("numbers", numbers)
@@ -96,6 +101,17 @@ class PackedWeight(nn.Module):
             values_OSG = values_OSG + least[..., None].float()
         return values_OSG.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
+    def rows(self, places_N: Tensor) -> Tensor:
+        """(N, I) these rows of the dense weight."""
+        if self.numbers.ndim == 2 or self.bits not in ("bf16", "int8"):
+            return self.dense()[places_N]
+        inner = places_N % PANEL
+        if self.bits == "int8":
+            numbers_NI = self.numbers[places_N // PANEL, :, inner]
+            return (numbers_NI * self.scales[places_N, None]).to(self.dtype)
+        half = PANEL // 2  # rows r and r + 8 are the halves of a word
+        return self.numbers[places_N // PANEL, :, inner % half * 2 + inner // half].to(self.dtype)
+
     def product(self, x_NI: Tensor) -> Tensor:
         """(N, O) x times the transposed weight, differentiable in x."""
         numbers = self.numbers
@@ -115,10 +131,11 @@ class PackedWeight(nn.Module):
         rows, columns = self.shape
         y_NO = x_NI.new_empty(len(x_NI), rows)
         kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}[self.bits]
-        decoder.products.ctypes(
-            kind, numbers.data_ptr(), columns, self.scales.data_ptr(), x_NI.data_ptr(), columns, y_NO.data_ptr(), rows,
-            columns, 0, rows, len(x_NI), 0,
-        )  # fmt: skip
+        share_out(decoder.shared_product, decoder.PRODUCT, -(-rows // ROWS_EACH), {
+            "products": decoder.products.address, "kind": kind, "w": numbers.data_ptr(),
+            "scales": self.scales.data_ptr(), "x": x_NI.data_ptr(), "y": y_NO.data_ptr(), "columns": columns,
+            "rows": rows, "tokens": len(x_NI), "each": ROWS_EACH,
+        })  # fmt: skip
         return y_NO
 
     def _fits_kernel(self) -> bool:
@@ -199,8 +216,9 @@ def in_one_piece(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def lay_in_panels(weights: Sequence[PackedWeight]) -> None:
-    """Has the numbers of these weights (`IN_PANELS`) lie in panels, together and in this order. Each is complete at any
-    time, for threads that compute with it."""
+    """Has the numbers of these weights (`IN_PANELS`) lie in panels, together and in this order, those that do not yet.
+    Each is complete at any time, for threads that compute with it."""
+    weights = [weight for weight in weights if weight.numbers.ndim == 2]
     laid = [in_panels_of_nibbles(w) if w.bits == "int4" else in_panels(w.numbers) for w in weights]
     for weight, numbers in zip(weights, in_one_piece(laid), strict=True):
         weight.scales = (
@@ -209,6 +227,18 @@ def lay_in_panels(weights: Sequence[PackedWeight]) -> None:
         weight.numbers = numbers
         if weight.bits == "int4":  # they lie among the numbers now
             weight.scales = weight.least = torch.empty(0)
+
+
+def is_bfloat16(weight_OI: Tensor) -> bool:
+    """Whether every number of a float32 weight is one that bfloat16 has, too."""
+    return not any(bool((part.view(torch.int32) & 0xFFFF).any()) for part in weight_OI.detach().split(256))
+
+
+def embedding(tokens_N: Tensor, weight_VI: Tensor | PackedWeight) -> Tensor:
+    """(N, I) the tokens' rows, however they are kept."""
+    if isinstance(weight_VI, PackedWeight):
+        return weight_VI.rows(tokens_N)
+    return F.embedding(tokens_N, weight_VI)
 
 
 def dense(weight_OI: Tensor | PackedWeight) -> Tensor:

@@ -71,14 +71,14 @@ def register(registry: Registry, line: str, artifact: Artifact, context: Context
 
 
 def serve(work: Work) -> dict[str, Any]:
-    """Starts the server and waits until it is ready, its models compiled: who asks when must not change what people are
-    told, and so what they teach. Raises BusyError when the port is taken."""
+    """Starts the server and waits until it is ready, its models compiled, in float32: neither who asks when nor a probe
+    of this machine must change what people are told, and so what they teach. BusyError when the port is taken."""
     config: Serve = work.config
     port = config.port or free_port(config.host)
     check_port(config.host, port)
     log = work.scratch / "server.log"
     command = [sys.executable, "-m", "prairie", "serve", "--home", str(work.context.home.root)]
-    command += ["--host", config.host, "--port", str(port), "--compile"]
+    command += ["--host", config.host, "--port", str(port), "--compile", "--dtype", "float32"]
     with log.open("ab") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=_environment(work.context), start_new_session=True

@@ -24,8 +24,13 @@ OPTIONS = {
     "replicas": "how many servers (1)",
     "threads": "threads, and CPUs that Ray counts, of each (1)",
     "quantize": "bf16, int8, int4 or nf4",
+    "dtype": "auto, float32 or bfloat16 (auto)",
+    "speculate": "ngram",
     "max_pending": "answers under way or queued, of each (512)",
 }
+CHOICES = {
+    "quantize": ("bf16", "int8", "int4", "nf4"), "dtype": ("auto", "float32", "bfloat16"), "speculate": ("ngram",)
+}  # fmt: skip
 
 
 def app(args: Mapping[str, str]) -> Any:
@@ -46,12 +51,13 @@ def app(args: Mapping[str, str]) -> Any:
             "Ray Serve needs the extra `cluster`, which is not installed", mend="pip install 'prairie[cluster]'"
         ) from None
     names = [name for name in args.get("names", "").split(",") if name]
+    kept = settings_of(args)
 
     class Replica:
         """One server; Ray runs its start and stop as those of any ASGI app."""
 
         async def __serve_build_asgi_app__(self) -> FastAPI:
-            server = _server(names, args.get("home"), threads, args.get("quantize"), max_pending)
+            server = _server(names, args.get("home"), threads, kept, max_pending)
             self.service = server.state.service
             return server
 
@@ -73,7 +79,18 @@ def app(args: Mapping[str, str]) -> Any:
     return deployment(serve.ingress()(Replica)).bind()
 
 
-def _server(names: list[str], home: str | None, threads: int, quantize: str | None, max_pending: int) -> FastAPI:
+def settings_of(args: Mapping[str, str]) -> dict[str, str]:
+    """What the arguments say of the engines. Raises UsageError for a value that there is not, or two that disagree."""
+    for name, known in CHOICES.items():
+        if args.get(name, known[0]) not in known:
+            raise UsageError(f"{name} has no such value", got=args[name], wanted=" | ".join(known))
+    if "dtype" in args and "quantize" in args:
+        raise UsageError("dtype and quantize both say how weights are kept", mend="leave out one of them")
+    kept = {"dtype": "auto"} if "quantize" not in args else {}
+    return kept | {name: args[name] for name in CHOICES if name in args}
+
+
+def _server(names: list[str], home: str | None, threads: int, kept: dict[str, str], max_pending: int) -> FastAPI:
     """In a replica: the app of `prairie serve`. No route of an administrator is open without a key: others reach it."""
     from pathlib import Path
 
@@ -82,7 +99,6 @@ def _server(names: list[str], home: str | None, threads: int, quantize: str | No
     from prairie.store.home import Home
 
     settings = Settings(max_pending=max_pending, admin_without_key=False)
-    packed = {"quantize": quantize} if quantize else {}
     return create_app(
-        Home(Path(home) if home else None), names, settings, lambda: Runtime.detect(threads=threads), **packed
+        Home(Path(home) if home else None), names, settings, lambda: Runtime.detect(threads=threads), **kept
     )

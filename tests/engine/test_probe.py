@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prairie.engine import probe as probing
-from prairie.engine.probe import Choice, probe
+from prairie.engine.probe import Choice, numbers_to_try, of_dtype, probe
 
 
 def chosen(times: dict[tuple[int, int], float], most: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Choice, set]:
@@ -17,7 +17,7 @@ def chosen(times: dict[tuple[int, int], float], most: int, monkeypatch: pytest.M
         asked.append((tokens, threads))
         return times[tokens, threads] * (20 if first and times[tokens, threads] < 0.002 else 1)  # the first is cold
 
-    return probe(step_s, most), set(asked)
+    return probe(step_s, numbers_to_try(most)), set(asked)
 
 
 def test_each_size_gets_its_own(monkeypatch):
@@ -42,7 +42,12 @@ def test_long_steps_are_not_tried_again(monkeypatch):
     assert (choice.few, choice.many) == (8, 8)
 
 
-def test_one_core_is_not_asked(monkeypatch):
-    choice, asked = chosen({}, 1, monkeypatch)
-    assert not asked
-    assert (choice.few, choice.many) == (1, 1)
+def test_bfloat16_is_taken_where_single_tokens_gain_and_larger_steps_lose_nothing():
+    wide = Choice(2, 2, {(1, 2): 2.0, (1, 1): 3.0, (16, 2): 10.0})
+    for one, many, taken in ((1.0, 9.0, True), (1.7, 10.4, True), (1.9, 5.0, False), (1.0, 11.0, False)):
+        choice = of_dtype(Choice(1, 2, {(1, 2): 5.0, (1, 1): one, (16, 2): many}), wide)
+        assert choice.dtype == ("bfloat16" if taken else "float32")
+        assert choice.few == (1 if taken else 2), "the threads are those of the form"
+        assert f"a step of 1 takes {one:.3g} ms and 2 in float32" in str(choice)
+        assert choice.to_json()["dtype"] == choice.dtype
+    assert "dtype" not in wide.to_json()

@@ -92,7 +92,7 @@ def test_it_is_the_same_base_to_an_adapter_and_cannot_be_written(tmp_path: Path)
     quantize(packed, "nf4", SAMPLE)
     assert hash_of(packed) == hash_of(full)
     lora.require_base(packed)
-    with pytest.raises(ModelError, match="a quantised model cannot be written: got nf4"):
+    with pytest.raises(ModelError, match="a model whose weights are packed cannot be written: got nf4"):
         save_model(packed, tmp_path / "again")
     with pytest.raises(AdapterError, match="cannot be merged into a quantised base"):
         lora.merge_into(packed)

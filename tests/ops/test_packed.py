@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prairie.ops.linear import linear
-from prairie.ops.packed import FEW_ROWS, GROUPS, IN_PANELS, PackedWeight, lay_in_panels, nf4_levels
+from prairie.ops.packed import FEW_ROWS, GROUPS, IN_PANELS, PackedWeight, is_bfloat16, lay_in_panels, nf4_levels
 
 BITS = ["int8", "int4", "nf4"]
 
@@ -97,3 +97,20 @@ def test_weights_in_panels_are_the_same(bits: str) -> None:
             torch.testing.assert_close(linear(x, weight), x @ dense.T, atol=1e-5 if bits != "int4" else 1e-3, rtol=1e-5)
             x.requires_grad_(True)
             torch.testing.assert_close(linear(x, weight), x @ dense.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
+def test_rows_are_those_of_the_dense_weight(bits: str) -> None:
+    """As an embedding reads them, before and after they are laid in panels; the last panel is not full."""
+    packed, places = PackedWeight(weight(45), bits), torch.tensor([44, 0, 7, 8, 17, 7])
+    wanted = packed.dense()[places]
+    assert torch.equal(packed.rows(places), wanted)
+    lay_in_panels([packed])
+    assert torch.equal(packed.rows(places), wanted)
+
+
+def test_whether_bfloat16_holds_every_number() -> None:
+    held = weight(600, 40).bfloat16().float()
+    assert is_bfloat16(held) and torch.equal(PackedWeight(held, "bf16").dense(), held)
+    held[599, 39] = 1 + 2**-8
+    assert not is_bfloat16(held)
