@@ -12,7 +12,9 @@ from naive import engine, prompts, request
 from prairie.engine import probe
 from prairie.errors import ModelError
 from prairie.models.lora import LoRA, LoRAConfig
+from prairie.models.quantized import quantize
 from prairie.models.weights import hash_of, named_state
+from prairie.ops.attention import PackedDocuments
 from prairie.ops.packed import PackedWeight
 
 
@@ -85,6 +87,26 @@ def test_torch_goes_on_with_what_the_model_then_keeps(rounded):
         torch.testing.assert_close(
             naive.logits_of(ids, base=rounded), naive.logits_of(ids, base=plain), atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize(("bits", "within"), [(None, 1e-5), ("bf16", 1e-3)])
+def test_log_probabilities_are_the_trainers(bits, within):
+    """Of sampled tokens, in a batch, by what an objective asks the model for."""
+    served, trained = copy.deepcopy(naive.model()), copy.deepcopy(naive.model())
+    if bits is not None:
+        quantize(served, bits, [prompts()[5]], head=True)
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(parameter.bfloat16())
+    subject = engine(model=served)
+    assert subject.compile()
+    given = [request(f"r{i}", ids, max_tokens=9, temperature=1.0, seed=i) for i, ids in enumerate(prompts()[:8])]
+    for ids, answer in zip(prompts(), subject.generate(given), strict=False):
+        whole = torch.tensor([*ids, *answer.token_ids])
+        hidden_ND = trained(whole, PackedDocuments([len(whole)]))[len(ids) - 1 : -1]
+        wanted = trained.logprobs(hidden_ND, whole[len(ids) :])
+        torch.testing.assert_close(torch.tensor(answer.logprobs), wanted, atol=within, rtol=0)
 
 
 @pytest.mark.parametrize("slower", ["a token", "a batch"])

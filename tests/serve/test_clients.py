@@ -1,11 +1,13 @@
-"""Programs that people use with OpenAI's API, against a real server: langchain, schemathesis."""
+"""Programs that people use with OpenAI's API, against a real server: langchain, llm, schemathesis."""
 
+import json
 import os
 import subprocess
 import sys
 
+import httpx
 import pytest
-from tiny_server import running
+from tiny_server import ask, running
 
 
 def test_langchain(server):
@@ -22,6 +24,22 @@ def test_langchain(server):
     }  # fmt: skip
     structured = chat.model_copy(update={"max_tokens": 100}).with_structured_output(schema, method="json_schema")
     assert structured.invoke("fox?")["yes"] in (True, False)
+
+
+def test_llm(server, tmp_path):
+    """The command `llm`, told of the server by a file with its base URL: whole, and as a stream."""
+    pytest.importorskip("llm")
+    told = {"model_id": "prairie", "model_name": "spark", "api_base": f"{server.url}/v1"}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([told]))
+    command = [sys.executable, "-m", "llm", "-m", "prairie", "-o", "temperature", "0", "-o", "max_tokens", "12"]
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    said = [
+        subprocess.run([*command, *more, "草原 fox"], capture_output=True, text=True, env=environment)
+        for more in ([], ["--no-stream"])
+    ]
+    assert all(run.returncode == 0 for run in said), said[0].stderr
+    ours = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30).json()
+    assert {run.stdout.strip() for run in said} == {ours["choices"][0]["message"]["content"].strip()}
 
 
 def schemathesis(url, examples, *more):
