@@ -394,7 +394,8 @@ class CompiledDecoder:
         head_kind = kinds[head.bits] if isinstance(head, PackedWeight) else decoder.FLOAT32
         copied = len(plain) > len(blocks) and c.ffn_dim % PANEL == 0
         if copied and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
-            *blocks, head = in_one_piece([in_panels(weight) for weight in plain])
+            laid = in_one_piece([in_panels(weight) for weight in plain])
+            blocks, head = [*laid[:-1]], laid[-1]
             kind = head_kind = decoder.PANELS
         record["kind"], record["head_kind"] = kind, head_kind
         record["rows_at_once"] = decoder.TILE_ROWS if kind == decoder.FLOAT32 else PANEL

@@ -76,7 +76,7 @@ def quantize(model: Transformer, bits: Bits, sample: Sequence[Sequence[int]], he
     of_head = HEAD.get(bits) if head else None
     if of_head is not None:
         with torch.no_grad():
-            for weight in (model.embed, *([] if model.head is None else [model.head])):
+            for weight in (weight for weight in (model.embed, model.head) if isinstance(weight, Tensor)):
                 weight.copy_(PackedWeight(weight, of_head).dense())
     after = _logits(model, rows)
     lost = before.log_softmax(-1)

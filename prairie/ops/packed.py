@@ -132,7 +132,7 @@ class PackedWeight(nn.Module):
         y_NO = x_NI.new_empty(len(x_NI), rows)
         kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}[self.bits]
         share_out(decoder.shared_product, decoder.PRODUCT, -(-rows // ROWS_EACH), {
-            "products": decoder.products.address, "kind": kind, "w": numbers.data_ptr(),
+            "products": int(decoder.products.address or 0), "kind": kind, "w": numbers.data_ptr(),
             "scales": self.scales.data_ptr(), "x": x_NI.data_ptr(), "y": y_NO.data_ptr(), "columns": columns,
             "rows": rows, "tokens": len(x_NI), "each": ROWS_EACH,
         })  # fmt: skip
