@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tiny_server import ask, events, running
+from tiny_server import ask, events, running, tokenizer
 
 from prairie.engine import speculation
 from prairie.serve.app import Settings
@@ -15,7 +15,7 @@ KINDS = [
     {},
     {"temperature": 1.0, "seed": 5},
     {"logprobs": True, "top_logprobs": 2},
-    {"stop": ["fox"], "temperature": 0.7, "seed": 6},
+    {"stop": ["xxx"], "temperature": 0.7, "seed": 6},
     {"stream": True, "stream_options": {"include_usage": True}},
     {"model": "spark:poet"},
     {"model": "spark:poet", "stream": True, "temperature": 0.9, "seed": 7},
@@ -26,9 +26,13 @@ COMPILED = Settings(compile_first=True)
 COPIED = "草原 fox horse 草原 fox horse 草原 fox horse 草原 fox"
 
 
+FEW = {str(token): 100 for token in tokenizer().encode("fox horse")[:4]}
+"""With four tokens to draw from, what comes has mostly stood there before: drafts are made, right and wrong ones."""
+
+
 def told(url: str, kind: dict) -> tuple[list, list[float]]:
     """What a client reads: the usage, of each choice its text and end, names of tokens; and their log-probabilities."""
-    body = {"model": "spark", "max_tokens": 60, "temperature": 0, "ignore_eos": True} | kind
+    body = {"model": "spark", "max_tokens": 60, "temperature": 0, "ignore_eos": True, "logit_bias": FEW} | kind
     answer = httpx.post(f"{url}/v1/chat/completions", json=ask(body.pop("model"), COPIED, **body), timeout=120)
     assert answer.status_code == 200, answer.text
     if kind.get("stream"):
