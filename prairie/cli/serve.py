@@ -52,13 +52,12 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     threads: ThreadsOption = None,
     dtype: Annotated[
-        Dtype | None,
+        Dtype,
         typer.Option(
             help="Keep the weights in float32, or rounded to bfloat16; auto: in bfloat16 where nothing is lost by it "
-            "and a probe finds it faster.",
-            show_default="auto",
+            "and a probe finds it faster."
         ),
-    ] = None,
+    ] = Dtype.auto,
     quantize: Annotated[
         Quantize | None,
         typer.Option("--quantize", help="Keep the weights in bf16, int8, int4 or nf4; the log says what that changes."),
@@ -110,7 +109,7 @@ def serve(
     from prairie.serve.replicas import inherited_socket
     from prairie.serve.server import bind, serve_on, url_of
 
-    if dtype is not None and quantize is not None:
+    if dtype is not Dtype.auto and quantize is not None:
         raise UsageError(
             "--dtype and --quantize both say how weights are kept", got=f"{dtype.value} and {quantize.value}",
             mend="leave out one of them",
@@ -139,9 +138,8 @@ def serve(
         if _is_loopback(host):
             settings = replace(settings, host_allowed=loopback_names(host))
         count = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or None
-        kept = dtype.value if dtype is not None else "auto" if quantize is None else None
         asked = {
-            "dtype": kept, "quantize": quantize and quantize.value, "speculate": speculate and speculate.value,
+            "dtype": dtype.value, "quantize": quantize and quantize.value, "speculate": speculate and speculate.value,
             "threads": threads,
         }  # fmt: skip
         given = {name: value for name, value in asked.items() if value is not None}

@@ -84,10 +84,9 @@ def settings_of(args: Mapping[str, str]) -> dict[str, str]:
     for name, known in CHOICES.items():
         if args.get(name, known[0]) not in known:
             raise UsageError(f"{name} has no such value", got=args[name], wanted=" | ".join(known))
-    if "dtype" in args and "quantize" in args:
+    if args.get("dtype", "auto") != "auto" and "quantize" in args:
         raise UsageError("dtype and quantize both say how weights are kept", mend="leave out one of them")
-    kept = {"dtype": "auto"} if "quantize" not in args else {}
-    return kept | {name: args[name] for name in CHOICES if name in args}
+    return {"dtype": "auto"} | {name: args[name] for name in CHOICES if name in args}
 
 
 def _server(names: list[str], home: str | None, threads: int, kept: dict[str, str], max_pending: int) -> FastAPI:

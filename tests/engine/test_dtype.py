@@ -166,4 +166,4 @@ def test_two_ways_to_keep_weights_are_refused(tmp_path):
     from prairie.engine.language_model import LanguageModel
 
     with pytest.raises(ModelError, match="two ways are asked for in which weights shall be kept"):
-        LanguageModel.load(tmp_path, dtype="auto", quantize="int8")
+        LanguageModel.load(tmp_path, dtype="bfloat16", quantize="int8")

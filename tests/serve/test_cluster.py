@@ -20,6 +20,12 @@ def test_what_cannot_be_is_one_sentence(monkeypatch):
         cluster.app({"port": "1"})
     with pytest.raises(UsageError, match="are numbers"):
         cluster.app({"replicas": "two"})
+    with pytest.raises(UsageError, match="speculate has no such value: got draft, wanted ngram"):
+        cluster.settings_of({"speculate": "draft"})
+    with pytest.raises(UsageError, match="dtype and quantize both say how weights are kept"):
+        cluster.settings_of({"dtype": "float32", "quantize": "int8"})
+    told = {"dtype": "auto", "quantize": "int8", "speculate": "ngram"}
+    assert cluster.settings_of({"quantize": "int8", "speculate": "ngram", "names": "spark"}) == told
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="the extra `cluster`, which is not installed"):
         cluster.app({})
