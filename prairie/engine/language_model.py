@@ -108,7 +108,8 @@ class LanguageModel:
     ) -> LanguageModel:
         """Reads a model folder, and an adapter folder to answer with. `quantize` keeps the matrices of the blocks in
         fewer bits; `quantization` then says what that changed. `dtype` auto: in bfloat16 where the weights are such
-        numbers and a probe finds it faster (of `quantize` it changes nothing); bfloat16: as `quantize` bf16. `verified`: as in `load_model`.
+        numbers and a probe finds it faster (of `quantize` it changes nothing); bfloat16: as `quantize` bf16. For
+        `verified` see `load_model`.
 
         Raises ModelError, TokenizerError, TemplateError or AdapterError if a file is missing or damaged, or if
         tokenizer, base, template and adapter were not made for each other.

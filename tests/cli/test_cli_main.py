@@ -97,6 +97,11 @@ def test_wrong_usage_is_2_and_a_sentence(call, arguments, sentence):
     assert err.startswith("error: ") and sentence in err and "--help`." in err
 
 
+def test_options_that_contradict_each_other(call):
+    code, out, err = call("serve", "--dtype", "float32", "--quantize", "int8")
+    assert code and not out and "--dtype and --quantize both say how weights are kept: got float32 and int8" in err
+
+
 def test_no_command_shows_the_help(call):
     for arguments in ([], ["models"]):
         code, out, err = call(*arguments)
