@@ -278,8 +278,9 @@ class CompiledDecoder:
         if not self.ready.is_set():
             threading.Thread(target=self.compile, name="prairie-compile").start()
 
-    def compile(self) -> bool:
-        """Compiles, or loads what an earlier process compiled; False if that cannot be done here, which is logged."""
+    def compile(self, known: Choice | None = None) -> bool:
+        """Compiles, or loads what an earlier process compiled; False if that cannot be done here, which is logged.
+        `known`: what was found best for another model of this shape, so that nothing has to be tried."""
         with self.compiling:
             if self.ready.is_set():
                 return True
@@ -292,7 +293,7 @@ class CompiledDecoder:
                 decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
                 self._describe_model(decoder)
                 self.step = decoder.decoder_step
-                self._choose(decoder)
+                self._choose(decoder, known)
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
@@ -340,15 +341,21 @@ class CompiledDecoder:
         self.helpers = helpers
         record["stop"] = 0
 
-    def _choose(self, decoder: ModuleType) -> None:
+    def _choose(self, decoder: ModuleType, known: Choice | None) -> None:
         """How the matrices are kept and how many threads compute a step, by trying where it was not said."""
         asked, own = self.asked_threads, Matrices.of(self.model)
         numbers = [asked] if asked is not None else numbers_to_try(most_threads())
         open_question = self.dtype == "auto" and isinstance(own.blocks[0], Tensor) and self.config.ffn_dim % PANEL == 0
         narrow = own.in_bfloat16() if open_question else None
+        if known is not None and known.compared != (narrow is not None):
+            known = None  # of another question
+        if known is not None and narrow is not None and known.dtype == "bfloat16":
+            own = narrow
         self._describe_weights(decoder, own)
         chosen = Choice(numbers[0], numbers[0])
-        if narrow is not None:
+        if known is not None:
+            chosen = known
+        elif narrow is not None:
             wide = self._probed(numbers)
             self._describe_weights(decoder, narrow)
             chosen = of_dtype(self._probed(numbers), wide)

@@ -264,10 +264,12 @@ class Engine:
         if self.runner.compiled is not None:
             self.runner.compiled.start()
 
-    def compile(self) -> bool:
-        """Waits until the compiled form of the model is ready; False if it has none or cannot have one here."""
+    def compile(self, like: Engine | None = None) -> bool:
+        """Waits until the compiled form of the model is ready; False if it has none or cannot have one here. `like`: an
+        engine of a model of the same shape, whose choice of threads and dtype is taken over instead of tried."""
         compiled = self.runner.compiled
-        return compiled is not None and compiled.compile()
+        known = like.choice if like is not None and like.model.config == self.model.config else None
+        return compiled is not None and compiled.compile(known)
 
     def figures(self) -> dict[str, int]:
         """Counts for a metrics page."""

@@ -43,6 +43,8 @@ class Choice:
     dtype: str = "float32"
     """In what the weights are kept."""
     why: str = ""
+    compared: bool = False
+    """Both forms were tried."""
 
     def threads(self, tokens: int) -> int:
         return self.few if tokens < BETWEEN else self.many
@@ -90,8 +92,10 @@ def of_dtype(narrow: Choice, wide: Choice) -> Choice:
         for tokens in (1, MANY)
     )
     if gains:
-        return replace(narrow, dtype="bfloat16", why=f"it holds them to the last bit and is faster here, {times}")
-    return replace(wide, why=f"bfloat16 holds them to the last bit too, and is not faster here, {times}")
+        why = f"it holds them to the last bit and is faster here, {times}"
+        return replace(narrow, dtype="bfloat16", why=why, compared=True)
+    why = f"bfloat16 holds them to the last bit too, and is not faster here, {times}"
+    return replace(wide, why=why, compared=True)
 
 
 def numbers_to_try(most: int) -> list[int]:

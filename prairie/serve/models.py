@@ -533,12 +533,15 @@ class Models:
 
     def _prepare(self, model: LanguageModel | Reader) -> None:
         """A new champion answers by its compiled form from the first step where its predecessor does: compiled code is
-        shared, and laying out the weights for it takes a moment between two steps."""
+        shared, what was tried for a model of its shape holds for it too, and laying out the weights takes a moment
+        between two steps."""
         with self._lock:
             engines = [base.model.engine for base in self._bases.values()]
-        known = self.compile_first or any(engine is not None and engine.is_compiled for engine in engines)
-        if (new := model.engine) is not None and known:
-            self.worker.call(new.compile).result()
+        compiled = [engine for engine in engines if engine is not None and engine.is_compiled]
+        if (new := model.engine) is not None and (self.compile_first or compiled):
+            shape = new.model.config
+            like = next((engine for engine in reversed(compiled) if engine.model.config == shape), None)
+            self.worker.call(lambda: new.compile(like)).result()
 
     def start_compiling(self) -> None:
         """Has the compiled form of every model in memory made ready in the background, and its threads probed."""

@@ -121,6 +121,22 @@ def test_what_is_not_faster_stays(rounded, monkeypatch, slower):
     assert rounded.layers[0].qkv is before
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_successor_of_the_same_shape_is_not_tried_again(rounded, monkeypatch, dtype):
+    """A swap waits between two steps for the new model's compiled form."""
+    if dtype == "float32":
+        monkeypatch.setattr(probe, "SLOWER", 0.0)
+    first, second = engine(model=copy.deepcopy(rounded), dtype="auto"), engine(model=rounded, dtype="auto")
+    assert first.compile() and first.choice.dtype == dtype
+    monkeypatch.setattr(second.runner.compiled, "_probed", None)  # trying fails
+    assert second.compile(like=first) and second.choice == first.choice
+    (answer,) = second.generate([request("r", prompts()[5], max_tokens=8)])
+    assert answer.token_ids == naive.greedy(prompts()[5], 8, base=rounded)
+    assert isinstance(rounded.embed, PackedWeight) == (dtype == "bfloat16")
+    third = engine(model=naive.model(0, 4), dtype="auto")
+    assert third.compile(like=first) and third.choice.why == "bfloat16 would round them", "of another shape"
+
+
 def test_one_number_that_bfloat16_would_round_is_enough(rounded):
     with torch.no_grad():
         rounded.layers[1].down[3, 7] = 1 + 2**-12
