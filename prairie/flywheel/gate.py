@@ -4,7 +4,8 @@ A candidate passes when all of these hold:
   1. people prefer it: an anytime-valid test over people (`prairie.evals.sequential`) says that its win rate is above
      50%. Each user's votes become one mean, and these are the units. A candidate that nobody prefers passes in at most
      5% of comparisons, however often one looks and whenever one stops; so a comparison that is undecided goes on with
-     more people. It is given up as soon as the same test rules out a win rate of 55%;
+     more people. It is given up as soon as the same test rules out a win rate of 55% (where a model judges that errs,
+     the win rate that it would see then: `as_judged`);
   2. no task of the suite falls, compared item by item: a fall counts when it is larger than the task's margin AND its
      95% interval lies below zero. Few items prove nothing: a suite too small to rule out a fall of three margins does
      not pass either;
@@ -133,6 +134,9 @@ RULES = {
     "undecided": "undecided: {n} people say {interval}; this may be noise, more people may vote",
     "undecided_planned": "undecided: {n} people say {interval} and {planned} were planned; this may be noise, more"
     " people may vote",
+    "undecided_questions": "undecided: {n} questions say {interval} and {planned} were planned; this may be noise",
+    "judge_prefers_champion": "the judge prefers the champion: the win rate is at most {high}, at whatever moment one"
+    " looks",
     "undecided_games": "undecided after all {games} games: {interval}",
     "unfair_judge": "the judge is not fair: of two answers of the champion the one shown first wins {rate} {interval}",
     "not_measured": "the candidate was not measured on {task}",
@@ -298,7 +302,7 @@ def judge(
     noise = _judge_noise(against_itself)
     changes = _suite_changes(suite_before or {}, suite_after or {}, margin, margins or {})
     because = [
-        *_about_votes(test, len(outcomes), least_users, planned),
+        *_about_votes(test, len(outcomes), least_users, planned, units),
         *_about_suite(suite_before or {}, suite_after or {}, changes),
         *_about_probes(probes),
         *_about_judge(noise),
@@ -397,18 +401,22 @@ def _check(comparisons: Sequence[Comparison]) -> None:
         seen.add(key)
 
 
-def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | None) -> list[Reason]:
+def _about_votes(test: SequentialTest, n: int, least_users: int, planned: int | None, units: str) -> list[Reason]:
     if test.n < least_users:
         return [Reason("few_users", {"n": test.n, "votes": n, "least": least_users})]
     if test.decision == "better":
         return []
     high = f"{test.high:.1%}"
     if test.high < 0.5:
-        return [Reason("prefer_champion", {"high": high})]
+        return [Reason("prefer_champion" if units == "people" else "judge_prefers_champion", {"high": high})]
     if test.decision == "not better":
         return [Reason("not_worth", {"high": high, "wanted": f"{test.wanted:.0%}"})]
     figures: dict[str, str | int] = {"n": test.n, "interval": f"[{test.low:.1%}, {high}]"}
-    return [Reason("undecided_planned", {**figures, "planned": planned}) if planned else Reason("undecided", figures)]
+    if not planned:
+        return [Reason("undecided", figures)]
+    return [
+        Reason("undecided_planned" if units == "people" else "undecided_questions", {**figures, "planned": planned})
+    ]
 
 
 def _judge_noise(comparisons: Sequence[Comparison]) -> Interval | None:

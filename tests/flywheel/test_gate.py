@@ -86,6 +86,8 @@ def test_what_is_undecided_says_how_many_people_were_planned():
     assert verdict.test.decision == "undecided" and not verdict.passed
     assert "12 people say" in verdict.reasons[0] and "147 were planned" in verdict.reasons[0]
     assert "12 people of 147 planned" in verdict.text()
+    asked = judge(votes(np.random.default_rng(3), 12, 4), planned=147, units="questions")
+    assert "12 questions say" in asked.reasons[0] and asked.because[0].rule == "undecided_questions"
 
 
 def test_required_sample_size():
