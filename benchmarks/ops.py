@@ -106,6 +106,51 @@ def adapters() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tenso
     return form(adapted_linear), form(adapted_linear_reference), tensors
 
 
+def experts() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Eight experts, two for each token; the plain form computes every expert for every token."""
+    from prairie.ops.experts import mix_experts, mix_experts_reference, route
+
+    weights, chosen = route(normal(1024, 8), 2, sum_to_one=True)
+    tensors = [normal(1024, 256), normal(8, 1024, 256), normal(8, 256, 512)]
+    return (lambda x, up, down: mix_experts(x, weights, chosen, up, down, "silu")), (
+        lambda x, up, down: mix_experts_reference(x, weights, chosen, up, down, "silu")
+    ), tensors  # fmt: skip
+
+
+def cross_attention() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """Eight rows that look at eight others, side by side; the plain form takes one after the other."""
+    import torch.nn.functional as F
+
+    from prairie.ops.cross_attention import Memory
+
+    read, asked = [120, 90, 90, 80, 70, 64, 60, 50], [60, 60, 50, 50, 40, 40, 30, 30]
+
+    def together(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return Memory(k, read, asked)(0, q, lambda _: (k, v))
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = zip(q.split(asked), k.split(read), v.split(read), strict=True)
+        return torch.cat([
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in row)).transpose(0, 1) for row in rows
+        ])  # fmt: skip
+
+    return together, one_by_one, [normal(sum(asked), 5, 64), *(normal(sum(read), 5, 64) for _ in range(2))]
+
+
+def relative_bias() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
+    """The numbers that six layers add to the scores of a row of 256; the plain form looks them up in each."""
+    from prairie.ops.relative import RelativeBias
+
+    def once(table: Tensor) -> Tensor:
+        bias = RelativeBias(table, 128, causal=False)
+        return torch.stack([bias(0, 256, 256).sum() for _ in range(6)])
+
+    def each_time(table: Tensor) -> Tensor:
+        return torch.stack([RelativeBias(table, 128, causal=False)(0, 256, 256).sum() for _ in range(6)])
+
+    return once, each_time, [normal(32, 8)]
+
+
 def elementwise(name: str, *shapes: tuple[int, ...]) -> Make:
     def make() -> tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
         from prairie.ops import elementwise as ops
@@ -151,6 +196,9 @@ CASES = [
     case("attention of long rows", long_rows, "torch's fused kernel"),
     case("shared prompt", shared_prompt, "each row whole"),
     case("8 adapters", adapters, "one after the other"),
+    case("experts", experts, "every expert for every token"),
+    case("cross attention", cross_attention, "one row after the other"),
+    case("relative bias", relative_bias, "looked up in each layer"),
     case("rms_norm", elementwise("rms_norm", (4096, 320), (320,))),
     case("swiglu", elementwise("swiglu", (4096, 1728))),
 ]
