@@ -141,3 +141,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
 
 ENDS_BY_EOS = frozenset(["zephyr", "mistral", "plain"])
 STOP_STRINGS: dict[str, tuple[str, ...]] = {"plain": ("\nUser:",)}
+AS_SAID = frozenset([PLAIN_CHATML, *(BUILTIN[name] for name in ("chatml", "zephyr", "mistral", "plain"))])
+"""Templates that write what is said as it stands and look at nothing of it but who speaks, where nobody calls a tool or
+thinks: two such conversations of the same roles differ only in what is said."""

@@ -17,22 +17,29 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from prairie.data.builtin_templates import BUILTIN, ENDS_BY_EOS, NEEDED, PLAIN_CHATML, STOP_STRINGS
-from prairie.data.records import Message, ToolCall, Tools
+from prairie.data.builtin_templates import AS_SAID, BUILTIN, ENDS_BY_EOS, NEEDED, PLAIN_CHATML, STOP_STRINGS
+from prairie.data.records import Message, Role, ToolCall, Tools
 from prairie.data.template_sandbox import Sandbox, load_trusted
 from prairie.data.tokenizer import Place, Tokenizer
+from prairie.data.words import spread
 from prairie.errors import TemplateError, TokenizerError
 
 # Unicode noncharacters, never part of text: they mark spans inside the rendered text and shield content.
 _OPEN, _CLOSE, _GUARD, _ESCAPE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _MARKS = _OPEN + _CLOSE + _GUARD + _ESCAPE
+_SLOT = re.compile("\ufdd4([0-9]+)\ufdd5")
+"""Where turn n goes in a conversation of which only the roles are known."""
+_MOST_FORMS = 1000
 _NO_THOUGHTS = re.compile(r"\s*<think>\s*</think>\s*")
 _PROBE = (Message("user", "QUESTION"), Message("assistant", "ANSWER"))
 PROBE_CALL = ToolCall("probe_name", '{"probe_key": "probe_value"}', "probe0001")
@@ -67,6 +74,29 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
+class Filled:
+    """Rows of dialogues: row r is that of dialogue `numbers[r]`, its ids and mask are those from `offsets[r]` on to
+    `offsets[r + 1]`."""
+
+    numbers: list[int]
+    ids: npt.NDArray[np.uint32]
+    mask: npt.NDArray[np.bool_]
+    offsets: npt.NDArray[np.int64]
+
+    def fit(self, max_tokens: int) -> list[bool]:
+        """Of each row, whether it has at most so many tokens and one behind its first that is learnt."""
+        marks = np.concatenate([[0], np.cumsum(self.mask)])
+        learnt = marks[self.offsets[1:]] - marks[np.minimum(self.offsets[:-1] + 1, self.offsets[1:])]
+        fits: list[bool] = ((np.diff(self.offsets) <= max_tokens) & (learnt > 0)).tolist()
+        return fits
+
+    def row(self, r: int) -> Rendered:
+        """One of them."""
+        start, end = int(self.offsets[r]), int(self.offsets[r + 1])
+        return Rendered(self.ids[start:end].tolist(), self.mask[start:end].tolist())
+
+
+@dataclass(frozen=True, slots=True)
 class Dialogue:
     """What is rendered: turns, the tools that may be called, and options of the template."""
 
@@ -83,6 +113,28 @@ class Dialogue:
 class _Segment:
     text: str
     supervised: bool
+
+
+class _Run(NamedTuple):
+    """A stretch of a row: `ids` where the template says all of it, else text of the template at the even places of
+    `parts` and numbers of turns at the odd ones."""
+
+    ids: tuple[int, ...]
+    parts: tuple[str, ...]
+    place: Place
+    supervised: bool
+
+    def filled(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
+        """The text of each conversation."""
+        columns = [
+            [turns[int(part)].content for turns in conversations] if i % 2 else repeat(part)
+            for i, part in enumerate(self.parts)
+        ]
+        return list(map("".join, zip(*columns, strict=False)))
+
+
+_Form = tuple[_Run, ...]
+"""A row of which only the roles are known; empty where there is no such thing."""
 
 
 class _Rewritten(TemplateError):
@@ -111,6 +163,8 @@ class ChatTemplate:
         self._made_of = (source, tokenizer, tuple(extra_stop_ids), name, tool_source)
         self._with_tools = None if tool_source is None else ChatTemplate(tool_source, tokenizer)
         special = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self._firsts = sorted({*_MARKS, *(token[0] for token in special if token)})
+        self._forms: dict[tuple[str, ...], _Form] = {}
         self._shield = re.compile("|".join([f"[{_MARKS}]", *map(re.escape, special)]))
         self._in_parts = False
         self._in_parts = self._wants_parts()
@@ -191,6 +245,41 @@ class ChatTemplate:
         rows = [self._of(dialogue)._rows(dialogue) for dialogue in dialogues]
         flat = iter(self._assemble([row for each in rows for row in each]))
         return [[next(flat) for _ in each] for each in rows]
+
+    def fill(self, dialogues: Sequence[Dialogue]) -> Filled:
+        """The rows of those dialogues that differ from others in nothing but what is said: the same as `encode_rows`
+        makes of each, sooner. Other dialogues are left out."""
+        forms = [(i, form) for i, dialogue in enumerate(dialogues) if (form := self._form_of(dialogue))]
+        run_ends = np.cumsum([len(form) for _, form in forms], dtype=np.int64)
+        members: dict[_Form, list[int]] = {}
+        for k, (_, form) in enumerate(forms):
+            members.setdefault(form, []).append(k)
+        texts: dict[Place, list[str]] = {"start": [], "after_special": [], "after_text": []}
+        constant: list[int] = []
+        columns: list[tuple[npt.NDArray[np.int64], _Run, int]] = []
+        for form, rows in members.items():
+            first = run_ends[rows] - len(form)
+            for r, run in enumerate(form):
+                columns.append((first + r, run, len(texts[run.place]) if run.parts else len(constant)))
+                if run.parts:
+                    texts[run.place] += run.filled([dialogues[forms[k][0]].messages for k in rows])
+                constant += run.ids
+        count = int(run_ends[-1]) if forms else 0
+        starts, sizes, learnt = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_)
+        read = {place: self._tokenizer.encode_spans(said, place=place) for place, said in texts.items()}
+        ids = [np.array(constant, np.uint32), *(spans.ids for spans in read.values())]
+        begins = dict(zip(read, np.cumsum([len(part) for part in ids]).tolist(), strict=False))
+        for places, run, at in columns:
+            learnt[places] = run.supervised
+            if run.parts:
+                spans, these = read[run.place], slice(at, at + len(places))
+                starts[places], sizes[places] = begins[run.place] + spans.starts[these], spans.sizes[these]
+            else:
+                starts[places], sizes[places] = at, len(run.ids)
+        until = np.concatenate([[0], np.cumsum(sizes)])
+        offsets = until[np.concatenate([[0], run_ends])]
+        numbers = [i for i, _ in forms]
+        return Filled(numbers, np.concatenate(ids)[spread(starts, sizes)], np.repeat(learnt, sizes), offsets)
 
     def check_trainable(self) -> None:
         """Raises TemplateError if rows of this template would differ from what is served with it."""
@@ -278,6 +367,55 @@ class ChatTemplate:
         if isinstance(value, list | tuple):
             return [self._shielded(each) for each in value]
         return value
+
+    # ---- forms: rows that differ from others in nothing but what is said
+
+    def _form_of(self, dialogue: Dialogue) -> _Form:
+        """The form of a dialogue, if its template writes what is said as it stands and nothing in it is special."""
+        turns = dialogue.messages
+        if self.source not in AS_SAID or dialogue.tools or dialogue.options or not all(map(self._is_plain, turns)):
+            return ()
+        roles = tuple([message.role for message in turns])
+        form = self._forms.get(roles)
+        if form is None:
+            form = self._form(roles)
+            if len(self._forms) < _MOST_FORMS:
+                self._forms[roles] = form
+        return form
+
+    def _is_plain(self, message: Message) -> bool:
+        """Whether a turn is nothing but text, in which no mark, special token or thought can begin."""
+        if message.tool_calls or message.reasoning or message.name or message.tool_call_id:
+            return False
+        text = message.content
+        for first in self._firsts:
+            if first in text:
+                return False
+        return bool(text) and "<think>" not in text
+
+    def _form(self, roles: Sequence[Role]) -> _Form:
+        """Empty if the template refuses these roles, or a special token could begin before a turn and end in it."""
+        if self._tokenizer.swallows_spaces:
+            return ()
+        slots = tuple([Message(role, f"\ufdd4{i}\ufdd5") for i, role in enumerate(roles)])
+        try:
+            segments = self._row(Dialogue(slots))
+        except TemplateError:  # said again, for this very dialogue, where it is rendered
+            return ()
+        runs: list[_Run] = []
+        place: Place = "start"
+        for segment in segments:
+            for piece, at in self._tokenizer.pieces(segment.text, place):
+                place = "after_special" if isinstance(piece, int) else "after_text"
+                parts = [] if isinstance(piece, int) else _SLOT.split(piece)
+                if any(_begins(token, before) for before in parts[:-1:2] for token in self._tokenizer.special_tokens):
+                    return ()
+                if len(parts) > 1:
+                    runs.append(_Run((), tuple(parts), at, segment.supervised))
+                else:
+                    ids = [piece] if isinstance(piece, int) else self._tokenizer.encode(piece, place=at)
+                    runs.append(_Run(tuple(ids), (), at, segment.supervised))
+        return tuple(runs)
 
     # ---- segments
 
@@ -541,6 +679,11 @@ def _values(message: Message, shows_reasoning: bool, in_parts: bool) -> dict[str
             for call in message.tool_calls
         ]
     return values | {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key))}
+
+
+def _begins(token: str, text: str) -> bool:
+    """Whether `text` ends with the beginning of a special token."""
+    return any(text.endswith(token[:length]) for length in range(1, len(token)))
 
 
 def _answers(dialogue: Dialogue) -> list[int]:

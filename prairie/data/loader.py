@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from prairie.data.chat_template import ChatTemplate, Dialogue, Rendered
-from prairie.data.processes import in_processes
+from prairie.data.chat_template import ChatTemplate, Dialogue, Filled, Rendered
+from prairie.data.processes import in_processes, making_many
 from prairie.data.records import Chat, Message, Preference, Text
 from prairie.data.tokenizer import Tokenizer
+from prairie.data.words import spread
 from prairie.errors import DataError, TemplateError, TrainingError
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 OnLong = Literal["refuse", "truncate"]
 _CHUNK = 2048
 """Records tokenised at once: enough to feed all cores, few enough to keep memory flat."""
+_PROBED = 64
+"""Conversations that are looked at before all are made into rows."""
 _LISTED = 1000
 """Refused rows listed in the figures; all are counted."""
 _T = TypeVar("_T")
@@ -122,7 +126,13 @@ class TokenDataset:
         `on_long="truncate"` it is cut and counted instead. Raises DataError if nothing is left.
         """
         template.check_trainable()
-        return _rows_of(records, partial(_chat_rows, template, max_tokens, on_long)).dataset(1, "conversations")
+        waiting = iter(records)
+        first = list(islice(waiting, _PROBED))
+        alike = len(template.fill([Dialogue(record.messages, record.tools) for record in first]).numbers)
+        # What is filled in is made here sooner than it is handed to other processes.
+        processes = 1 if 2 * alike > len(first) else None
+        make = partial(_chat_rows, template, max_tokens, on_long)
+        return _rows_of(chain(first, waiting), make, processes).dataset(1, "conversations")
 
     @classmethod
     def from_preferences(
@@ -352,7 +362,7 @@ def batch_of(dataset: TokenDataset, rows: Sequence[int], epoch: int = 0) -> Batc
     lengths = dataset.offsets[index + 1] - starts
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    positions = _spread(starts, lengths)
+    positions = spread(starts, lengths)
     tokens = dataset.ids[positions].astype(np.int64)
     learnt = np.where(dataset.mask[positions], tokens, -100)
     labels = np.full(total, -100, np.int64)
@@ -376,12 +386,6 @@ def prompts_of(dataset: TokenDataset) -> npt.NDArray[np.int64]:
         ids, mask = dataset.row(group * dataset.group)
         found[group] = numbers.setdefault(ids[: int(np.argmax(mask))].tobytes(), len(numbers))
     return found
-
-
-def _spread(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """starts[0], starts[0] + 1, ... `sizes[0]` of them, then those of starts[1], and so on."""
-    ends = np.cumsum(sizes)
-    return np.repeat(starts - (ends - sizes), sizes) + np.arange(sizes.sum())
 
 
 class Loader:
@@ -456,7 +460,7 @@ class Loader:
                 (np.cumsum(self._prompt_groups) - self._prompt_groups)[prompts],
                 self._prompt_groups[prompts],
             )
-            self._order = self._by_prompt[_spread(starts, sizes)]
+            self._order = self._by_prompt[spread(starts, sizes)]
         else:
             self._order = np.arange(len(self.dataset))
         self._tokens_until = np.concatenate([[0], np.cumsum(self._group_tokens[self._order])])
@@ -546,6 +550,14 @@ class _Rows:
         self.targets += [] if target is None else [target] * len(group)
         self.weights += [] if weight is None else [weight]
 
+    def add_filled(self, filled: Filled, first: int, end: int, weights: list[float]) -> None:
+        """The rows from `first` on to `end`, as they are."""
+        start, stop = int(filled.offsets[first]), int(filled.offsets[end])
+        self.ids.append(filled.ids[start:stop])
+        self.mask.append(filled.mask[start:stop])
+        self.lengths += np.diff(filled.offsets[first : end + 1]).tolist()
+        self.weights += weights
+
     def add_document(self, ids: npt.NDArray[np.uint32], row_tokens: int, number: int) -> None:
         if len(ids) < 2:
             self.refuse(number, "the document has one token and nothing to predict")
@@ -582,22 +594,34 @@ class _Rows:
         return TokenDataset(ids, mask, offsets, group=group, figures=figures, targets=targets, weights=weights)
 
 
-def _rows_of(records: Iterable[_T], make: Callable[[list[_T]], _Rows]) -> _Rows:
-    """The rows of all records, made chunk by chunk, on all cores if there are many."""
+def _rows_of(records: Iterable[_T], make: Callable[[list[_T]], _Rows], processes: int | None = None) -> _Rows:
+    """The rows of all records, made chunk by chunk, on all cores (or in so many processes) if there are many."""
     rows = _Rows()
-    for part in in_processes(make, _chunks(records)):
-        rows.append(part)
+    with making_many():
+        for part in in_processes(make, _chunks(records), processes):
+            rows.append(part)
     return rows
 
 
 def _chat_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: list[Chat]) -> _Rows:
     rows = _Rows()
     dialogues = [Dialogue(record.messages, record.tools) for record in chunk]
-    made = _each_or_why(template, dialogues, template.encode_rows)
-    for number, rendered in enumerate(made):
-        for row in [rendered] if isinstance(rendered, str) else rendered:
-            fitted = row if isinstance(row, str) else _fit(row, max_tokens, on_long)
-            rows.add(number, [fitted], weight=chunk[number].weight)
+    filled = template.fill(dialogues)
+    fits = filled.fit(max_tokens)
+    singly = sorted({*range(len(chunk))} - {number for number, fit in zip(filled.numbers, fits, strict=True) if fit})
+    row_of = dict(zip(filled.numbers, range(len(fits)), strict=True))
+    unlike = [number for number in singly if number not in row_of]
+    made = dict(zip(unlike, _each_or_why(template, [dialogues[n] for n in unlike], template.encode_rows), strict=True))
+    done = 0  # rows of `filled`
+    for number in [*singly, len(chunk)]:
+        end = bisect_left(filled.numbers, number)
+        rows.add_filled(filled, done, end, [chunk[n].weight for n in filled.numbers[done:end]])
+        done = end + (number in row_of)
+        if number < len(chunk):
+            rendered = made[number] if number in made else [filled.row(row_of[number])]
+            for row in [rendered] if isinstance(rendered, str) else rendered:
+                fitted = row if isinstance(row, str) else _fit(row, max_tokens, on_long)
+                rows.add(number, [fitted], weight=chunk[number].weight)
     rows.records = len(chunk)
     return rows.packed()
 

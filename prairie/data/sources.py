@@ -18,6 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Generic, Literal, TypeVar, cast, overload
 
+from prairie.data.processes import making_many
 from prairie.data.records import (
     Chat,
     Message,
@@ -94,14 +95,15 @@ def read_records(path: str | Path, *, want: Want | None = None, format: str | No
     refused: list[Refused] = []
     found: list[str] = []
     for file in _files(path):
-        rows = list(_rows(file))
-        known = format or _detect(file, [row for _, row in rows])
-        found += [known] if known not in found else []
-        for number, row in rows:
-            try:
-                records += _wanted(_parse(row, known, file.name), want, known, file)
-            except DataError as error:
-                refused.append(Refused(number, file.name, str(error)))
+        with making_many():
+            rows = list(_rows(file))
+            known = format or _detect(file, [row for _, row in rows])
+            found += [known] if known not in found else []
+            for number, row in rows:
+                try:
+                    records += _wanted(_parse(row, known, file.name), want, known, file)
+                except DataError as error:
+                    refused.append(Refused(number, file.name, str(error)))
     if not records:
         first = f", the first (row {refused[0].row}): {refused[0].reason}" if refused else ""
         raise DataError(f"no usable row in {path}", got=f"{len(refused)} rows refused{first}", wanted="one row or more")

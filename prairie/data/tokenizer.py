@@ -16,14 +16,17 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prairie.data.tokenizer_formats import convert
+from prairie.data.words import EXPRESSIONS, Spans, Words, cuts_at_spaces
 from prairie.errors import TokenizerError
 
 CHATML_SPECIALS: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -174,11 +177,31 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, place: Place = "start") -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
-        encodings = self._backend_at(place).encode_batch_fast([_sound(t) for t in texts], add_special_tokens=False)
-        rows = [encoding.ids for encoding in encodings]
+        return self.encode_spans(texts, place=place).lists()
+
+    def encode_spans(self, texts: Sequence[str], *, place: Place = "start") -> Spans:
+        """`encode_batch` without a list for each text."""
+        sound = [_sound(text) for text in texts]
+        words = self._words_at(place)
+        if words is None:
+            empty = np.zeros(len(sound), np.int64)
+            spans, known = Spans(np.zeros(0, np.uint32), empty, empty.copy()), np.zeros(len(sound), np.bool_)
+        else:
+            spans, known = words.read(sound)
+        rest = np.flatnonzero(~known)
+        if not len(rest):
+            return spans
+        read = self._encode_whole([sound[i] for i in rest.tolist()], place)
+        spans.sizes[rest] = np.fromiter(map(len, read), np.int64, len(read))
+        spans.starts[rest] = len(spans.ids) + np.cumsum(spans.sizes[rest]) - spans.sizes[rest]
+        whole = np.fromiter(chain.from_iterable(read), np.uint32)
+        return Spans(np.concatenate([spans.ids, whole]), spans.starts, spans.sizes)
+
+    def _encode_whole(self, texts: Sequence[str], place: Place) -> list[list[int]]:
+        """Texts that are not read word by word."""
         return [
             ids if self._marks.isdisjoint(ids) else self._encode_parts(self._unforged(text, place), place)
-            for ids, text in zip(rows, texts, strict=True)
+            for ids, text in zip(self._raw_batch(self._backend_at(place), texts), texts, strict=True)
         ]
 
     def encode_input(self, text: str, pair: str | None = None, *, special: bool = False) -> Encoded:
@@ -209,6 +232,12 @@ class Tokenizer:
             elif part:
                 found.append((part, place))
         return found
+
+    @cached_property
+    def swallows_spaces(self) -> bool:
+        """Whether a special token takes white space beside it, or asks what stands beside it."""
+        asked = ("lstrip", "rstrip", "single_word")
+        return any(self._added[number].get(key) for number in self._special_ids for key in asked)
 
     def special_id(self, text: str) -> int:
         """Id of what `special_pattern` found; some special tokens swallow the white space beside them."""
@@ -241,6 +270,25 @@ class Tokenizer:
     def _backend_at(self, place: Place) -> tokenizers.Tokenizer:
         prefixed = place == "start" or (place == "after_special" and self._prefix_after_special)
         return self._backend if prefixed else self._bare
+
+    def _words_at(self, place: Place) -> Words | None:
+        """The words that a text at `place` is made of; None where words cannot be read one by one."""
+        return self._words and self._words[self._backend_at(place) is self._backend]
+
+    @cached_property
+    def _words(self) -> dict[bool, Words] | None:
+        """Of texts that get a space put before their first word, and of those that get none."""
+        if not cuts_at_spaces(self._spec, EXPRESSIONS | {PRETOKENIZE}):
+            return None
+        inside = partial(self._raw_batch, self._bare)
+        return {
+            True: Words(partial(self._raw_batch, self._backend), inside, self._marks),
+            False: Words(inside, inside, self._marks),
+        }
+
+    @staticmethod
+    def _raw_batch(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _raw(self, text: str) -> list[int]:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
