@@ -273,7 +273,7 @@ class Tokenizer:
 
     def _words_at(self, place: Place) -> Words | None:
         """The words that a text at `place` is made of; None where words cannot be read one by one."""
-        return self._words and self._words[self._backend_at(place) is self._backend]
+        return None if self._words is None else self._words[self._backend_at(place) is self._backend]
 
     @cached_property
     def _words(self) -> dict[bool, Words] | None:

@@ -115,7 +115,14 @@ class Words:
     def __init__(self, encode: Encode, encode_inside: Encode, marks: frozenset[int]) -> None:
         self._encode, self._encode_inside, self._marks = encode, encode_inside, marks
         self._lock = threading.Lock()
-        self._forget()
+        self._first: dict[str, int] = {}
+        """The number of each word that begins a text."""
+        self._inside: dict[str, int] = {}
+        """Of each that follows a space, which is part of it and not written here."""
+        self._ids: npt.NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._offsets: npt.NDArray[np.int64] = np.zeros(2, np.int64)
+        """Word n is `_ids[_offsets[n]:_offsets[n + 1]]`; the word 0 stands for those with a mark."""
+        self._size = 0
 
     def read(self, texts: Sequence[str]) -> tuple[Spans, npt.NDArray[np.bool_]]:
         """The ids of texts, and of which of them: not of one whose words are long, or hold a mark."""
@@ -169,14 +176,8 @@ class Words:
         self._size += sum(map(len, words)) + 8 * len(words)
 
     def _forget(self) -> None:
-        self._first: dict[str, int] = {}
-        """The number of each word that begins a text."""
-        self._inside: dict[str, int] = {}
-        """Of each that follows a space, which is part of it and not written here."""
-        self._ids = np.zeros(0, np.uint32)
-        self._offsets = np.zeros(2, np.int64)
-        """Word n is `_ids[_offsets[n]:_offsets[n + 1]]`; the word 0 stands for those with a mark."""
-        self._size = 0
+        self._first, self._inside, self._size = {}, {}, 0
+        self._ids, self._offsets = np.zeros(0, np.uint32), np.zeros(2, np.int64)
 
 
 def spread(starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
