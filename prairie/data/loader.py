@@ -611,7 +611,8 @@ def _chat_rows(template: ChatTemplate, max_tokens: int, on_long: OnLong, chunk: 
     singly = sorted({*range(len(chunk))} - {number for number, fit in zip(filled.numbers, fits, strict=True) if fit})
     row_of = dict(zip(filled.numbers, range(len(fits)), strict=True))
     unlike = [number for number in singly if number not in row_of]
-    made = dict(zip(unlike, _each_or_why(template, [dialogues[n] for n in unlike], template.encode_rows), strict=True))
+    rest = _each_or_why(template, [dialogues[number] for number in unlike], template.encode_rows)
+    made = dict(zip(unlike, rest, strict=True))
     done = 0  # rows of `filled`
     for number in [*singly, len(chunk)]:
         end = bisect_left(filled.numbers, number)
