@@ -895,6 +895,12 @@ def _soften(row):
 
 
 @njit(nogil=True, error_model="numpy")
+def _hold(array):
+    """Keeps the memory of an array until here. Numba frees it behind the last use of its name, and an address is none:
+    what is read by address alone may be another thread's by then."""
+
+
+@njit(nogil=True, error_model="numpy")
 def _attend(p, layer, run, low, high):
     """The queries of the kv heads low..high, of some tokens of one sequence, over the keys they see: softmax(q k) v."""
     kv_heads, size, block, groups = p.kv_heads, p.head_dim, p.block_size, p.heads // p.kv_heads
@@ -941,6 +947,7 @@ def _attend(p, layer, run, low, high):
                 else:
                     _mix_one(to, shares, v, step * 4, size, step * 4)
             t, at = t + (4 if four else 1), at + (4 if four else 1) * step * 4
+    _hold(scores)
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")

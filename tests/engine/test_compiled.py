@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import platform
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import naive
 import pytest
@@ -81,6 +86,17 @@ def test_batches_chunks_and_preemption(limits):
     answers = subject.generate([request(f"r{i}", ids, max_tokens=9) for i, ids in enumerate(prompts())])
     assert [tuple(a.token_ids) for a in answers] == [expected(i, 9) for i in range(len(answers))]
     assert (subject.scheduler.preemptions > 0) == ("kv_tokens" in limits)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, which can spoil memory that is given back")
+def test_nothing_is_read_that_was_given_back():
+    """Where memory is overwritten as soon as it is free: what other threads do with it only now and then."""
+    test = f"{Path(__file__)}::{test_batches_chunks_and_preemption.__name__}[{{}}]"
+    spoilt = {**os.environ, "MALLOC_PERTURB_": "165", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", test]
+    ended = subprocess.run(command, env=spoilt, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and "1 passed" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-1000:]
 
 
 @pytest.mark.parametrize("bits", ["bf16", "int8", "int4"])
