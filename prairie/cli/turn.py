@@ -53,12 +53,20 @@ def turn(
     as_json: JsonOption = False,
 ) -> None:
     """Turn a line's wheel once: learn from the votes since its last turn, judge, promote or keep."""
-    context = _context(line, home, threads, overrides or [], as_json)
+    from prairie.errors import PrairieError
+
+    context, again, left = _context(line, home, threads, overrides or [], as_json), list[Any](), list[str]()
     with context.home.lock("run"):
         wheel = _wheel(context, line, tasks, gold, names, judge, judge_model)
         turned = wheel.turn(dry=dry_run)
-    found = {**turned.to_json(), "dry_run": dry_run}
-    emit(found, as_json, f"turn {turned.number} of {line}: {turned.candidate.name}\n{turned.verdict.text()}")
+        for vertical in [] if dry_run else _waiting(context, of=line):
+            try:
+                again.append(_judged_again(context, vertical, tasks, judge, judge_model))
+            except PrairieError as error:  # the turn of its base stands, and it waits on
+                left.append(f"{vertical} still waits for `prairie rejudge {vertical}`: {error}")
+    found = {**turned.to_json(), "dry_run": dry_run, "verticals": [_told(*one) for one in again], "waiting": left}
+    text = [f"turn {turned.number} of {line}: {turned.candidate.name}\n{turned.verdict.text()}", _texts(again), *left]
+    emit(found, as_json, "\n".join(filter(None, text)))
 
 
 def rejudge(
@@ -74,27 +82,18 @@ def rejudge(
     as_json: JsonOption = False,
 ) -> None:
     """Train verticals again on their line's new base, and judge each against what is served on the old one."""
-    from prairie.flywheel.loop import Flywheel
-    from prairie.flywheel.remake import Rebase
     from prairie.store.registry import Registry
 
-    context, turns = _context("rejudge", home, threads, [], as_json), list[Any]()
-    registry = Registry(context.home)
+    context = _context("rejudge", home, threads, [], as_json)
     if line is not None:
-        registry.require_vertical(line)
+        Registry(context.home).require_vertical(line)
     with context.home.lock("run"):
-        for vertical, base in registry.waiting().items():
-            if line in (None, vertical):
-                roles = Rebase(context, base.base_artifact_id or base.artifact_id)
-                gate = _chat_gate(context, vertical, tasks, judge, judge_model)
-                turned = Flywheel(vertical, registry, roles, roles, gate).turn(dry=dry_run)
-                turns.append((turned, base.name))
-    found = {"dry_run": dry_run, "turns": [{**turned.to_json(), "base": base} for turned, base in turns]}
-    text = "\n".join(
-        f"turn {turned.number} of {turned.champion.line}: {turned.candidate.name} is {turned.champion.name} on"
-        f" {base}\n{turned.verdict.text()}" for turned, base in turns
-    )  # fmt: skip
-    emit(found, as_json, text or "No vertical waits to be judged on a new base.")
+        again = [
+            _judged_again(context, vertical, tasks, judge, judge_model, dry=dry_run)
+            for vertical in _waiting(context) if line in (None, vertical)
+        ]  # fmt: skip
+    found = {"dry_run": dry_run, "turns": [_told(*one) for one in again]}
+    emit(found, as_json, _texts(again) or "No vertical waits to be judged on a new base.")
 
 
 def gate(
@@ -165,6 +164,39 @@ def _wheel(
         ChatLearner(context, config.learn, f"turn-{line}"),
         _chat_gate(context, line, tasks, judge, judge_model),
     )
+
+
+def _waiting(context: Any, of: str | None = None) -> list[str]:
+    """Verticals that wait to be judged on a new base, those of one line or all."""
+    from prairie.store.registry import Registry
+
+    return [vertical for vertical in Registry(context.home).waiting() if of in (None, vertical.partition(":")[0])]
+
+
+def _judged_again(
+    context: Any, vertical: str, tasks: str, judge: str | None, judge_model: str, dry: bool = False
+) -> tuple[Any, str]:
+    """A turn of a vertical that waits: made again on its line's new base, whose name is told too."""
+    from prairie.flywheel.loop import Flywheel
+    from prairie.flywheel.remake import Rebase
+    from prairie.store.registry import Registry
+
+    registry = Registry(context.home)
+    base = registry.waiting()[vertical]
+    roles = Rebase(context, base.base_artifact_id or base.artifact_id)
+    gate = _chat_gate(context, vertical, tasks, judge, judge_model)
+    return Flywheel(vertical, registry, roles, roles, gate).turn(dry=dry), base.name
+
+
+def _told(turned: Any, base: str) -> dict[str, Any]:
+    return {**turned.to_json(), "base": base}
+
+
+def _texts(again: list[tuple[Any, str]]) -> str:
+    return "\n".join(
+        f"turn {turned.number} of {turned.champion.line}: {turned.candidate.name} is {turned.champion.name} on"
+        f" {base}\n{turned.verdict.text()}" for turned, base in again
+    )  # fmt: skip
 
 
 def _go_stage(home: Any, line: str) -> dict[str, Any] | None:

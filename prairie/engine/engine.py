@@ -208,9 +208,15 @@ class Engine:
         except BaseException:
             self.scheduler.start_over()
             raise
+        generated = self.generated_tokens
+        computed, sequences = perf_counter() - began, len(step.sequences)
+        outputs = self._accept(step, ready, sampled)
         if self.speculation is not None and len(ready) == step.counts.sum():  # prompts would blur what a token costs
-            self.speculation.pace.learn(len(ready), perf_counter() - began)
-        return self._accept(step, ready, sampled)
+            self.speculation.pace.learn(len(ready), computed)
+            self.speculation.worth.learn(
+                sequences, len(ready) > sequences, self.generated_tokens - generated, perf_counter() - began
+            )
+        return outputs
 
     def generate(
         self, requests: Seq[Request], *, on_done: Callable[[Completion], object] | None = None

@@ -8,7 +8,8 @@ answers and their log-probabilities stay what they are.
 A draft costs its tokens' time in the step whether it is right or not. Every looked-up token is held against the one
 that comes, drafted or not, so what drafts are worth is known before any is made; how a step's time grows with its
 tokens is measured. A token is drafted if it makes the batch faster by these two figures: an answer that copies nothing
-costs its look-ups, and a large batch, which has no time left over, drafts nothing.
+costs its look-ups, and a large batch, which has no time left over, drafts nothing. Whether that came true is measured,
+too: where steps with drafts bring fewer tokens a second than steps without, hardly any are made.
 Not here: which tokens are computed (`scheduler`), what becomes of them (`engine`).
 """
 
@@ -34,6 +35,10 @@ UNMEASURED = 0.15
 """What a token more is taken to cost, in steps of one token, until steps of different sizes were seen."""
 MARGIN = 1.2
 """How much better than nothing a draft must be: the figures are noisy."""
+TRIAL = 32
+"""Every so many steps one goes the other way, with drafts or without, so that both are known."""
+RECENT = 4
+"""Steps that the tokens a second of either way are the mean of, the newest weighing most."""
 
 
 class Lookup:
@@ -116,11 +121,34 @@ class Pace:
         return self._seconds - each * self._tokens, each
 
 
+class Worth:
+    """What steps with drafts brought, and those without: tokens a second for each of their sequences. Batches of unlike
+    sizes are told apart, by powers of two."""
+
+    def __init__(self) -> None:
+        self._rates: dict[tuple[int, bool], tuple[float, int]] = {}
+        self._steps: dict[int, int] = {}
+
+    def learn(self, sequences: int, drafted: bool, tokens: int, seconds: float) -> None:
+        rate, seen = self._rates.get((sequences.bit_length(), drafted), (0.0, 0))
+        seen = min(seen + 1, RECENT)
+        rate += (tokens / sequences / seconds - rate) / seen
+        self._rates[sequences.bit_length(), drafted] = rate, seen
+
+    def allows(self, sequences: int) -> bool:
+        """Whether the next step of so many sequences may have drafts."""
+        size = sequences.bit_length()
+        self._steps[size] = self._steps.get(size, 0) + 1
+        with_drafts, without = (self._rates.get((size, drafted)) for drafted in (True, False))
+        pays = with_drafts is None or (without is not None and with_drafts[0] >= without[0])
+        return pays != (self._steps[size] % TRIAL == 0)
+
+
 class Speculation:
     """Decides what is drafted in a step."""
 
     def __init__(self) -> None:
-        self.pace = Pace()
+        self.pace, self.worth = Pace(), Worth()
         self.drafted_tokens = 0
         self.accepted_tokens = 0
 
@@ -136,12 +164,13 @@ class Speculation:
         base, each = self.pace.line()
         tokens = float(len(sequences))
         seconds = base + each * tokens
+        allowed = self.worth.allows(len(sequences))
         for sequence in sequences:
             lookup = sequence.lookup
             if lookup is None:
                 continue
             lookup.read(sequence.ids, sequence.prompt_tokens)
-            most = min(MOST_DRAFTED, room, sequence.max_length - len(sequence.ids) - 1)
+            most = min(MOST_DRAFTED if allowed else 0, room, sequence.max_length - len(sequence.ids) - 1)
             gain, count, share = 1.0, 0, lookup.share
             while count < most:
                 gain *= share

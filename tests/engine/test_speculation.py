@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from naive import engine, expected, prompts, request
 
 from prairie.engine.constraint import Constraint
-from prairie.engine.speculation import MOST_DRAFTED, Lookup, Pace, Speculation
+from prairie.engine.speculation import MOST_DRAFTED, TRIAL, Lookup, Pace, Speculation, Worth
 
 
 class Forced(Speculation):
@@ -223,6 +223,18 @@ def test_it_is_made_where_it_pays():
     assert drafted(speculation, copying) == 0
     copying.ids += text[40:70]
     assert drafted(speculation, copying) > 4, "it is found again"
+
+
+def test_drafts_that_do_not_pay_are_tried_once_in_a_while():
+    worth, tried = Worth(), []
+    for number in range(1, 16 * TRIAL + 1):
+        drafted = worth.allows(8)
+        tried.append(drafted)
+        pays = number > 8 * TRIAL  # from here on
+        worth.learn(8, drafted, tokens=12 if drafted else 8, seconds=(1.2 if pays else 2.0) if drafted else 1.0)
+    assert sum(tried[: 8 * TRIAL]) < 12, "two thirds of the speed"
+    assert sum(tried[-TRIAL:]) == TRIAL - 1, "and all but the trial where it pays again"
+    assert worth.allows(1), "another batch has figures of its own"
 
 
 def test_the_whole_engine_drafts_a_loop():

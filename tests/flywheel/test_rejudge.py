@@ -130,6 +130,21 @@ def test_it_is_trained_on_the_new_base_judged_and_waits_no_more(context, voted, 
     assert (registry.champion("spark:poet").base_artifact_id == base) == promoted
 
 
+def test_a_turn_to_a_new_base_goes_on_with_the_verticals(context, voted, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "suite", lambda tasks, count: suite(tasks, 40))
+    registry, served = context.home.registry, context.home.registry.champion("spark:poet")
+    keys = ["adapter=null", "steps=8", "tokens_per_batch=512", "max_tokens=128", "lr=1e-3", "weight_decay=0.0"]
+    with pytest.raises(SystemExit) as end:
+        main(["turn", "spark", *keys, "--tasks", "numbers", "--home", str(voted), "--threads", "1", "--json"])
+    told, base = json.loads(capsys.readouterr().out), registry.champion("spark")
+    assert told["promoted"], told["verdict"]["reasons"]
+    assert end.value.code == 0 and told["waiting"] == [] and base.base_artifact_id is None
+    (again,) = told["verticals"]
+    made = registry.resolve(again["candidate"])
+    assert again["base"] == base.name and made.line == "spark:poet" and made.base_artifact_id == base.artifact_id
+    assert registry.champion("spark:poet") == served, "nobody has judged it yet"
+
+
 def test_what_was_not_trained_here_is_told_apart(context):
     registry, home = context.home.registry, context.home
     poet = home.artifacts.get(registry.champion("spark:poet").artifact_id)
