@@ -59,9 +59,9 @@ def turn(
     with context.home.lock("run"):
         wheel = _wheel(context, line, tasks, gold, names, judge, judge_model)
         turned = wheel.turn(dry=dry_run)
-        for vertical in [] if dry_run else _waiting(context, of=line):
+        for vertical, base in [] if dry_run else _waiting(context, of=line):
             try:
-                again.append(_judged_again(context, vertical, tasks, judge, judge_model))
+                again.append(_judged_again(context, vertical, base, tasks, judge, judge_model))
             except PrairieError as error:  # the turn of its base stands, and it waits on
                 left.append(f"{vertical} still waits for `prairie rejudge {vertical}`: {error}")
     found = {**turned.to_json(), "dry_run": dry_run, "verticals": [_told(*one) for one in again], "waiting": left}
@@ -89,8 +89,8 @@ def rejudge(
         Registry(context.home).require_vertical(line)
     with context.home.lock("run"):
         again = [
-            _judged_again(context, vertical, tasks, judge, judge_model, dry=dry_run)
-            for vertical in _waiting(context) if line in (None, vertical)
+            _judged_again(context, vertical, base, tasks, judge, judge_model, dry=dry_run)
+            for vertical, base in _waiting(context) if line in (None, vertical)
         ]  # fmt: skip
     found = {"dry_run": dry_run, "turns": [_told(*one) for one in again]}
     emit(found, as_json, _texts(again) or "No vertical waits to be judged on a new base.")
@@ -166,26 +166,25 @@ def _wheel(
     )
 
 
-def _waiting(context: Any, of: str | None = None) -> list[str]:
-    """Verticals that wait to be judged on a new base, those of one line or all."""
+def _waiting(context: Any, of: str | None = None) -> list[tuple[str, Any]]:
+    """Verticals that wait to be judged on a new base, those of one line or all, and that base."""
     from prairie.store.registry import Registry
 
-    return [vertical for vertical in Registry(context.home).waiting() if of in (None, vertical.partition(":")[0])]
+    waiting = Registry(context.home).waiting().items()
+    return [(vertical, base) for vertical, base in waiting if of in (None, vertical.partition(":")[0])]
 
 
 def _judged_again(
-    context: Any, vertical: str, tasks: str, judge: str | None, judge_model: str, dry: bool = False
+    context: Any, vertical: str, base: Any, tasks: str, judge: str | None, judge_model: str, dry: bool = False
 ) -> tuple[Any, str]:
     """A turn of a vertical that waits: made again on its line's new base, whose name is told too."""
     from prairie.flywheel.loop import Flywheel
     from prairie.flywheel.remake import Rebase
     from prairie.store.registry import Registry
 
-    registry = Registry(context.home)
-    base = registry.waiting()[vertical]
     roles = Rebase(context, base.base_artifact_id or base.artifact_id)
     gate = _chat_gate(context, vertical, tasks, judge, judge_model)
-    return Flywheel(vertical, registry, roles, roles, gate).turn(dry=dry), base.name
+    return Flywheel(vertical, Registry(context.home), roles, roles, gate).turn(dry=dry), base.name
 
 
 def _told(turned: Any, base: str) -> dict[str, Any]:

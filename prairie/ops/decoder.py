@@ -366,25 +366,20 @@ def _sum_of(b: Any, vector: Any) -> Any:
     return b.extract_element(vector, ir.Constant(ir.IntType(32), 0))
 
 
-@intrinsic
-def _float_pointer(typing: Any, address: Any) -> Any:
-    return types.CPointer(types.float32)(types.int64), lambda context, b, signature, args: b.inttoptr(
-        args[0], ir.PointerType(ir.FloatType())
-    )
+def _pointer(kind: Any, written: Any) -> Any:
+    """An intrinsic: an address as a pointer to numbers of a kind, which LLVM calls `written`."""
+
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        return types.CPointer(kind)(types.int64), lambda context, b, signature, args: b.inttoptr(
+            args[0], ir.PointerType(written)
+        )
+
+    return pointer
 
 
-@intrinsic
-def _whole_pointer(typing: Any, address: Any) -> Any:
-    return types.CPointer(types.int64)(types.int64), lambda context, b, signature, args: b.inttoptr(
-        args[0], ir.PointerType(ir.IntType(64))
-    )
-
-
-@intrinsic
-def _word_pointer(typing: Any, address: Any) -> Any:
-    return types.CPointer(types.int32)(types.int64), lambda context, b, signature, args: b.inttoptr(
-        args[0], ir.PointerType(ir.IntType(32))
-    )
+_float_pointer, _whole_pointer = _pointer(types.float32, ir.FloatType()), _pointer(types.int64, ir.IntType(64))
+_word_pointer = _pointer(types.int32, ir.IntType(32))
 
 
 @njit(nogil=True, inline="always")
