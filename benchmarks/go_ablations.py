@@ -68,6 +68,7 @@ LEFT_OUT = {
     "gumbel": replace(WHOLE, play=replace(PLAY, visits=28, full_share=1.0, search=SearchSettings(gumbel=8))),
     "gumbel, 12 visits": replace(WHOLE, play=replace(PLAY, visits=12, full_share=1.0, search=SearchSettings(gumbel=8))),
     "played out": replace(WHOLE, play=replace(PLAY, play_out=True)),
+    "played out, decided": replace(WHOLE, play=replace(PLAY, play_out=True, decided=0.75)),
 }
 
 
