@@ -37,6 +37,7 @@ from prairie.ops.packed import (
     PANEL,
     Bits,
     PackedWeight,
+    in_narrow_panels,
     in_one_piece,
     in_panels,
     is_bfloat16,
@@ -462,13 +463,12 @@ class CompiledDecoder:
                     if len(a_RI):
                         pair[place + decoder.AT], pair[place + decoder.RANK] = sum(len(a) for a in read), len(a_RI)
                         read.append(a_RI)
-                        written.append(in_panels(b_OR.to(dtype)))
+                        written.append(b_OR.T.to(dtype))
                         places.append((layer, group, place + decoder.B))
                 if read:
                     places.insert(len(places) - len(written), (layer, group, decoder.A))
-                    a_PIR = in_panels(torch.cat(read).to(dtype))
-                    pair[decoder.INNER] = PANEL * len(a_PIR)
-                    tensors += [a_PIR, *written]  # in the order in which they are wanted
+                    pair[decoder.INNER] = sum(map(len, read))
+                    tensors += [in_narrow_panels(torch.cat(read).to(dtype)), *written]  # in the order in which they are wanted
         lora.forget_changes()
         tensors = in_one_piece(tensors)
         for place, tensor in zip(places, tensors, strict=True):
@@ -509,26 +509,18 @@ class CompiledDecoder:
         return Found(logits_RV, scratch["best"][:wanted], logs[:wanted], logs[wanted : 2 * wanted])
 
     def _segments(self, adapters: list[tuple[LoRA, slice]], count: int) -> np.ndarray:
-        """(S, 3) the tokens of a step in segments: first token, count, address of their adapter's `pairs`, 0 for none.
-        No segments where there is no adapter."""
+        """(S, 3) the tokens that have an adapter in segments: first token, count, address of the adapter's `pairs`."""
         found: list[tuple[int, int, int]] = []
-        end, width = 0, PANEL
-
-        def cut(until: int, pairs: int) -> None:
-            found.extend((start, min(SEGMENT, until - start), pairs) for start in range(end, until, SEGMENT))
-
+        width = PANEL
         for lora, rows in adapters:
             adapter = self.adapter(lora)
             assert adapter is not None
-            cut(rows.start, 0)
-            end = rows.start
-            cut(rows.stop, address(adapter.pairs))
-            end, width = rows.stop, max(width, adapter.width)
-        if found:
-            cut(count, 0)
-            self.plan[0]["inner_width"] = width
-            self._scratch("inner", count * width, np.float32)
-        return np.array(found, dtype=np.int64) if found else NOTHING
+            pairs, width = address(adapter.pairs), max(width, adapter.width)
+            for start in range(rows.start, rows.stop, SEGMENT):
+                found.append((start, min(SEGMENT, rows.stop - start), pairs))
+        self.plan[0]["inner_width"] = width
+        self._scratch("inner", count * width, np.float32)
+        return np.array(found, dtype=np.int64)
 
     def _have_room(self, tokens: int, threads: int, ready: int) -> None:
         """Scratch for a step of so many tokens, threads, and tokens that want logits; it grows by powers of two and is

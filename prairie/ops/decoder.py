@@ -16,8 +16,8 @@ Not here: which models can be computed so and who calls it (`engine.compiled`), 
 Kept in one file: numba's cache on disk knows a kernel is stale by the date of the file it stands in.
 
 Legend: N tokens of the step, D width, H query heads, K kv heads, G = H / K, E size of a head, F width of the MLP,
-L layers, V vocabulary, T threads, R rows that want logits, S segments: neighbouring tokens that share an adapter or
-have none, M runs of tokens of one sequence.
+L layers, V vocabulary, T threads, R rows that want logits, S segments: neighbouring tokens that share an adapter, M
+runs of tokens of one sequence.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ PARTS = 3
 A, INNER, PART = 0, 1, 2
 AT, RANK, B, FIRST, LAST = 0, 1, 2, 3, 4
 PAIRS = PART + 5 * PARTS
-"""What there is to know of an adapter's change of a fused layer: the address of A, whose rows are the ranks of all
-parts and are filled up to whole panels, and how many rows that makes; then, for each part, which row is its first, how
-many it has (whole vectors, or none), the address of its B, its first and last column."""
+"""What there is to know of an adapter's change of a fused layer: the address of A in narrow panels, whose rows are the
+ranks of all parts, and how many rows that makes; then, for each part, which row is its first, how
+many it has (whole vectors, or none), the address of its B, rank by rank, its first and last column."""
 PIECE_BYTES = 1 << 17
 """Of a weight, at most, in a piece: it stays in the second cache while blocks of tokens pass by."""
 PIECES_EACH = 6
 """At least so many pieces of a phase for each thread."""
-TILE_ROWS = 12
-"""Rows of a weight in rows come in whole multiples of this in a piece: whole tiles."""
+TILE_ROWS = 24
+"""Rows of a weight in rows come in whole multiples of this in a piece: whole tiles, and whole vectors of what they
+write."""
 HEAD_ROWS = 96
 """Rows of the head whose logits are looked through while they are in the first cache."""
 RUN = 8
@@ -97,8 +98,8 @@ PLAN = np.dtype(
         # and plain (N, E) cosines, then sines, for layers that turn and for those that do not; position, row in tables
         # and own slot of each token (N,); runs (M, 2) first token and count
         "x", "turns", "plain", "positions", "of_row", "own_slots", "runs", "run_count",
-        # adapters, if there are any: segments (S, 3) first token, count, address of pairs (L, 4, PAIRS), 0 for none;
-        # inner (N, inner_width) what each adapter reads
+        # adapters, if there are any: segments (S, 3) first token, count, address of pairs (L, 4, PAIRS);
+        # inner (N, inner_width) A x, of each token by its adapter
         "segments", "segment_count", "adapter_kind", "inner", "inner_width",
         # scratch; y has a copy for each thread
         "y", "qkv", "mixed", "gate_up", "act",
@@ -178,11 +179,13 @@ def _tile(rows: int, tokens: int, chains: int = 1, strides: int = 1) -> Any:
     return tile
 
 
-def _panel_tile(kind: int, tokens: int, chains: int = 1) -> Any:
+def _panel_tile(kind: int, tokens: int, chains: int = 1, narrow: bool = False) -> Any:
     """An intrinsic: the products of `tokens` inputs with a panel of a weight, all sums in registers.
 
     tile(w, scales, x, x_step, y, y_step, length, adds): addresses, and steps in numbers from one token to the next;
     y[token, 0..16] becomes the product of `length` columns times the rows' scales (INT8), or gains it where `adds`.
+    A `narrow` panel has 8 rows, and where others have rows 8..16 of a column these of the next column: y[token, 0..8]
+    becomes the product of 2 `length` columns.
     """
     i64, f32, i32 = ir.IntType(64), ir.FloatType(), ir.IntType(32)
     vector, words, bytes_of = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES), ir.VectorType(ir.IntType(8), LANES)
@@ -220,11 +223,18 @@ def _panel_tile(kind: int, tokens: int, chains: int = 1) -> Any:
                 _ask_for(b, b.add(start, number(AHEAD_BYTES + line)))
             for step in range(turn):
                 halves = widened(b.add(start, number(step * column)))
-                place = b.mul(b.add(at, number(step)), number(4))
+                place = b.mul(b.add(at, number(step)), number(8 if narrow else 4))
                 for n in range(tokens):
                     x_n = _spread(b, load(b.add(rows[n], place), f32))
                     for half in range(2):
+                        if narrow and half:
+                            x_n = _spread(b, load(b.add(rows[n], b.add(place, number(4))), f32))
                         _gain(b, sums[n][half][step % chains], halves[half], x_n)
+        if narrow:
+            for n in range(tokens):
+                both = b.fadd(_joined(b, sums[n][0]), _joined(b, sums[n][1]))
+                b.store(both, b.inttoptr(b.add(y, b.mul(y_step, number(4 * n))), ir.PointerType(vector)), align=4)
+            return context.get_dummy_value()
         for half in range(2):
             offset = number(4 * LANES * half)
             scale = load(b.add(scales, offset), vector) if kind == INT8 else None
@@ -484,6 +494,29 @@ def _panel_products(kind: int) -> Any:
     return panel_products
 
 
+def _narrow_products(kind: int) -> Any:
+    """narrow_products(w, x, x_step, y, y_step, length, rows, tokens): all rows of a weight in narrow panels."""
+    size = np.int64(SIZES[kind])
+    one, two, three = (_panel_tile(kind, n + 1, chains=2, narrow=True) for n in range(3))
+
+    @njit(nogil=True, error_model="numpy")
+    def narrow_products(w, x, x_step, y, y_step, length, rows, tokens):
+        for row in range(0, rows, LANES):
+            wr, token = w + row * length * size, 0
+            while token < tokens:
+                xs, ys, left = x + token * x_step * 4, y + (token * y_step + row) * 4, tokens - token
+                if left == 1:
+                    one(wr, 0, xs, x_step, ys, y_step, length // 2, 0)
+                elif left == 2:
+                    two(wr, 0, xs, x_step, ys, y_step, length // 2, 0)
+                else:
+                    three(wr, 0, xs, x_step, ys, y_step, length // 2, 0)
+                token += 3
+
+    return narrow_products
+
+
+_narrow_bf16, _narrow_f32 = _narrow_products(BFLOAT16), _narrow_products(PANELS)
 _nibbles_one, _nibbles_two, _nibbles_three = _nibble_tile(1, 2), _nibble_tile(2), _nibble_tile(3)
 _nibbles_four, _nibbles_five, _nibbles_six = _nibble_tile(4), _nibble_tile(5), _nibble_tile(6)
 
@@ -813,11 +846,11 @@ def _place(p, layer, low, high, start, some):
                 kv[layer, side, slots[n], own] = part
 
 
-def _mixture(rows: int) -> Any:
-    """An intrinsic: mixture(to, shares, v, v_step, size, ahead): to_E gains the sum of `rows` vectors v_E, `v_step`
-    bytes from one to the next, each times its share; asks for what lies `ahead` bytes behind them."""
-    i64, f32 = ir.IntType(64), ir.FloatType()
-    vector = ir.VectorType(f32, LANES)
+def _mixture(rows: int, kind: int = FLOAT32) -> Any:
+    """An intrinsic: mixture(to, shares, v, v_step, size, ahead): to_E gains the sum of `rows` vectors v_E of FLOAT32 or
+    BFLOAT16, `v_step` bytes from one to the next, each times its share; asks for what lies `ahead` bytes behind them."""
+    i64, i32, f32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
+    vector, words, halves = (ir.VectorType(kind_of, LANES) for kind_of in (f32, i32, ir.IntType(16)))
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         to, shares, v, v_step, size, ahead = args
@@ -828,13 +861,19 @@ def _mixture(rows: int) -> Any:
         def at(base: Any, offset: Any, kind_of: Any) -> Any:
             return b.inttoptr(b.add(base, offset), ir.PointerType(kind_of))
 
+        def values_at(start: Any, offset: Any) -> Any:
+            if kind == FLOAT32:
+                return b.load(at(start, offset, vector), align=4)
+            narrow = b.load(at(start, b.lshr(offset, number(1)), halves), align=2)
+            return b.bitcast(b.shl(b.zext(narrow, words), ir.Constant(words, [16] * LANES)), vector)
+
         weights = [_spread(b, b.load(at(shares, number(4 * m), f32), align=4)) for m in range(rows)]
         starts = [b.add(v, b.mul(v_step, number(m))) for m in range(rows)]
         with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, _):
             total = b.load(at(to, offset, vector), align=4)
             for start, weight in zip(starts, weights, strict=True):
                 _ask_for(b, b.add(b.add(start, offset), ahead))
-                values = b.load(at(start, offset, vector), align=4)
+                values = values_at(start, offset)
                 total = b.fadd(total, b.fmul(values, weight, flags=("contract",)), flags=("contract",))
             b.store(total, at(to, offset, vector), align=4)
         return context.get_dummy_value()
@@ -846,7 +885,7 @@ def _mixture(rows: int) -> Any:
     return mixture
 
 
-_mix_one, _mix_four = _mixture(1), _mixture(4)
+_mix_one, _mix_four, _mix_lanes, _mix_lanes_bf16 = _mixture(1), _mixture(4), _mixture(LANES), _mixture(LANES, BFLOAT16)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -957,33 +996,38 @@ def _gate(gate_up, act, low, high, start, count):
 
 
 @njit(nogil=True, error_model="numpy")
-def _adapt(p, layer, group, segment, x, length, y, width, adds):
-    """What a segment's adapter makes of its x, (N, length): its rows of y, (N, width), become B A x, or gain it where
-    `adds`."""
+def _pair(p, layer, group, segment):
+    """What there is to know of the change that a segment's adapter makes to a layer."""
+    pairs = _wholes(p.segments, (p.segment_count, 3))[segment, 2]
+    return _wholes(pairs + (layer * 4 + group) * PAIRS * 8, (PAIRS,))
+
+
+@njit(nogil=True, error_model="numpy")
+def _change(p, layer, group, y, width, low, high, start, count):
+    """Columns low..high of y, (N, width), gain what adapters add to them: B times the tokens' `inner`. Of `count`
+    tokens from `start` on."""
     segments = _wholes(p.segments, (p.segment_count, 3))
-    start, count, pairs = segments[segment, 0], segments[segment, 1], segments[segment, 2]
-    y += start * width * 4
-    if not pairs:
-        if not adds:
-            _floats(y, (count, width))[:] = 0.0
-        return
-    pair = _wholes(pairs + (layer * 4 + group) * PAIRS * 8, (PAIRS,))
-    inner = p.inner + start * p.inner_width * 4
-    if pair[INNER]:
-        _call(p.products, (
-            p.adapter_kind, pair[A], length, np.int64(0), x + start * length * 4, length, inner, p.inner_width, length,
-            np.int64(0), pair[INNER], count, np.int64(0),
-        ))  # fmt: skip
-    for number in range(PARTS):
-        part = pair[PART + 5 * number : PART + 5 * (number + 1)]
-        rank, columns = part[RANK], part[LAST] - part[FIRST]
-        if rank:
-            _call(p.products, (
-                p.adapter_kind, part[B], rank, np.int64(0), inner + part[AT] * 4, p.inner_width, y + part[FIRST] * 4,
-                width, rank, np.int64(0), columns, count, np.int64(adds),
-            ))  # fmt: skip
-        elif not adds:
-            _floats(y, (count, width))[:, part[FIRST] : part[LAST]] = 0.0
+    for segment in range(p.segment_count):
+        first, last = max(start, segments[segment, 0]), min(start + count, segments[segment, 0] + segments[segment, 1])
+        if first >= last:
+            continue
+        pair = _pair(p, layer, group, segment)
+        for number in range(PARTS):
+            part = pair[PART + 5 * number : PART + 5 * (number + 1)]
+            left, right = max(low, part[FIRST]), min(high, part[LAST])
+            if not part[RANK] or left >= right:
+                continue
+            size = 2 if p.adapter_kind == BFLOAT16 else 4
+            step = (part[LAST] - part[FIRST]) * size
+            for token in range(first, last):
+                to, ranks = y + (token * width + left) * 4, p.inner + (token * p.inner_width + part[AT]) * 4
+                b = part[B] + (left - part[FIRST]) * size
+                for _ in range(0, part[RANK], LANES):
+                    if p.adapter_kind == BFLOAT16:
+                        _mix_lanes_bf16(to, ranks, b, step, right - left, 0)
+                    else:
+                        _mix_lanes(to, ranks, b, step, right - left, 0)
+                    ranks, b = ranks + LANES * 4, b + LANES * step
 
 
 @njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
@@ -1019,16 +1063,22 @@ def _look_through(logits, low, high, sampled, best, found):
 
 
 @njit(nogil=True, error_model="numpy")
-def _add_adapters(p, thread, layer, group, source, length, y, width, adds, phase):
-    """What adapters add to a layer, which adds its own afterwards. `source` is the address of what the layer reads; 0:
-    its norm is to be taken first. Returns the address of that, 0 if this thread did not need it."""
+def _read_by_adapters(p, thread, layer, group, source, length, phase):
+    """`inner`: A x of the layer's inputs, segment by segment. `source` is the address of x; 0: its norm is to be taken
+    first. Returns the address of x, 0 if this thread did not need it."""
     pieces = p.segment_count
     piece = _ticket(p, phase, pieces)
     x = source
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, np.int64(group == GATE_UP))
-        _adapt(p, layer, group, piece, x, length, y, width, adds)
+        pair, width = _pair(p, layer, group, piece), p.inner_width
+        start, count, _ = _wholes(p.segments, (pieces, 3))[piece]
+        xs, inner = x + start * length * 4, p.inner + start * width * 4
+        if p.adapter_kind == BFLOAT16:
+            _narrow_bf16(pair[A], xs, length, inner, width, length, pair[INNER], count)
+        else:
+            _narrow_f32(pair[A], xs, length, inner, width, length, pair[INNER], count)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
     return x
@@ -1040,7 +1090,7 @@ def _make_heads(p, thread, layer, x, phase):
     for nowhere."""
     heads, some = p.heads + 2 * p.kv_heads, p.heads_at_once
     each, pieces = _pieces(p.threads, (heads + some - 1) // some, some * p.head_dim * p.dim * 2)
-    piece, adds = _ticket(p, phase, pieces), np.int64(p.segment_count > 0)
+    piece = _ticket(p, phase, pieces)
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, 0)
@@ -1049,7 +1099,8 @@ def _make_heads(p, thread, layer, x, phase):
         first, last, width = low * p.head_dim, high * p.head_dim, heads * p.head_dim
         for start in range(0, p.tokens, TOKENS_AT_ONCE):  # what was made is placed while it is in the cache
             count = min(TOKENS_AT_ONCE, p.tokens - start)
-            _product(p, p.kind, w, scales, x, p.dim, p.qkv, width, first, last, start, count, adds)
+            _product(p, p.kind, w, scales, x, p.dim, p.qkv, width, first, last, start, count, 0)
+            _change(p, layer, QKV, p.qkv, width, first, last, start, count)
             _place(p, layer, low, high, start, count)
         _done(p, phase, pieces)
         piece = _ticket(p, phase, pieces)
@@ -1079,6 +1130,7 @@ def _add_to_x(p, layer, group, source, length, bias, phase):
         low, high = piece * each * some, min(p.dim, (piece + 1) * each * some)
         w, scales = _of_group(p, layer, group)
         _product(p, p.kind, w, scales, source, length, p.x, p.dim, low, high, 0, p.tokens, 1)
+        _change(p, layer, group, p.x, p.dim, low, high, 0, p.tokens)
         if bias:
             _add_bias(
                 _floats(p.x, (p.tokens, p.dim)), _floats(bias, (p.layers, p.dim))[layer], low, high, 0, p.tokens
@@ -1092,7 +1144,7 @@ def _open_gates(p, thread, layer, x, phase):
     """silu(gate) * up of the normed tokens. `x`: where they are normed, 0 for nowhere."""
     ffn, some = p.ffn, p.rows_at_once
     each, pieces = _pieces(p.threads, (ffn + some - 1) // some, some * p.dim * 4)
-    piece, adds = _ticket(p, phase, pieces), np.int64(p.segment_count > 0)
+    piece = _ticket(p, phase, pieces)
     while piece >= 0:
         if not x:
             x = _normed(p, thread, layer, 1)
@@ -1103,7 +1155,8 @@ def _open_gates(p, thread, layer, x, phase):
             count = min(TOKENS_AT_ONCE, p.tokens - start)
             for side in range(2):
                 first, last = side * ffn + low, side * ffn + high
-                _product(p, p.kind, w, scales, x, p.dim, p.gate_up, 2 * ffn, first, last, start, count, adds)
+                _product(p, p.kind, w, scales, x, p.dim, p.gate_up, 2 * ffn, first, last, start, count, 0)
+                _change(p, layer, GATE_UP, p.gate_up, 2 * ffn, first, last, start, count)
                 if p.mlp_bias:
                     _add_bias(gate_up, _floats(p.mlp_bias, (p.layers, 2 * ffn))[layer], first, last, start, count)
             _gate(gate_up, _floats(p.act, (p.tokens, ffn)), low, high, start, count)
@@ -1216,24 +1269,23 @@ def _work(p, thread):
     x = np.int64(0)
     for layer in range(p.layers):
         if adapted:
-            width = (p.heads + 2 * p.kv_heads) * p.head_dim
-            x = _add_adapters(p, thread, layer, QKV, 0, p.dim, p.qkv, width, 0, phase)
+            x = _read_by_adapters(p, thread, layer, QKV, 0, p.dim, phase)
             phase += 1
         _make_heads(p, thread, layer, x, phase)
         _look_back(p, layer, phase + 1)
         phase += 2
         if adapted:
-            _add_adapters(p, thread, layer, OUT, p.mixed, mixed, p.x, p.dim, 1, phase)
+            _read_by_adapters(p, thread, layer, OUT, p.mixed, mixed, phase)
             phase += 1
         _add_to_x(p, layer, OUT, p.mixed, mixed, p.out_bias, phase)
         phase += 1
         if adapted:
-            x = _add_adapters(p, thread, layer, GATE_UP, 0, p.dim, p.gate_up, 2 * p.ffn, 0, phase)
+            x = _read_by_adapters(p, thread, layer, GATE_UP, 0, p.dim, phase)
             phase += 1
         _open_gates(p, thread, layer, x, phase)
         phase += 1
         if adapted:
-            _add_adapters(p, thread, layer, DOWN, p.act, p.ffn, p.x, p.dim, 1, phase)
+            _read_by_adapters(p, thread, layer, DOWN, p.act, p.ffn, phase)
             phase += 1
         _add_to_x(p, layer, DOWN, p.act, p.ffn, p.down_bias, phase)
         phase += 1

@@ -170,6 +170,12 @@ def in_panels(numbers_OI: Tensor) -> Tensor:
     return numbers_PRI.transpose(1, 2).contiguous()
 
 
+def in_narrow_panels(numbers_OI: Tensor) -> Tensor:
+    """(P, I / 2, 16) the same numbers in panels of 8 rows, where others have rows 8..16 of a column these of the next
+    column. For weights of few rows (whole eights), which would be half empty panels."""
+    return in_panels(numbers_OI.unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL // 2)).movedim(3, 1).flatten(0, 2))
+
+
 def from_panels(numbers_PIR: Tensor, rows: int) -> Tensor:
     """(O, I) the `rows` rows that `in_panels` laid out."""
     if numbers_PIR.itemsize == 2:
