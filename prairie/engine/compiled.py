@@ -463,12 +463,13 @@ class CompiledDecoder:
                     if len(a_RI):
                         pair[place + decoder.AT], pair[place + decoder.RANK] = sum(len(a) for a in read), len(a_RI)
                         read.append(a_RI)
-                        written.append(b_OR.T.to(dtype))
+                        written.append(b_OR.to(dtype).unflatten(0, (-1, LANES)).mT)
                         places.append((layer, group, place + decoder.B))
                 if read:
                     places.insert(len(places) - len(written), (layer, group, decoder.A))
                     pair[decoder.INNER] = sum(map(len, read))
-                    tensors += [in_narrow_panels(torch.cat(read).to(dtype)), *written]  # in the order in which they are wanted
+                    a_PIR = in_narrow_panels(torch.cat(read).to(dtype))
+                    tensors += [a_PIR, *written]  # in the order in which they are wanted
         lora.forget_changes()
         tensors = in_one_piece(tensors)
         for place, tensor in zip(places, tensors, strict=True):

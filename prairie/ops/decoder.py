@@ -59,7 +59,8 @@ AT, RANK, B, FIRST, LAST = 0, 1, 2, 3, 4
 PAIRS = PART + 5 * PARTS
 """What there is to know of an adapter's change of a fused layer: the address of A in narrow panels, whose rows are the
 ranks of all parts, and how many rows that makes; then, for each part, which row is its first, how
-many it has (whole vectors, or none), the address of its B, rank by rank, its first and last column."""
+many it has (whole vectors, or none), the address of its B, 8 columns rank by rank and
+then the next 8, its first and last column."""
 PIECE_BYTES = 1 << 17
 """Of a weight, at most, in a piece: it stays in the second cache while blocks of tokens pass by."""
 PIECES_EACH = 6
@@ -847,13 +848,14 @@ def _place(p, layer, low, high, start, some):
 
 
 def _mixture(rows: int, kind: int = FLOAT32) -> Any:
-    """An intrinsic: mixture(to, shares, v, v_step, size, ahead): to_E gains the sum of `rows` vectors v_E of FLOAT32 or
-    BFLOAT16, `v_step` bytes from one to the next, each times its share; asks for what lies `ahead` bytes behind them."""
+    """An intrinsic: mixture(to, shares, v, v_step, v_next, size, ahead): to_E gains the sum of `rows` vectors v_E of
+    FLOAT32 or BFLOAT16, each times its share; asks for what lies `ahead` bytes behind them. In bytes, `v_step` leads
+    from one to the next and `v_next` from their first 8 numbers to the next 8."""
     i64, i32, f32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
     vector, words, halves = (ir.VectorType(kind_of, LANES) for kind_of in (f32, i32, ir.IntType(16)))
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        to, shares, v, v_step, size, ahead = args
+        to, shares, v, v_step, v_next, size, ahead = args
 
         def number(value: int) -> Any:
             return ir.Constant(i64, value)
@@ -864,23 +866,24 @@ def _mixture(rows: int, kind: int = FLOAT32) -> Any:
         def values_at(start: Any, offset: Any) -> Any:
             if kind == FLOAT32:
                 return b.load(at(start, offset, vector), align=4)
-            narrow = b.load(at(start, b.lshr(offset, number(1)), halves), align=2)
+            narrow = b.load(at(start, offset, halves), align=2)
             return b.bitcast(b.shl(b.zext(narrow, words), ir.Constant(words, [16] * LANES)), vector)
 
         weights = [_spread(b, b.load(at(shares, number(4 * m), f32), align=4)) for m in range(rows)]
         starts = [b.add(v, b.mul(v_step, number(m))) for m in range(rows)]
-        with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, _):
+        with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, eights):
             total = b.load(at(to, offset, vector), align=4)
+            place = b.mul(eights, v_next)
             for start, weight in zip(starts, weights, strict=True):
-                _ask_for(b, b.add(b.add(start, offset), ahead))
-                values = values_at(start, offset)
+                _ask_for(b, b.add(b.add(start, place), ahead))
+                values = values_at(start, place)
                 total = b.fadd(total, b.fmul(values, weight, flags=("contract",)), flags=("contract",))
             b.store(total, at(to, offset, vector), align=4)
         return context.get_dummy_value()
 
     @intrinsic
-    def mixture(typing: Any, to: Any, shares: Any, v: Any, v_step: Any, size: Any, ahead: Any) -> Any:
-        return types.void(*[types.int64] * 6), codegen
+    def mixture(typing: Any, to: Any, shares: Any, v: Any, v_step: Any, v_next: Any, size: Any, ahead: Any) -> Any:
+        return types.void(*[types.int64] * 7), codegen
 
     return mixture
 
@@ -977,9 +980,9 @@ def _attend(p, layer, run, low, high):
                 to = p.mixed + ((start + row % count) * p.heads + head) * size * 4
                 shares, v = scores_at + (row * keys + t - first) * 4, at + head // groups * size * 4
                 if four:
-                    _mix_four(to, shares, v, step * 4, size, 4 * step * 4)
+                    _mix_four(to, shares, v, step * 4, LANES * 4, size, 4 * step * 4)
                 else:
-                    _mix_one(to, shares, v, step * 4, size, step * 4)
+                    _mix_one(to, shares, v, step * 4, LANES * 4, size, step * 4)
             t, at = t + (4 if four else 1), at + (4 if four else 1) * step * 4
     _hold(scores)
 
@@ -1017,16 +1020,16 @@ def _change(p, layer, group, y, width, low, high, start, count):
             left, right = max(low, part[FIRST]), min(high, part[LAST])
             if not part[RANK] or left >= right:
                 continue
-            size = 2 if p.adapter_kind == BFLOAT16 else 4
-            step = (part[LAST] - part[FIRST]) * size
+            step = LANES * (2 if p.adapter_kind == BFLOAT16 else 4)
+            ahead = _pair(p, layer, group, min(segment + 1, p.segment_count - 1))[PART + 5 * number + B] - part[B]
             for token in range(first, last):
                 to, ranks = y + (token * width + left) * 4, p.inner + (token * p.inner_width + part[AT]) * 4
-                b = part[B] + (left - part[FIRST]) * size
+                b, b_next = part[B] + (left - part[FIRST]) // LANES * part[RANK] * step, part[RANK] * step
                 for _ in range(0, part[RANK], LANES):
                     if p.adapter_kind == BFLOAT16:
-                        _mix_lanes_bf16(to, ranks, b, step, right - left, 0)
+                        _mix_lanes_bf16(to, ranks, b, step, b_next, right - left, ahead)
                     else:
-                        _mix_lanes(to, ranks, b, step, right - left, 0)
+                        _mix_lanes(to, ranks, b, step, b_next, right - left, ahead)
                     ranks, b = ranks + LANES * 4, b + LANES * step
 
 

@@ -113,13 +113,15 @@ def test_packed_weights(bits):
         assert answer.token_ids == naive.greedy(ids, 8, base=plain)
 
 
-@pytest.mark.parametrize("bits", [None, "bf16", "int8", "int4"])
-def test_adapters_mixed_with_the_base(bits):
+@pytest.mark.parametrize("bits", ["panels", "rows", "bf16", "int8", "int4"])
+def test_adapters_mixed_with_the_base(bits, monkeypatch):
     base = copy.deepcopy(naive.model())
-    if bits is not None:
+    if bits == "rows":
+        monkeypatch.setattr("prairie.engine.compiled.COPIED_BYTES", 0)
+    elif bits != "panels":
         quantize(base, bits, [prompts()[5]], head=True)
     subject = compiled(model=base)
-    inside = LoRA.create(base, LoRAConfig(rank=4, targets="all-linear"), seed=3)
+    inside = LoRA.create(base, LoRAConfig(rank=12, targets="all-linear"), seed=3)
     stacked = LoRA.create(base, LoRAConfig(rank=3, targets=["q_proj", "down_proj"]), seed=4, parent=inside)
     for lora in (inside, stacked):
         lora.requires_grad_(False).eval()
