@@ -169,6 +169,9 @@ class Learning(_Strict):
     clip_norm: float = Field(1.0, gt=0)
     activation_checkpointing: bool = False
     """Layers are computed again for their gradient: a third more time, far less memory, the same result."""
+    shard: bool = Field(False, exclude=True)
+    """Processes that share the training (torchrun) keep a part of the weights, gradients and moments each (FSDP2, arXiv
+    2304.11277): for whole models by adamw; how it is made, not what, so not part of the product's name."""
     max_tokens: int = Field(256, gt=1)
     """Longest row."""
     on_long: Literal["refuse", "truncate"] = "refuse"
@@ -201,6 +204,8 @@ class Learning(_Strict):
             raise ValueError("give `epochs` or `steps`, one of them")
         if self.adapter is not None and self.optimizer == "muon":
             raise ValueError("`optimizer: muon` trains whole models, an adapter takes adamw")
+        if self.shard and (self.adapter is not None or self.optimizer == "muon"):
+            raise ValueError("`shard` is for whole models by `optimizer: adamw`: leave it, or `adapter` and muon, out")
         return self
 
 
@@ -230,6 +235,8 @@ class Train(_Stage, Learning):
             raise ValueError("an adapter needs `start`, the model it stands on")
         if self.together and (self.adapter is None or self.objective not in ("causal_lm", "dpo")):
             raise ValueError("`together` is for adapters, of `objective` causal_lm or dpo")
+        if self.shard and self.objective == "seq2seq":
+            raise ValueError("`shard` is for decoders and encoders, not for `objective: seq2seq`")
         watch = self.evaluation
         counted = self.objective in ("dpo", "kto", "reward", "classification")
         if watch and watch.by == "accuracy" and not watch.tasks and not counted:

@@ -130,8 +130,13 @@ def gemm_flops(dtype: str = "float32", device: str = "cpu", seconds: float = 0.1
 
 BFLOAT16_GAIN = 1.3
 """How much faster its products must be: casts take back some of it."""
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """What torchrun tells each process."""
+
+
+def process_rank() -> int:
+    """The number of this process among those that torchrun started, 0 without it."""
+    return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,8 @@ class Runtime:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    beside: int = 1
+    """Processes of this work on this machine."""
     progress: Progress = field(default_factory=Progress)
     peak_flops: float = 0.0
     """Operations a second of this machine's own matrix product (`gemm_flops`); 0 = not measured."""
@@ -157,13 +164,20 @@ class Runtime:
         the processes that torchrun started beside it."""
         import torch
 
-        rank, ranks, beside = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+        rank, ranks, beside, here = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
         count = threads or max(1, usable_cores() // beside)
         torch.set_num_threads(count)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and beside > 1:
+            torch.cuda.set_device(here)
         return cls(
-            device=device, threads=count, seed=seed, rank=rank, world_size=ranks, progress=progress or Progress()
-        )
+            device=device, threads=count, seed=seed, rank=rank, world_size=ranks, beside=beside,
+            progress=progress or Progress(),
+        )  # fmt: skip
+
+    def alone(self) -> Runtime:
+        """The same for work that one of the processes does."""
+        return replace(self, rank=0, world_size=1, beside=1)
 
     def seed_all(self, offset: int = 0) -> None:
         """Seeds every generator that training may draw from."""

@@ -17,6 +17,7 @@ import typer
 
 from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit
 from prairie.errors import UsageError
+from prairie.runtime import process_rank
 
 
 def run(
@@ -37,6 +38,8 @@ def run(
         return
     if not recipe:
         raise UsageError("no recipe was named", mend="prairie run RECIPE.yaml [key=value ...]")
+    if plan and process_rank():
+        return  # one process plans
     if plan:
         from prairie.pipeline.plan import plan_recipe
 
@@ -45,7 +48,8 @@ def run(
         planned.check_fits()
         return
     result = run_recipe(recipe, overrides or [], home=home, threads=threads, keep_open=not no_serve, quiet=as_json)
-    emit(result, as_json, result["table"])
+    if not process_rank():
+        emit(result, as_json, result["table"])
 
 
 def plan(
@@ -85,6 +89,7 @@ def run_recipe(
     from prairie.pipeline.handlers import HANDLERS
     from prairie.pipeline.report import result_of
     from prairie.pipeline.run import run as carry_out
+    from prairie.train.ranks import Ranks
 
     context = _context(recipe, overrides, home, threads, quiet)
     try:
@@ -96,6 +101,7 @@ def run_recipe(
     finally:
         for service in reversed(context.services):
             service.stop()
+        Ranks(context.runtime.rank, context.runtime.world_size).leave()
     return result
 
 
@@ -131,13 +137,10 @@ def _context(recipe: str | Path, overrides: list[str], home: Path | None, thread
     from prairie.store.home import Home
 
     loaded = load_recipe(find_recipe(recipe), overrides)
-    runtime = Runtime.detect(seed=loaded.seed, threads=threads, progress=Progress(quiet=quiet))
-    if runtime.world_size > 1:
-        raise UsageError(
-            "a recipe runs in one process", got=f"{runtime.world_size} of them",
-            mend="run it without torchrun; a Trainer called from Python shares its steps among processes",
-        )  # fmt: skip
-    runtime = replace(runtime, command=shlex.join(["prairie", *sys.argv[1:]]))
+    progress = Progress(quiet=quiet or process_rank() > 0)
+    runtime = Runtime.detect(seed=loaded.seed, threads=threads, progress=progress)
+    started_by = ["torchrun", "--nproc-per-node", str(runtime.beside), "-m"] if runtime.world_size > 1 else []
+    runtime = replace(runtime, command=shlex.join([*started_by, "prairie", *sys.argv[1:]]))
     return Context(loaded, Home(home), runtime)
 
 
@@ -150,6 +153,9 @@ def _asked_to_stop(context: Any) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
+        if context.runtime.rank:
+            context.asked_to_stop = True  # rank 0 may be in the middle of a stage: they agree before the next one
+            return
         context.runtime.progress.say(f"stopped by SIGTERM; go on with: {context.runtime.command}")
         raise SystemExit(0)
 

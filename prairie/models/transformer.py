@@ -12,8 +12,9 @@ Legend: N tokens of all rows, D width, H query heads, K key/value heads, V vocab
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,11 @@ class Block(nn.Module):
         else:
             add("gate_up" if c.gated else "up", (1 + c.gated) * c.ffn_dim, c.dim, bias=c.mlp_bias)
             add("down", c.dim, c.ffn_dim, bias=c.mlp_bias)
+
+    def forward(self, compute: Callable[..., Tensor], *given: Any) -> Tensor:
+        """`compute(*given)`, as a call of this module: who keeps the weights elsewhere between its uses (FSDP2) fetches
+        them before such a call and takes them away behind it."""
+        return compute(*given)
 
 
 class FusedLinear(NamedTuple):
@@ -395,9 +401,10 @@ class Transformer(nn.Module):
         bias = () if self.relative_bias is None else (RelativeBias(self.relative_bias, c.relative_distance, c.causal),)
         x_ND = self._placed(x_ND, attend.positions_N, segments_N)
         recomputes = self.recomputes and torch.is_grad_enabled()
+        layer = partial(checkpoint, self._layer, use_reentrant=False) if recomputes else self._layer
         for index in range(c.layers):
             given = (x_ND, index, attend, turns, bias, adapters, memory, wanted_W if index + 1 == c.layers else None)
-            x_ND = checkpoint(self._layer, *given, use_reentrant=False) if recomputes else self._layer(*given)
+            x_ND = self.layers[index](layer, *given)
         x_ND = self._normed(x_ND, self, "norm")
         return x_ND if c.logit_scale == 1.0 else x_ND * c.logit_scale
 

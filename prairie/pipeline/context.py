@@ -55,6 +55,8 @@ class Context:
     services: list[Any] = field(default_factory=list)
     """Child processes that the run opened, in order."""
     made: dict[str, Made] = field(default_factory=dict)
+    asked_to_stop: bool = False
+    """Set when a signal has asked a process that only follows another one."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Handler:
     """The rooms whose source is the stage's code revision."""
     always: bool = False
     """True: a service or a publication, carried out in every run, leaves no artifact."""
+    shared: bool = False
+    """True: several processes carry it out together, each calls `make`; otherwise one does, and the others wait."""
     make_together: Callable[[Sequence[Work]], list[dict[str, Any]]] | None = None
     """`make` for several stages at once, where they may be carried out in the same steps."""
     outside: Callable[[Any], list[str]] = lambda config: []

@@ -18,7 +18,7 @@ HANDLERS: Mapping[str, Handler] = {
     "prepare": Handler(prepare, DATA, outside=outside_of_prepare),
     "tokenizer": Handler(tokenizer, DATA),
     "import": Handler(import_model, LEARNING, outside=outside_of_import),
-    "train": Handler(train, LEARNING, make_together=train_together),
+    "train": Handler(train, LEARNING, shared=True, make_together=train_together),
     "sample": Handler(sample, (*LEARNING, "engine", "tasks")),
     "evaluate": Handler(evaluate_models, (*LEARNING, "engine", "tasks", "evals", "pipeline/judging")),
     "publish": Handler(publish, (), always=True),

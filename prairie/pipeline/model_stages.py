@@ -52,6 +52,7 @@ from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.replay import Replay
 from prairie.train.objectives.reward import LABELS, Reward
 from prairie.train.objectives.seq2seq import Seq2Seq
+from prairie.train.ranks import Ranks
 from prairie.train.together import fit_together
 from prairie.train.tracking import tracking
 from prairie.train.trainer import TrainConfig, Trainer
@@ -172,14 +173,19 @@ def config_of(artifact: Artifact) -> ModelConfig:
     return read_config(read_json(folder / "config.json"), str(folder))
 
 
-def job_of(config: Learning, model: ModelConfig) -> Job:
+def job_of(config: Learning, model: ModelConfig, runtime: Runtime) -> Job:
     """What decides the memory of a training."""
     rank = config.adapter.rank if config.adapter else 0
     longest = min(config.max_tokens, config.tokens_per_batch)
     dtype = "float32" if config.dtype == "auto" else config.dtype
+    ranks = runtime.world_size
+    tokens = config.tokens_per_batch
+    if config.micro_batches < ranks:  # then a rank computes a part of each
+        tokens = max(longest, -(-tokens // ranks))
     return Job(
-        model, config.tokens_per_batch, longest, rank, config.optimizer, dtype, config.activation_checkpointing,
+        model, tokens, longest, rank, config.optimizer, dtype, config.activation_checkpointing,
         quantize=config.quantize, keeps_logits=getattr(config, "objective", "") in ("dpo", "kto"),
+        ranks=ranks, beside=runtime.beside, shard=config.shard,
     )  # fmt: skip
 
 
@@ -207,17 +213,22 @@ def train(work: Work) -> dict[str, Any]:
     """A training stage: rows of the named stages, from a new model or an earlier one."""
     config: Train = work.config
     if config.start is not None:
-        job_of(config, config_of(work.model(config.start))).require_fit(work.name)
+        _require_fit(work, config_of(work.model(config.start)))
         start = open_start(work.model(config.start))
         base_artifact = base_of(work.model(config.start))
     else:
         assert config.shape is not None and config.tokenizer is not None
         tokenizer_folder = work.inputs[config.tokenizer].product.path
-        job_of(config, new_model(config.shape, Tokenizer.load(tokenizer_folder).vocab_size)).require_fit(work.name)
+        _require_fit(work, new_model(config.shape, Tokenizer.load(tokenizer_folder).vocab_size))
         start = _fresh(config.shape, tokenizer_folder, work.context.recipe.seed)
         base_artifact = ""
     with _lesson_of(work, start) as lesson:
         return lesson.write(lesson.trainer.fit(), work.folder, base_artifact)
+
+
+def _require_fit(work: Work, model: ModelConfig) -> None:
+    """Raises TrainingError for a training that does not fit; whether it does is the same on all ranks."""
+    job_of(work.config, model, work.context.runtime).require_fit(work.name)
 
 
 def train_together(works: Sequence[Work]) -> list[dict[str, Any]]:
@@ -285,10 +296,18 @@ class Lesson:
     about: dict[str, Any]
 
     def write(self, figures: dict[str, Any], folder: Path, base_artifact: str) -> dict[str, Any]:
-        """The model (or adapter), its metrics and curves, into `folder`; returns all figures."""
+        """The model (or adapter), its metrics and curves, into `folder`, by rank 0; returns all figures."""
         trainer, start, data = self.trainer, self.start, self.dataset.figures
-        parameters = start.model.config.parameters()
+        parameters, processes = start.model.config.parameters(), trainer.ranks.count
         figures = {**figures, **self.about, "dtype": trainer.runtime.dtype, "parameters": parameters}
+        figures |= {"processes": processes} if processes > 1 else {}
+        with trainer.whole_model():
+            if trainer.ranks.leads:
+                self._write(figures, folder, base_artifact)
+        return {**figures, "data": data}
+
+    def _write(self, figures: dict[str, Any], folder: Path, base_artifact: str) -> None:
+        trainer, start = self.trainer, self.start
         if trainer.adapter is None:
             write_model(start.model, start.tokenizer, start.template, folder, {})
             if start.folder is not None:
@@ -297,9 +316,8 @@ class Lesson:
             _write_adapter(trainer.adapter, start, folder, base_artifact)
         metrics = folder / "metrics.jsonl"
         metrics.write_bytes((trainer.folder / "metrics.jsonl").read_bytes())
-        page = curve_page(metrics, trainer.title, {**figures, **data})
+        page = curve_page(metrics, trainer.title, {**figures, **self.dataset.figures})
         (folder / "curves.html").write_text(page, encoding="utf-8")
-        return {**figures, "data": data}
 
 
 @contextmanager
@@ -322,7 +340,9 @@ def _lesson(
     `kept` is where references lie; `held_out` are rows by the stage they come from, for `config.evaluation`; `tracked`
     is where a tracker writes; `earlier` are conversations to go over again.
     """
-    runtime = runtime.computing_in(config.dtype)
+    ranks = Ranks.join(runtime)
+    dtype = ranks.first_says(lambda: runtime.computing_in(config.dtype).dtype) if ranks.count > 1 else config.dtype
+    runtime = runtime.computing_in(dtype)
     runtime.seed_all()
     labels = labels_of(objective, records, start.labels)
     require_teachable(objective, start.model.config, config.adapter is not None)
@@ -349,7 +369,8 @@ def _lesson(
         }  # fmt: skip
         evaluate = watcher(config.evaluation, held_out_rows, start.model, start.tokenizer, start.template, adapter)
     settings = train_config(config, steps, runtime.seed)
-    with tracking(config.track, tracked or scratch, f"{title}-{scratch.name[:12]}", settings.deciding()) as tracker:
+    track = config.track if ranks.leads else None
+    with tracking(track, tracked or scratch, f"{title}-{scratch.name[:12]}", settings.deciding()) as tracker:
         trainer = Trainer(
             start.model, learned, loader, settings, runtime=runtime, folder=scratch, adapter=adapter,
             evaluate=evaluate, tracker=tracker, title=title,
@@ -408,6 +429,7 @@ def train_config(config: Learning, steps: int, seed: int) -> TrainConfig:
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         activation_checkpointing=config.activation_checkpointing,
+        shard=config.shard,
         eval_every=watch.every if watch else 0,
         keep_best=watch.keep_best if watch else False,
         patience=watch.patience if watch else 0,

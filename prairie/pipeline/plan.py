@@ -145,7 +145,7 @@ def _training(context: Context, name: str, config: Train, origins: dict[str, _Or
     origin = origins[config.start] if config.start in origins else _new(context, config)
     origins[name] = origin
     parameters = origin.config.parameters()
-    c, job = origin.config, job_of(config, origin.config)
+    c, job = origin.config, job_of(config, origin.config, context.runtime)
     memory = memory_of(job)
     figures: dict[str, Any] = {"parameters": parameters, "trained_parameters": job.trained}
     figures |= {"memory_mb": round(memory.total), "memory": memory.text()}

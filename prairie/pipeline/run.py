@@ -1,66 +1,132 @@
 """Carries out a recipe: stages in order, what exists is not made again, a crash resumes where it stood.
 
 A product's id is the hash of its stage's keys, of the ids of what it reads and of the code revision of its rooms.
+Where several processes run one recipe (torchrun), rank 0 makes what is made and tells the others, who take it from the
+store; a training is carried out by all of them, who share its steps.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
-from prairie.errors import RecipeError
+from prairie.errors import RecipeError, TrainingError
 from prairie.pipeline.context import Context, Handler, Made, Work, code_revision
 from prairie.recipe import AnyStage
 from prairie.store.artifacts import Artifact
+from prairie.train.ranks import Ranks
 
 
 def run(context: Context, handlers: Mapping[str, Handler]) -> dict[str, Made]:
     """Every stage of the recipe, in order. Raises PrairieError; what was made until then stays and is reused.
 
-    The home is locked meanwhile: BusyError if another run works in it.
+    The home is locked meanwhile: BusyError if another run works in it. TrainingError on the other ranks if rank 0
+    fails, SystemExit on all if one is asked to stop.
     """
     recipe = context.recipe
     order = recipe.order()
     for name in order:
         if recipe.stages[name].kind not in handlers:
             raise RecipeError(f"stage `{name}` cannot be carried out here", got=recipe.stages[name].kind)
-    with context.home.lock("run"):
-        context.home.artifacts.collect()
+    ranks = Ranks.join(context.runtime)
+    alone = replace(context, runtime=context.runtime.alone())
+    with ExitStack() as stack, _ending_together(context):
+        ranks.first_says(lambda: stack.enter_context(_held(context)))
         for number, name in enumerate(order, 1):
             stage, beside = recipe.stages[name], recipe.together(name)
             handler = handlers[stage.kind]
             if name not in context.made:
+                _stop_if_asked(context, ranks)
                 context.runtime.progress.say(f"[{number}/{len(order)}] {', '.join(beside)}")
-                if len(beside) > 1:
-                    context.made.update(make_together(context, handler, beside))
+                if handler.shared and len(beside) == 1:
+                    context.made[name] = carry_out(context, handler, name, stage, ranks)
                 else:
-                    context.made[name] = carry_out(context, handler, name, stage)
+                    context.made.update(_made_by_the_first(alone, handler, beside, ranks))
             context.runtime.progress.say(f"    {_summary(context.made[name])}")
     return context.made
 
 
-def carry_out(context: Context, handler: Handler, name: str, config: AnyStage) -> Made:
-    """One stage: found, or made and sealed."""
+@contextmanager
+def _held(context: Context) -> Iterator[None]:
+    with context.home.lock("run"):
+        context.home.artifacts.collect()
+        yield
+
+
+def _stop_if_asked(context: Context, ranks: Ranks) -> None:
+    """A signal to a process that only waits is heard where all of them meet: before the next stage."""
+    if ranks.most([float(context.asked_to_stop)])[0]:
+        context.runtime.progress.say(f"stopped by SIGTERM; go on with: {context.runtime.command}")
+        raise SystemExit(0)
+
+
+@contextmanager
+def _ending_together(context: Context) -> Iterator[None]:
+    """A rank that is asked to stop, and loses the others as they stop, has not failed."""
+    try:
+        yield
+    except TrainingError:
+        if context.asked_to_stop:
+            raise SystemExit(0) from None
+        raise
+
+
+def _made_by_the_first(context: Context, handler: Handler, names: Sequence[str], ranks: Ranks) -> dict[str, Made]:
+    """One stage, or several at once, by rank 0; the others take what it made from the store."""
+    here: dict[str, Made] = {}
+
+    def make() -> dict[str, Any]:
+        if len(names) > 1:
+            here.update(make_together(context, handler, names))
+        else:
+            here[names[0]] = carry_out(context, handler, names[0], context.recipe.stages[names[0]])
+        return {name: _told(made) for name, made in here.items()}
+
+    told = ranks.first_says(make)
+    return here or {name: _heard(context, name, facts) for name, facts in told.items()}
+
+
+def _told(made: Made) -> dict[str, Any]:
+    facts = {"figures": made.figures, "id": made.identity, "seconds": made.seconds, "reused": made.reused}
+    plain: dict[str, Any] = json.loads(json.dumps({**facts, "leaves": made.artifact is not None}, default=str))
+    return plain
+
+
+def _heard(context: Context, name: str, told: dict[str, Any]) -> Made:
+    artifact = context.home.artifacts.get(told["id"]) if told["leaves"] else None
+    kind = context.recipe.stages[name].kind
+    return Made(name, kind, told["figures"], artifact, told["seconds"], told["reused"])
+
+
+def carry_out(context: Context, handler: Handler, name: str, config: AnyStage, ranks: Ranks = Ranks()) -> Made:
+    """One stage: found, or made and sealed; by several `ranks` together if its handler says that it is shared."""
     inputs = {read: context.made[read] for read in config.reads()}
     began = time.monotonic()
     if handler.always:
         scratch = context.home.work(f"{context.recipe.name}-{name}")
         figures = handler.make(Work(context, name, config, inputs, scratch, scratch))
         return Made(name, config.kind, figures, seconds=time.monotonic() - began)
-    return make_artifact(context, handler, name, config, inputs)
+    return make_artifact(context, handler, name, config, inputs, ranks)
 
 
-def make_artifact(context: Context, handler: Handler, name: str, config: Any, inputs: Mapping[str, Made]) -> Made:
+def make_artifact(
+    context: Context, handler: Handler, name: str, config: Any, inputs: Mapping[str, Made], ranks: Ranks = Ranks()
+) -> Made:
     """The artifact of a stage: the existing one, or a new one."""
     began = time.monotonic()
     plan = _Plan(context, handler, name, config, inputs)
-    found = plan.found()
-    if found is not None:
+    ranks.require_same(plan.identity, f"stage `{name}`")
+    if ranks.first_says(lambda: plan.found() is not None):
+        found = context.home.artifacts.get(plan.identity)
         return Made(name, config.kind, found.figures, found, time.monotonic() - began, reused=True)
-    with plan.making() as (work, figures):
+    with plan.making() if ranks.leads else plan.helping() as (work, figures):
         figures.update(handler.make(work))
+        ranks.meet()  # nobody needs the work folder any more
+    ranks.meet()  # it is sealed
     return plan.made(time.monotonic() - began)
 
 
@@ -123,6 +189,12 @@ class _Plan:
             yield Work(context, self.name, self.config, self.inputs, folder, scratch, self.identity), self.figures
             self.figures["seconds"] = round(time.monotonic() - began, 2)
         context.home.clear_work(self.identity)
+
+    @contextmanager
+    def helping(self) -> Iterator[tuple[Work, dict[str, Any]]]:
+        """The same for a rank that shares the work, and leaves the writing to rank 0."""
+        scratch = self.context.home.work(self.identity)
+        yield Work(self.context, self.name, self.config, self.inputs, scratch, scratch, self.identity), self.figures
 
     def made(self, seconds: float) -> Made:
         """What was sealed."""

@@ -34,6 +34,9 @@ class TrainConfig:
     clip_norm: float = 1.0
     activation_checkpointing: bool = False
     """Less memory for more time; does not change the result."""
+    shard: bool = False
+    """Processes that share the training keep a part of the weights, gradients and moments each (`train.sharding`),
+    instead of all of them. Does not change the result."""
     log_every: int = 10
     save_every_s: float | None = 20.0
     """Seconds between checkpoints; None = only every `save_every` steps and at the end. Does not change the result."""
@@ -49,7 +52,7 @@ class TrainConfig:
     seed: int = 0
 
     COSMETIC: ClassVar[tuple[str, ...]] = (
-        "log_every", "save_every_s", "save_every", "eval_every", "keep", "activation_checkpointing"
+        "log_every", "save_every_s", "save_every", "eval_every", "keep", "activation_checkpointing", "shard"
     )  # fmt: skip
     """Keys that do not change the weights: a run may be resumed with other values."""
 

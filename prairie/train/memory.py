@@ -49,6 +49,12 @@ class Job:
     """In which form the matrices of a frozen base are kept."""
     keeps_logits: bool = False
     """The objective asks for log-probabilities, whose exponentials wait for the gradient (`ops.loss`)."""
+    ranks: int = 1
+    """Processes that share each step."""
+    beside: int = 1
+    """Those of them that share this machine's memory."""
+    shard: bool = False
+    """Each of the ranks keeps a part of the weights, gradients and moments."""
 
     @property
     def trained(self) -> int:
@@ -61,12 +67,13 @@ class Job:
 
     def require_fit(self, stage: str) -> None:
         """Raises TrainingError with the cheapest ways out if the training needs more memory than this machine has."""
-        found, limit_mb = memory_of(self), machine_memory_mb()
+        found, limit_mb = memory_of(self), machine_memory_mb() // self.beside
         if found.total > limit_mb:
             ways = ways_out(self, limit_mb)
+            each = f" in each of {self.beside} processes" if self.beside > 1 else ""
             raise TrainingError(
                 f"stage `{stage}` does not fit into this machine's memory",
-                got=f"about {found.total:,.0f} MB ({found.text()})",
+                got=f"about {found.total:,.0f} MB{each} ({found.text()})",
                 wanted=f"at most {limit_mb:,} MB",
                 mend="what would fit, the cheapest first: " + "; or ".join(ways) if ways else "take a smaller model",
             )
@@ -96,7 +103,7 @@ class Memory:
 
 
 def memory_of(job: Job) -> Memory:
-    """The estimate for one training."""
+    """The estimate for one process of a training."""
     c, wide = job.config, 4
     narrow = wide if job.dtype == "float32" else 2
     copies = 0 if job.dtype == "float32" else narrow * c.parameters()
@@ -110,7 +117,22 @@ def memory_of(job: Job) -> Memory:
         logits=wide * _logits_at_once(job) / MB,
         process=PROCESS_MB,
     )
+    if job.shard and job.ranks > 1:
+        return _sharded(job, found)
     return found if job.quantize is None else _with_packed_weights(job, found)
+
+
+def _sharded(job: Job, whole: Memory) -> Memory:
+    """A part of what stays, and in full what a layer and the embedding take while they are computed; but never less
+    than the model that each rank has read before it gives away the rest."""
+    tables = (1 if job.config.tie_embeddings else 2) * job.config.vocab_size * job.config.dim
+    gathered = 4 * (tables + 2 * (job.config.parameters() - tables) / job.config.layers) / MB
+    parts = replace(
+        whole, weights=whole.weights / job.ranks + gathered, gradients=whole.gradients / job.ranks + gathered,
+        optimizer=whole.optimizer / job.ranks,
+    )  # fmt: skip
+    loading = 4 * job.config.parameters() / MB + whole.process
+    return parts if parts.total >= loading else replace(parts, weights=parts.weights + loading - parts.total)
 
 
 def _logits_at_once(job: Job) -> int:
@@ -180,12 +202,14 @@ def _changes(job: Job) -> Iterator[tuple[str, Job]]:
     """From what costs least to what costs most."""
     c = job.config
     yield "", job
+    if job.ranks > 1 and not (job.shard or job.rank) and job.optimizer == "adamw":
+        yield "shard: true", replace(job, shard=True)
     if not job.recomputes:
         yield "activation_checkpointing: true", replace(job, recomputes=True)
     if job.longest > 2 * LEAST_BATCH:
         yield f"max_tokens {job.longest // 2}", replace(job, longest=job.longest // 2)
     if not job.rank:
-        yield "an adapter of rank 16", replace(job, rank=16)
+        yield "an adapter of rank 16", replace(job, rank=16, shard=False)
     for share in (2, 4, 8, 16, 32, 64):
         depth = c.layers // share
         if depth:

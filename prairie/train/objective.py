@@ -97,12 +97,16 @@ def for_step(
     *,
     dtype: torch.dtype = torch.float32,
     total: Callable[[Sequence[float]], list[float]] = list,
+    counted: Sequence[float] | None = None,
 ) -> Objective:
-    """The objective that knows what it must of a step of these batches; `total` adds what other ranks found."""
+    """The objective that knows what it must of a step of these batches; `total` adds what other ranks found, and what
+    a batch adds is multiplied with its number in `counted`."""
     if not isinstance(objective, WholeStep):
         return objective
     with judging(model, adapters), computing_in(dtype, model):
         found = [objective.sums(model, batch, adapters) for batch in batches]
+    if counted is not None:
+        found = [[value * counts for value in sums] for sums, counts in zip(found, counted, strict=True)]
     return objective.knowing(total([math.fsum(column) for column in zip(*found, strict=True)]))
 
 

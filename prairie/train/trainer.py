@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -51,7 +51,8 @@ from prairie.train.memory import keep_freed_memory
 from prairie.train.objective import Learner, Objective, computing_in, for_step, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
-from prairie.train.ranks import Ranks
+from prairie.train.ranks import Ranks, share_of_step
+from prairie.train.sharding import Keeping, Replicas, Shards
 from prairie.train.tracking import Tracker
 
 ALONE = Ranks()
@@ -77,21 +78,27 @@ def accumulate_gradients(
     dtype: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
     draw: str = "",
+    idle: Sequence[Batch] = (),
 ) -> StepSums:
     """Adds the gradients of one step to `.grad`: SUM of the loss over all `batches` of all ranks / their common count.
 
     `ranks`: the processes that share the step, each with `batches` of its own; `.grad` is not yet summed over them.
+    `idle` batches are computed for the sake of the other ranks and count nothing.
     `draw` names the step where something is drawn (dropout): what a micro-batch draws then depends on this name and its
     place in the step, not on who computes it. Raises TrainingError if nothing in the step is supervised.
     """
     count = count_of(objective, batches, ranks)
-    objective = for_step(objective, model, batches, adapters, dtype=dtype, total=ranks.total)
+    counted = [1.0] * len(batches) + [0.0] * len(idle)
+    batches = [*batches, *idle]
+    objective = for_step(objective, model, batches, adapters, dtype=dtype, total=ranks.total, counted=counted)
     losses: list[Tensor] = []
     figures: dict[str, Tensor] = {}
-    for index, batch in enumerate(batches):
+    for index, (batch, counts) in enumerate(zip(batches, counted, strict=True)):
         seed_draw(draw, index * ranks.count + ranks.rank)
         with computing_in(dtype, model):
             loss, sums = objective.loss(model, batch, adapters)
+        if not counts:
+            loss, sums = loss * 0.0, {name: value * 0.0 for name, value in sums.items()}
         (loss / count).backward()
         losses.append(loss.detach())
         for name, value in sums.items():
@@ -127,7 +134,8 @@ class Trainer:
     `evaluate` is called every `eval_every` steps and at the end; its figures go to metrics.jsonl. It may use the model,
     and whatever it draws from the random generators does not change the training. With `keep_best` or `patience` its
     figure `score` says how good the model is, higher is better. With `runtime.world_size` above 1 each rank calls this
-    with the same arguments; the micro-batches of a step are shared among them.
+    with the same arguments; the rows of a step are shared among them, and with `config.shard` the weights, gradients
+    and moments too: `model` is whole inside `whole_model()` then. `evaluate` is called on rank 0.
     Raises TrainingError for settings that the data or the model cannot take, AdapterError for another base's adapter.
     """
 
@@ -148,8 +156,9 @@ class Trainer:
         self.model, self.objective, self.loader, self.config = model, objective, loader, config
         self.runtime, self.folder, self.adapter, self.evaluate, self.title = runtime, folder, adapter, evaluate, title
         _check_settings(model, objective, loader, config, runtime)
+        _check_ranks(adapter, config, runtime)
         keep_freed_memory()
-        self.ranks = Ranks.join(runtime)
+        self.ranks = Ranks.join(runtime, alone=config.shard)
         if not self.ranks.leads:
             self.runtime = replace(runtime, progress=Progress(quiet=True))
         model.to(runtime.device)
@@ -162,17 +171,23 @@ class Trainer:
             adapter.to(runtime.device).requires_grad_(True)
             self.adapters = [AdapterRows(adapter, None)]
         learner: nn.Module = model if adapter is None else adapter
-        self.parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-        _check_learner(self.parameters)
-        _check_rate(self.parameters, config)
+        trained = {name: p for name, p in learner.named_parameters() if p.requires_grad}
+        _check_learner(trained)
+        _check_rate(trained, config)
+        self.trained = sum(p.numel() for p in trained.values())
+        self.identity = self._identity()
+        self.ranks.require_same(json.dumps(self.identity, sort_keys=True), "thing")
+        self.keeping: Keeping = Replicas(trained, self.ranks)
+        if config.shard:
+            self.keeping = Shards(model, self.ranks, runtime.device)
+        self.parameters = self.keeping.own
+        """What this process moves of what is trained: all of it, or its shard."""
         self.optimizer = _optimizer(self.parameters, config)
         self.checkpoints = Checkpoints(folder / "checkpoints", keep=config.keep)
         self.metrics = MetricsFile(folder / "metrics.jsonl")
         self.best = Checkpoints(folder / "best", keep=2)
         """Weights of the best evaluations: the one before stays until a checkpoint knows of the new one."""
         self.tracker = tracker
-        self.identity = self._identity()
-        self.ranks.require_same(json.dumps(self.identity, sort_keys=True), "thing")
         self.state = RunState()
         self._asked: int | None = None  # the signal that reached this process
         self._stop: int | None = None  # the one that all ranks have agreed on
@@ -209,24 +224,26 @@ class Trainer:
         """One step."""
         started = time.perf_counter()
         config, ranks = self.config, self.ranks
-        batches = self.loader.next_step(config.micro_batches, ranks.rank, ranks.count)
-        sums = accumulate_gradients(
-            self.model, self.objective, batches, self.adapters,
-            dtype=self.runtime.torch_dtype(), ranks=ranks, draw=f"{config.seed} {self.state.step}",
-        )  # fmt: skip
-        ranks.add_gradients(self.parameters.values())
-        self.update(batches, sums, started)
+        share = share_of_step(self.loader, config.micro_batches, ranks, even=self.keeping.even)
+        with self.keeping.computing():
+            sums = accumulate_gradients(
+                self.model, self.objective, share.batches, self.adapters, dtype=self.runtime.torch_dtype(),
+                ranks=ranks, draw=f"{config.seed} {self.state.step}", idle=share.idle,
+            )  # fmt: skip
+        self.keeping.collect()
+        self.update(share.batches, sums, started)
 
     def update(self, batches: Sequence[Batch], sums: StepSums, started: float) -> None:
         """From gradients to new weights. The only place that waits for the device: one transfer of a few numbers."""
         config, state = self.config, self.state
         gradients = self.optimizer.gradient_norm()
-        norm, loss, *values = torch.stack([gradients.norm, sums.loss, *sums.figures.values()]).tolist()
+        whole_norm = self.keeping.norm(gradients.norm)
+        norm, loss, *values = torch.stack([whole_norm, sums.loss, *sums.figures.values()]).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(batches, loss / sums.count, norm)
         gradients.clip(norm, config.clip_norm)
         self.optimizer.step(config.lr_at(state.step))
-        counts = [(b.size, b.supervised, places_of(b.lengths)) for b in batches]
+        counts = [(b.size, b.supervised, places_of(b.lengths)) for b in batches] or [(0, 0, 0)]
         tokens, supervised, places = map(int, self.ranks.total([sum(column) for column in zip(*counts, strict=True)]))
         state.add(
             Step(
@@ -281,12 +298,19 @@ class Trainer:
         self._agree()
         if self._stop is not None:
             return
-        with generators_apart(), judging(self.model, self.adapters):
+        with generators_apart(), self.whole_model(), judging(self.model, self.adapters):
             figures: dict[str, Any] = dict(self.ranks.first_says(lambda: dict(evaluate())))
         state.judge(figures, patience=config.patience)
-        if config.keep_best and state.best_step == state.step and self.ranks.leads:
-            self.best.save(state.step, {"weights": self.parameters}, {"identity": self.identity})
+        if config.keep_best and state.best_step == state.step:
+            weights = self.keeping.whole(self.parameters)
+            if self.ranks.leads:
+                self.best.save(state.step, {"weights": weights}, {"identity": self.identity})
         self._tell({"step": state.step, "evaluation": state.evaluation})
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Inside this context `model` has all its weights on every rank, also where they are sharded. All ranks enter
+        it together; each may do there what it likes, alone."""
+        return self.keeping.gathered()
 
     @property
     def asked_to_stop(self) -> int | None:
@@ -323,21 +347,25 @@ class Trainer:
         finished = state.step == self.config.steps or state.ended
         if not (self.config.keep_best and finished and 0 < state.best_step < state.step):
             return
-        best = self.best.read(state.best_step)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(best.tensors["weights"][name])
+        self._set_weights(self.best.read(state.best_step))
         self.runtime.progress.say(
             f"{self.title}: the weights of step {state.best_step} are kept, their score {state.best:.4g} was the best."
         )
 
+    @torch.no_grad()
+    def _set_weights(self, checkpoint: Checkpoint) -> None:
+        kept = self.keeping.parts(checkpoint.tensors["weights"])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(kept[name])
+
     def save(self) -> None:
         """A checkpoint of the run as it stands. Raises StorageFullError."""
         started = time.monotonic()
-        tensors: dict[str, Mapping[str, Tensor]] = {"weights": self.parameters, "optimizer": self.optimizer.tensors()}
+        held: dict[str, Mapping[str, Tensor]] = {"weights": self.parameters, "optimizer": self.optimizer.tensors()}
+        tensors = {name: self.keeping.whole(named) for name, named in held.items()}
         state = {
             "identity": self.identity,
-            "machine": _machine(self.ranks),
+            "machine": _machine(self.ranks, self.config.shard),
             "progress": asdict(self.state),
             "loader": self.loader.state_dict(),
             "generators": generator_states(),
@@ -386,17 +414,15 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError if it is of another run."""
-        saved, machine = checkpoint.state, _machine(self.ranks)
+        saved, machine = checkpoint.state, _machine(self.ranks, self.config.shard)
         self._check_identity(saved["identity"], checkpoint.path)
         if saved["machine"] != machine:
             self.runtime.progress.say(
                 f"{self.title}: the checkpoint was written under {saved['machine']}, now it is {machine}; "
                 "the last bits of the result may differ."
             )
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.tensors["weights"][name])
-        self.optimizer.load(checkpoint.tensors["optimizer"])
+        self._set_weights(checkpoint)
+        self.optimizer.load(self.keeping.parts(checkpoint.tensors["optimizer"]))
         self.loader.load_state_dict(saved["loader"])
         restore_generators(saved["generators"])
         self.state = RunState.from_json(saved["progress"])
@@ -446,7 +472,7 @@ class Trainer:
         group = self.objective.group
         lines: list[str] = []
         guilty: list[int] = []
-        with judging(self.model, self.adapters):
+        with self.whole_model(), judging(self.model, self.adapters):
             for start in range(0, len(rows), group):
                 batch = self.loader.dataset.batch(rows[start : start + group], epochs[rows[start]])
                 value = float(self.objective.loss(self.model, batch, self.adapters)[0])
@@ -473,8 +499,7 @@ class Trainer:
 
     def _figures(self) -> dict[str, Any]:
         """What `fit` returns."""
-        trained = sum(p.numel() for p in self.parameters.values())
-        return {**self.state.figures(flops_per_token=self._flops_per_token()), "trained_parameters": trained}
+        return {**self.state.figures(flops_per_token=self._flops_per_token()), "trained_parameters": self.trained}
 
     def _flops_per_token(self) -> float:
         """Forward and backward; a frozen base needs no gradient of its weights: 4 operations a weight instead of 6."""
@@ -560,12 +585,6 @@ def _check_settings(
         raise TrainingError("training cannot run in this dtype", got=runtime.dtype, wanted="float32 | bfloat16")
     if not 0 <= runtime.rank < runtime.world_size:
         raise TrainingError("this rank is none of the ranks", got=runtime.rank, wanted=f"0 to {runtime.world_size - 1}")
-    if config.micro_batches < runtime.world_size:
-        raise TrainingError(
-            "a step has too few micro-batches for the ranks that share it",
-            got=f"micro_batches {config.micro_batches} for {runtime.world_size} ranks",
-            wanted=f"at least {runtime.world_size}", param="micro_batches",
-        )  # fmt: skip
     if (config.keep_best or config.patience) and not config.eval_every:
         raise TrainingError("a best checkpoint needs evaluations", got="eval_every 0", wanted="1 or more")
     if isinstance(dataset, TokenDataset):
@@ -620,6 +639,23 @@ def _check_rate(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> 
         )  # fmt: skip
 
 
+def _check_ranks(adapter: LoRA | None, config: TrainConfig, runtime: Runtime) -> None:
+    """Raises TrainingError for what cannot be shared among ranks, or would make another run of it."""
+    if adapter is not None and adapter.config.dropout and config.micro_batches < runtime.world_size:
+        raise TrainingError(
+            "dropout is drawn for whole micro-batches, and a step has too few for the ranks that share it",
+            got=f"micro_batches {config.micro_batches} for {runtime.world_size} ranks",
+            wanted=f"at least {runtime.world_size}", mend="or dropout 0", param="micro_batches",
+        )  # fmt: skip
+    if config.shard and adapter is not None:
+        raise TrainingError("`shard` is for whole models", got="an adapter", mend="leave `shard` out", param="shard")
+    if config.shard and config.optimizer != "adamw":
+        raise TrainingError(
+            "`shard` moves weights element by element, and muon turns whole matrices", got=config.optimizer,
+            wanted="adamw", param="optimizer",
+        )  # fmt: skip
+
+
 def _check_learner(parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises TrainingError if there is nothing to train or no float32 to train in."""
     if not parameters:
@@ -632,10 +668,11 @@ def _check_learner(parameters: Mapping[str, nn.Parameter]) -> None:
         )  # fmt: skip
 
 
-def _machine(ranks: Ranks) -> dict[str, Any]:
+def _machine(ranks: Ranks, shard: bool) -> dict[str, Any]:
     """What may change the last bits of a sum without changing its meaning."""
     return {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "numpy": np.__version__, "ranks": ranks.count,
+        **({"shard": True} if shard else {}),
     }  # fmt: skip
 
 

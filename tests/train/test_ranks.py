@@ -22,11 +22,15 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "tiny_runs"])
 
 
-def together(kind: str, folder: Path, config, ranks: int = 2):
-    """The processes of one training, started."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def together(kind: str, folder: Path, config, ranks: int = 2):
+    """The processes of one training, started."""
+    port = free_port()
     processes = [
         PROCESSES.Process(target=run_to_the_end, args=(kind, folder, config, None, rank, ranks, port))
         for rank in range(ranks)

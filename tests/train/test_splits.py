@@ -1,5 +1,6 @@
 """One normalisation: the gradient of a step is the same however its rows are split, packed, ordered or shared."""
 
+import itertools
 import multiprocessing
 import socket
 from itertools import pairwise
@@ -8,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import OBJECTIVES, Learner, quiet_runtime, tiny_learner
+from tiny_runs import OBJECTIVES, Learner, quiet_runtime, tiny_dataset, tiny_learner
 
 from prairie.data.loader import Loader, batch_of
-from prairie.train.ranks import Ranks
+from prairie.train.ranks import Ranks, share_of_step
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "tiny_runs"])
@@ -128,12 +129,12 @@ def share_a_step(rank: int, ranks: int, port: int, folder: Path) -> None:
     together = Ranks.join(quiet_runtime(rank=rank, world_size=ranks))
     found = {}
     for kind in OBJECTIVES:
-        learner = tiny_learner(kind)
-        total = int(learner.dataset.offsets[-1])
-        for size in (total // 2 + 48, total // 5 + 48):
+        for rows, pieces, even in ((12, 5, False), (12, 5, True), (12, 1, False), (1, 1, False), (1, 1, True)):
+            learner = tiny_learner(kind, rows)
+            size = int(learner.dataset.offsets[-1]) // pieces + 48
             loader = Loader(learner.dataset, tokens_per_batch=size, seed=1)
-            batches = loader.next_step(loader.batches_per_epoch, rank, ranks)
-            found[kind, size] = learner.gradients(batches, together)
+            share = share_of_step(loader, loader.batches_per_epoch, together, even=even)
+            found[kind, rows, pieces, even] = learner.gradients(share.batches, together, share.idle)
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -144,7 +145,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def test_ranks_share_the_rows_of_a_step_each_once():
+    dataset = tiny_dataset(30, group=2)
+    for count, micro_batches, even in itertools.product((2, 3, 4), (1, 2, 3, 5), (False, True)):
+        loaders = [Loader(dataset, tokens_per_batch=300, seed=1) for _ in range(count + 1)]
+        for _ in range(3):
+            whole = [row for batch in loaders[-1].next_step(micro_batches) for row in batch.rows]
+            shares = [
+                share_of_step(loader, micro_batches, Ranks(rank, count), even=even)
+                for rank, loader in enumerate(loaders[:-1])
+            ]
+            assert sorted(row for share in shares for b in share.batches for row in b.rows) == sorted(whole)
+            passes = [len(share.batches) + len(share.idle) for share in shares]
+            assert min(passes) >= 1 and (not even or len(set(passes)) == 1)
+            if micro_batches < count:
+                tokens = [sum(b.size for b in share.batches) for share in shares]
+                assert max(tokens) - min(tokens) <= 2 * micro_batches * 2 * 24, "no rank gets much more"
+
+
 def test_two_ranks_make_the_gradient_of_one(tmp_path):
+    """Also where a micro-batch is shared, and where there is no row for one of them."""
     port = free_port()
     processes = [PROCESSES.Process(target=share_a_step, args=(rank, 2, port, tmp_path)) for rank in range(2)]
     for process in processes:
@@ -153,11 +173,12 @@ def test_two_ranks_make_the_gradient_of_one(tmp_path):
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
     one, other = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert {kind for kind, _ in one} == set(OBJECTIVES)
-    for (kind, size), (gradients, loss) in one.items():
-        theirs, their_loss = other[kind, size]
+    assert {kind for kind, *_ in one} == set(OBJECTIVES)
+    alone = {(kind, rows): tiny_learner(kind, rows) for kind, rows, *_ in one}
+    alone = {(kind, n): one_by_one(each, list(range(n * each.objective.group))) for (kind, n), each in alone.items()}
+    for (kind, rows, *way), (gradients, loss) in one.items():
+        theirs, their_loss = other[kind, rows, *way]
         assert loss == their_loss and all(torch.equal(a, b) for a, b in zip(gradients, theirs, strict=True))
-        learner = tiny_learner(kind)
-        wanted, wanted_loss = one_by_one(learner, list(range(12 * learner.objective.group)))
+        wanted, wanted_loss = alone[kind, rows]
         assert loss == pytest.approx(wanted_loss, rel=1e-5)
         assert residual(gradients, wanted) < MOST

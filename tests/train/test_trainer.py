@@ -23,7 +23,7 @@ from tiny_runs import (
 
 from prairie.data.loader import Loader, TokenDataset
 from prairie.errors import AdapterError, BusyError, CheckpointError, StorageFullError, TrainingError
-from prairie.models.lora import AdapterRows, LoRA
+from prairie.models.lora import AdapterRows, LoRA, LoRAConfig
 from prairie.models.weights import hash_of, load_model, save_model
 from prairie.runtime import Progress
 from prairie.train import trainer as trainer_module
@@ -467,6 +467,7 @@ def one_row(length, token=1):
 )
 def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path):
     model, runtime, tokens_per_batch, made_for, dataset = tiny_model(), quiet_runtime(), 64, 64, tiny_dataset()
+    adapter = None
     if case == "long":
         dataset, tokens_per_batch, made_for = one_row(30), 20, 20
     elif case == "context":
@@ -480,7 +481,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path
     elif case == "dtype":
         runtime = quiet_runtime(dtype="float16")
     elif case == "ranks":
-        runtime = quiet_runtime(world_size=2)
+        adapter, runtime = LoRA.create(model, LoRAConfig(rank=2, dropout=0.1)), quiet_runtime(world_size=2)
     elif case == "rank":
         runtime = quiet_runtime(rank=1)
     elif case == "weights":
@@ -498,7 +499,7 @@ def test_what_cannot_work_is_refused_before_the_first_step(case, words, tmp_path
     config = TrainConfig(**{**settings, **changes.get(case, {})})
     loader = Loader(dataset, tokens_per_batch=made_for, seed=0)
     with pytest.raises(TrainingError) as caught:
-        Trainer(model, CausalLM(), loader, config, runtime=runtime, folder=tmp_path)
+        Trainer(model, CausalLM(), loader, config, runtime=runtime, folder=tmp_path, adapter=adapter)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -87,11 +87,13 @@ class Learner:
     def parameters(self) -> list[torch.nn.Parameter]:
         return list(self.adapters[0].lora.parameters() if self.adapters else self.model.parameters())
 
-    def gradients(self, batches: Sequence[Batch], ranks: Ranks = ALONE) -> tuple[list[torch.Tensor], float]:
+    def gradients(
+        self, batches: Sequence[Batch], ranks: Ranks = ALONE, idle: Sequence[Batch] = ()
+    ) -> tuple[list[torch.Tensor], float]:
         """Of one step of these batches, and its loss."""
         for parameter in self.parameters:
             parameter.grad = None
-        sums = accumulate_gradients(self.model, self.objective, batches, self.adapters, ranks=ranks)
+        sums = accumulate_gradients(self.model, self.objective, batches, self.adapters, ranks=ranks, idle=idle)
         ranks.add_gradients(self.parameters)
         found = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         return found, float(sums.loss) / sums.count
@@ -233,8 +235,9 @@ def run_to_the_end(
         runtime = quiet_runtime(progress=Progress(stream=stream), rank=rank, world_size=ranks)
         trainer = RUNS[kind](folder, config, runtime=runtime)
         trainer.fit()
-    assert "torch._dynamo" not in sys.modules.keys() - before, (
+    assert trainer.config.shard or "torch._dynamo" not in sys.modules.keys() - before, (
         "training must not load torch's compiler: it costs a second and 70 MB"
     )
-    weights = {name: p.detach() for name, p in trainer.parameters.items()}
-    save_file(weights, folder / ("final.safetensors" if rank == 0 else f"final-rank{rank}.safetensors"))
+    with trainer.whole_model():
+        weights = {n: p.detach() for n, p in (trainer.adapter or trainer.model).named_parameters() if p.requires_grad}
+        save_file(weights, folder / ("final.safetensors" if rank == 0 else f"final-rank{rank}.safetensors"))
