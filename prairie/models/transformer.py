@@ -40,6 +40,7 @@ from prairie.ops.relative import RelativeBias
 if TYPE_CHECKING:
     from prairie.models.lora import AdapterRows
     from prairie.models.quantized import Quantization
+    from prairie.models.weights import Hashed
 
 NORMS = ("attention_norm", "attention_out_norm", "cross_norm", "cross_out_norm", "mlp_norm", "mlp_out_norm")
 HEAD = "lm_head"
@@ -181,6 +182,8 @@ class Transformer(nn.Module):
         checkpointing, arXiv 1604.06174). The same bits, a third more time, far less memory."""
         self.loaded_hashes: tuple[str, str] | None = None
         """Set by `load_model`: hash of the file's weights, and of the same weights in the dtype they were loaded to."""
+        self.hashed: Hashed | None = None
+        """What `weights.hash_of` has found."""
 
     def init_weights(self, seed: int | torch.Generator = 0) -> Transformer:
         """Sets every parameter by a seed: normal, std 1/sqrt(inputs), less where a layer adds to the residual (GPT-2).

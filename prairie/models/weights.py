@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from operator import itemgetter
@@ -72,13 +73,43 @@ def _each_named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 def hash_of(model: Transformer) -> str:
     """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype), else
-    theirs. Always computed anew: fused optimisers change weights without counting it in the tensor's version."""
+    theirs. Computed once for a frozen base that many adapters ask for, else always anew: what trains a model may change
+    weights without counting it in their versions, as fused optimisers do."""
     if model.loaded_hashes is not None and model.packed is not None:
         return model.loaded_hashes[0]  # the model that was packed; packed weights do not change
-    found = _hash_of(_each_named(model))
+    if model.hashed is None or not model.hashed.still(model):
+        model.hashed = Hashed.of(model, _hash_of(_each_named(model)))
+    found = model.hashed.found
     if model.loaded_hashes is not None and model.loaded_hashes[1] == found:
         return model.loaded_hashes[0]
     return found
+
+
+class Hashed(NamedTuple):
+    """The hash of a model's weights, and what tells that they are as they were."""
+
+    found: str
+    marks: list[tuple[weakref.ref[Tensor], int, int]] | None
+    """Each frozen parameter with its version and address; None if some could learn."""
+
+    @classmethod
+    def of(cls, model: Transformer, found: str) -> Hashed:
+        parameters = list(model.parameters())
+        if any(p.requires_grad or p.is_inference() for p in parameters):
+            return cls(found, None)
+        return cls(found, [(weakref.ref(p), p._version, p.data_ptr()) for p in parameters])
+
+    def still(self, model: Transformer) -> bool:
+        """Whether it still is the hash of this model."""
+        parameters = list(model.parameters())
+        return (
+            self.marks is not None
+            and len(self.marks) == len(parameters)
+            and all(
+                mark() is p and not p.requires_grad and version == p._version and address == p.data_ptr()
+                for (mark, version, address), p in zip(self.marks, parameters, strict=True)
+            )
+        )
 
 
 def load_model(folder: Path | str, dtype: torch.dtype | None = None, *, verified: bool = False) -> Transformer:

@@ -26,9 +26,9 @@ from prairie.ops.threads import by_bands, kernels, share_out, worth_compiling
 
 MATRIX_LENGTH = 512
 """Longest row for which written-out products beat torch's flash kernel on a CPU (measured, forward and backward)."""
-COMPILED_WORK = 1 << 27
-"""Least sum over the rows of length x length x heads x size for which the compiled loops (`ops.attention_kernel`) are
-asked: a few milliseconds of work. Below it numba is not even imported."""
+COMPILED_WORK = 1 << 25
+"""Least sum over the rows of length x length x heads x size, for each thread, for which the compiled loops
+(`ops.attention_kernel`) are asked: a few milliseconds of work. Below it numba is not even imported."""
 HALVES = (torch.float16, torch.bfloat16)
 QUERY_BLOCK = 64
 """Queries of one row handled at once; keys behind a block's end are never touched, which saves up to half the work."""
@@ -379,8 +379,9 @@ def buckets_of(lengths: Sequence[int], prefixes: Sequence[int] = ()) -> list[lis
 
 def is_worth_compiling(work: int, heads: int, size: int) -> bool:
     """Whether causal attention on a CPU goes through the compiled loops; `work`: the sum of length x length over the
-    rows. The same batch is always computed in the same way, so that a run repeats its bits."""
-    return size % 16 == 0 and work * heads * size >= COMPILED_WORK and kernels("attention_kernel") is not None
+    rows. The same batch is always computed in the same way by so many threads, so that a run repeats its bits."""
+    large = size % 16 == 0 and work * heads * size > COMPILED_WORK * torch.get_num_threads()
+    return large and kernels("attention_kernel") is not None
 
 
 class _Tasks(NamedTuple):

@@ -100,24 +100,47 @@ def adapted_linear_reference(
     return y_NO
 
 
+class _Place(NamedTuple):
+    """Where a piece of an adapter stands: its inner columns, and what `Addition` says of it."""
+
+    inner: slice
+    columns: slice
+    scale: float
+    sources_O: Tensor | None
+    dtype: torch.dtype
+
+    def gradient_of_b(self, dy_NO: Tensor, u_NR: Tensor) -> Tensor:
+        db_OR = (dy_NO.T @ u_NR).to(self.dtype)
+        return db_OR if self.sources_O is None else torch.empty_like(db_OR).index_copy_(0, self.sources_O, db_OR)
+
+
 class _Joined(NamedTuple):
-    """The pieces of one adapter, in the dtype that is computed in. Inner columns of piece i: `inner[i]`."""
+    """The pieces of one adapter, in the dtype that is computed in."""
 
     a_QI: Tensor
-    """All A one behind the other."""
+    """All A one behind the other, each scaled: so every product is, and there are fewest numbers here."""
     b_OR: list[Tensor]
-    """Each scaled, its rows in the order of columns."""
-    inner: list[slice]
+    """Their rows in the order of columns."""
+    places: list[_Place]
 
     @classmethod
     def of(cls, pieces: Sequence[Addition], dtype: torch.dtype) -> _Joined:
-        ends = list(accumulate(len(piece.a_RI) for piece in pieces))
+        ends = accumulate(len(piece.a_RI) for piece in pieces)
+        places = [
+            _Place(slice(end - len(p.a_RI), end), *p[2:], p.a_RI.dtype) for end, p in zip(ends, pieces, strict=True)
+        ]
         ordered = [p.b_OR if p.sources_O is None else p.b_OR.index_select(0, p.sources_O) for p in pieces]
-        return cls(
-            torch.cat([piece.a_RI for piece in pieces]).to(dtype),
-            [(b_OR * piece.scale).to(dtype) for b_OR, piece in zip(ordered, pieces, strict=True)],
-            [slice(end - len(piece.a_RI), end) for end, piece in zip(ends, pieces, strict=True)],
-        )
+        a_QI = torch.cat([piece.a_RI for piece in pieces]).to(dtype)
+        return cls(_scaled(a_QI, places), [b_OR.to(dtype) for b_OR in ordered], places)
+
+
+def _scaled(a_QI: Tensor, places: Sequence[_Place]) -> Tensor:
+    """Each piece times its scale, in place."""
+    if len({place.scale for place in places}) == 1:
+        return a_QI.mul_(places[0].scale)
+    for place in places:
+        a_QI[place.inner].mul_(place.scale)
+    return a_QI
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -138,24 +161,24 @@ class _AdaptedLinear(torch.autograd.Function):
             y_NO = F.linear(x_NI, weight_OI, bias_O)
         else:
             ctx.mark_dirty(y_NO)
-        inner = []
+        ctx.additions = []
+        kept: list[Tensor] = []
         for rows, pieces in additions:
-            joined = _Joined.of(pieces, y_NO.dtype)
-            u_NQ = x_NI[rows].to(y_NO.dtype) @ joined.a_QI.T
-            for piece, b_OR, at in zip(pieces, joined.b_OR, joined.inner, strict=True):
-                y_NO[rows, piece.columns].addmm_(u_NQ[:, at], b_OR.T)
-            inner.append(u_NQ)
-        ctx.save_for_backward(x_NI, weight_OI, *tensors, *inner)
-        ctx.additions = [(rows, [piece[2:] for piece in pieces]) for rows, pieces in additions]
+            joined, y_MO = _Joined.of(pieces, y_NO.dtype), y_NO[rows]
+            u_MQ = x_NI[rows].to(y_NO.dtype) @ joined.a_QI.T
+            for place, b_OR in zip(joined.places, joined.b_OR, strict=True):
+                y_MO[:, place.columns].addmm_(u_MQ[:, place.inner], b_OR.T)
+            ctx.additions.append((rows, joined.places))
+            kept += (u_MQ, joined.a_QI, *joined.b_OR)
+        ctx.save_for_backward(x_NI, weight_OI, *kept)
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """With u = x A^T and B scaled: dB = dy^T u, du = dy B, dA = du^T x, and x gains du A."""
+        """With A scaled and u = x A^T: dB = dy^T u, du = dy B, dA = scale du^T x, and x gains du A."""
         (dy_NO,) = grads
         x_NI, weight_OI, *rest = ctx.saved_tensors
-        count = len(rest) - len(ctx.additions)
-        tensors, inner, wanted = iter(rest[:count]), rest[count:], iter(ctx.needs_input_grad[5:])
+        kept, wanted = iter(rest), iter(ctx.needs_input_grad[5:])
         dx_NI: Tensor | None = None
         if ctx.needs_input_grad[0]:
             like = torch.zeros_like if weight_OI is None else torch.empty_like
@@ -163,24 +186,20 @@ class _AdaptedLinear(torch.autograd.Function):
             if weight_OI is not None:
                 torch.mm(dy_NO, weight_OI.to(dy_NO.dtype), out=dx_NI)
         found: list[Tensor | None] = []
-        for (rows, bare), u_NQ in zip(ctx.additions, inner, strict=True):
-            pieces = [Addition(next(tensors), next(tensors), *facts) for facts in bare]
-            joined, du_NQ = _Joined.of(pieces, dy_NO.dtype), torch.empty_like(u_NQ, dtype=dy_NO.dtype)
-            for piece, b_OR, at in zip(pieces, joined.b_OR, joined.inner, strict=True):
-                torch.mm(dy_NO[rows, piece.columns], b_OR, out=du_NQ[:, at])
-            da_QI = du_NQ.T @ x_NI[rows].to(dy_NO.dtype)
-            for piece, at in zip(pieces, joined.inner, strict=True):
-                found.append(da_QI[at].to(piece.a_RI.dtype) if next(wanted) else None)
-                found.append(_gradient_of_b(dy_NO[rows, piece.columns], u_NQ[:, at], piece) if next(wanted) else None)
+        for rows, places in ctx.additions:
+            u_MQ, a_QI, dy_MO, x_MI = next(kept), next(kept), dy_NO[rows], x_NI[rows].to(dy_NO.dtype)
+            du_MQ = torch.empty_like(u_MQ, dtype=dy_NO.dtype)
+            for place in places:
+                torch.mm(dy_MO[:, place.columns], next(kept), out=du_MQ[:, place.inner])
+            da_QI = _scaled(du_MQ.T @ x_MI, places)
+            for place in places:
+                found.append(da_QI[place.inner].to(place.dtype) if next(wanted) else None)
+                wants_b = next(wanted)
+                found.append(place.gradient_of_b(dy_MO[:, place.columns], u_MQ[:, place.inner]) if wants_b else None)
             if dx_NI is not None:
-                dx_NI[rows].addmm_(du_NQ, joined.a_QI)
+                dx_NI[rows].addmm_(du_MQ, a_QI)
         gains = None if dx_NI is None else dx_NI.to(x_NI.dtype)
         return gains, dy_NO if ctx.needs_input_grad[1] else None, None, None, None, *found
-
-
-def _gradient_of_b(dy_NO: Tensor, u_NR: Tensor, piece: Addition) -> Tensor:
-    db_OR = ((dy_NO.T @ u_NR) * piece.scale).to(piece.b_OR.dtype)
-    return db_OR if piece.sources_O is None else torch.empty_like(db_OR).index_copy_(0, piece.sources_O, db_OR)
 
 
 def adapt_embedding(x_NO: Tensor, tokens_N: Tensor, change: LowRank, rows: slice | None) -> Tensor:

@@ -22,16 +22,19 @@ from torch import Tensor
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-COMPILED_NUMBERS = 1 << 21
-"""Least numbers that an operator by elements reads for which its compiled loops are asked: below that it takes a
-millisecond or two, and numba is not even imported."""
+COMPILED_NUMBERS = 800_000
+"""Least numbers for each thread that an operator by elements reads for which its compiled loops are asked: below that
+it takes a millisecond or two, and numba is not even imported."""
 
 
 def worth_compiling(x: Tensor) -> bool:
     """Whether an operator that works on x by elements goes through compiled loops. The same batch is always computed in
-    the same way, so that a run repeats its bits."""
-    large = x.numel() >= COMPILED_NUMBERS and x.dtype == torch.float32 and x.device.type == "cpu"
-    return large and x.is_contiguous() and kernels("elementwise_kernel") is not None
+    the same way by so many threads, so that a run repeats its bits."""
+    large = x.numel() >= COMPILED_NUMBERS * torch.get_num_threads()
+    return (
+        large and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+        and kernels("elementwise_kernel") is not None
+    )  # fmt: skip
 
 
 def by_bands(name: str, tensors: Mapping[str, Tensor], **numbers: float) -> None:

@@ -20,7 +20,7 @@ from prairie.ops.loss import KEPT_NUMBERS, chunk_of
 from prairie.ops.packed import Bits, bytes_a_number
 
 MB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names of settings in glibc's malloc.h."""
 KEPT_BYTES = 2**31 - 1
 """The most that these settings can say."""
@@ -237,13 +237,15 @@ def keep_freed_memory() -> bool:
     told so.
 
     glibc gives every large block back to the system at once, and the system fills its pages with zeros again in the
-    next step: a tenth of the time where a step takes and frees gigabytes (docs/performance.md).
+    next step: a tenth of the time where a step takes and frees gigabytes (docs/performance.md). All threads take from
+    one pool: those of others glibc does give back, whatever it was told.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    kept = mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    return bool(kept and mallopt(M_ARENA_MAX, 1))
 
 
 def machine_memory_mb(read: Callable[[str], str] | None = None) -> int:

@@ -183,8 +183,10 @@ class MetricsFile:
 
     def forget_after(self, step: int, evaluated: int) -> None:
         """Drops the lines that a resumed run will write again, and a line torn by a kill."""
+        if not self.path.exists():
+            return
         kept: list[str] = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+        for text in self.path.read_text().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
                 if line["step"] <= (evaluated if "evaluation" in line else step):

@@ -11,7 +11,8 @@ Shapes: N tokens of all runs, flat.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -30,7 +31,10 @@ from prairie.train.prefixes import Layout, joined
 from prairie.train.trainer import StepSums, Trainer, count_of, seed_draw
 
 PASS_TOKENS = 4096
-"""Tokens that go through the base at once. More fill no core better; they only leave the cache and take memory."""
+"""Tokens that go through the base at once on all cores. More fill no core better; they only leave the cache and take
+memory."""
+CORE_TOKENS = 1024
+"""The same on one core, where each core takes a pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ def fit_together(trainers: Sequence[Trainer]) -> list[dict[str, Any]]:
                     trainer.stop(listener.asked_to_stop)
             due = [trainer.save_is_due() for trainer in active]  # of each: it learns of the signal there
             if any(due):
-                for trainer in active:
-                    trainer.save()
+                with ThreadPoolExecutor(len(active)) as pool:  # most of a checkpoint is waiting for the disk
+                    list(pool.map(Trainer.save, active))
         return [trainer.finish() for trainer in trainers]
 
 
@@ -91,15 +95,20 @@ def gradients_together(
     counts = [count_of(part.objective, part.batches) for part in parts]
     losses: list[list[Tensor]] = [[] for _ in parts]
     sums: list[list[dict[str, Tensor]]] = [[] for _ in parts]
+    apart = next(model.parameters()).device.type == "cpu" and not any(part.adapter.config.dropout for part in parts)
     for index in range(max(len(part.batches) for part in parts)):
         seed_draw(draw, index)
-        for at in _passes([len(p.batches[index].tokens_N) if index < len(p.batches) else 0 for p in parts]):
+
+        def one_pass(at: Sequence[int], index: int = index) -> None:
             with computing_in(dtype, model):
                 found = _losses(model, [(parts[i].objective, parts[i].adapter, parts[i].batches[index]) for i in at])
             torch.stack([loss / counts[i] for i, (loss, _) in zip(at, found, strict=True)]).sum().backward()
             for i, (loss, its_sums) in zip(at, found, strict=True):
                 losses[i].append(loss.detach())
                 sums[i].append(its_sums)
+
+        tokens = [len(p.batches[index].tokens_N) if index < len(p.batches) else 0 for p in parts]
+        _go_through(one_pass, tokens, torch.get_num_threads() if apart else 1)
     return [
         StepSums(
             torch.stack(mine).sum(), count, {name: torch.stack([one[name] for one in its]).sum() for name in its[0]}
@@ -108,14 +117,38 @@ def gradients_together(
     ]
 
 
-def _passes(tokens: Sequence[int]) -> list[list[int]]:
-    """Which parts go through the base together: neighbours, up to `PASS_TOKENS`; those without tokens go nowhere."""
+def _go_through(one_pass: Callable[[Sequence[int]], None], tokens: Sequence[int], cores: int) -> None:
+    """Every part that has tokens, in passes. Where they are enough for all cores each core takes one after the other by
+    itself: no operator of a pass then waits for another core, and Python's share of one hides behind the other's.
+
+    What is left over, and parts too few to share out, go through on all cores together. Which pass a core takes does
+    not change a bit: a part is in one pass, and all passes are known before.
+    """
+    passes = _passes(tokens, min(CORE_TOKENS, max(1, sum(tokens) // cores)))
+    shared_out = len(passes) - len(passes) % cores
+    if cores == 1 or not shared_out:
+        for at in _passes(tokens, PASS_TOKENS):
+            one_pass(at)
+        return
+    passes.sort(key=lambda at: -sum(tokens[i] for i in at))
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            list(pool.map(one_pass, passes[:shared_out]))
+    finally:
+        torch.set_num_threads(cores)
+    for at in passes[shared_out:]:
+        one_pass(at)
+
+
+def _passes(tokens: Sequence[int], most: int) -> list[list[int]]:
+    """Which parts go through the base together: neighbours, up to `most` tokens; those without tokens go nowhere."""
     passes: list[list[int]] = []
     filled = 0
     for i, count in enumerate(tokens):
         if not count:
             continue
-        if not passes or filled + count > PASS_TOKENS:
+        if not passes or filled + count > most:
             passes.append([])
             filled = 0
         passes[-1].append(i)

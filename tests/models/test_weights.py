@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prairie.errors import ModelError
+from prairie.models import weights
 from prairie.models.config import ModelConfig
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of, load_model, named_state, read_manifest, save_model, weights_hash
@@ -58,6 +59,23 @@ def test_dtypes(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     save_model(model, other)
     assert json.loads((other / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
     assert {p.dtype for p in load_model(other).parameters()} == {dtype}
+
+
+def test_a_frozen_base_is_hashed_once_until_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    hashed = weights._hash_of
+    monkeypatch.setattr(weights, "_hash_of", lambda named: made.append(hashed(named)) or made[-1])
+    model = load_model(folder).requires_grad_(False)
+    made.clear()
+    assert hash_of(model) == hash_of(model) and len(made) == 1
+    with torch.no_grad():
+        model.norm[0] += 1
+    assert hash_of(model) == hash_of(model) and len(made) == 2
+    model.norm = torch.nn.Parameter(model.norm + 1, requires_grad=False)
+    assert hash_of(model) == hash_of(model) and len(made) == 3
+    model.requires_grad_(True)
+    assert hash_of(model) == hash_of(model) and len(made) == 5
+    assert len(set(made)) == 3
 
 
 def test_hash_follows_every_kind_of_change(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Adapters trained in the same steps end where they would end alone; each can go on by itself."""
 
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,45 @@ def test_gradients_together_are_those_of_each_alone(pass_tokens, monkeypatch):
         )
         assert worst < 1e-5
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_each_core_takes_passes_of_its_own_and_what_is_left_goes_on_all(monkeypatch):
+    """Three parts on two cores: each of two on one, the last on both; the gradients of one core, and the same bits."""
+    model = tiny_model().requires_grad_(False)
+    parts = []
+    for seed in range(3):
+        adapter, dataset = LoRA.create(model, LoRAConfig(rank=4), seed=seed), tiny_dataset(8, seed=seed)
+        parts.append(Part(CausalLM(), adapter, [batch_of(dataset, range(8 - 2 * seed))]))
+    seen: list[tuple[bool, int]] = []
+    losses = together._losses
+
+    def watched(*args):
+        seen.append((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return losses(*args)
+
+    def gradients() -> list[torch.Tensor]:
+        gradients_together(model, parts)
+        found = [p.grad.clone() for part in parts for p in part.adapter.parameters()]
+        for part in parts:
+            part.adapter.zero_grad()
+        return found
+
+    monkeypatch.setattr(together, "_losses", watched)
+    monkeypatch.setattr(together, "CORE_TOKENS", 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = gradients()
+        assert seen == [(True, 1)]
+        torch.set_num_threads(2)
+        two, again = gradients(), gradients()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen[1:] == 2 * [(False, 1), (False, 1), (True, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(two, again, strict=True))
+    for mine, theirs in zip(two, one, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_frozen_base_keeps_nothing_below_the_first_adapter():
