@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prairie.ops import cross_attention
 from prairie.ops.attention import PackedDocuments, Sight
 from prairie.ops.cross_attention import Memory
 from prairie.ops.relative import RelativeBias, distance_buckets
@@ -39,10 +40,16 @@ def same_with_gradients(ours: Tensor, wanted: Tensor, inputs: list[Tensor]) -> N
 
 @pytest.mark.parametrize("sources", [[3, 1, 12, 7], [6, 6, 6, 6]])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_rows_look_at_other_rows(sources: list[int], kv_heads: int) -> None:
+@pytest.mark.parametrize("row_work", [0, 1 << 40])
+def test_rows_look_at_other_rows(
+    sources: list[int], kv_heads: int, row_work: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, and padded."""
+    monkeypatch.setattr(cross_attention, "ROW_WORK", row_work)
     q_NHD = heads(4, LENGTHS, 1)
     k_MKD, v_MKD = heads(kv_heads, sources, 2), heads(kv_heads, sources, 3)
     memory = Memory(torch.zeros(sum(sources), 1), sources, LENGTHS)
+    assert memory.one_by_one == (row_work == 0 and len(set(sources)) > 1)
     rows = zip(q_NHD.split(LENGTHS), k_MKD.split(sources), v_MKD.split(sources), strict=True)
     wanted = torch.cat([plain(*row) for row in rows])
     same_with_gradients(memory(0, q_NHD, lambda hidden: (k_MKD, v_MKD)), wanted, [q_NHD, k_MKD, v_MKD])
