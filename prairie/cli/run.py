@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit
+from prairie.cli.processes import are_to_be_started, run_in
 from prairie.errors import UsageError
 from prairie.runtime import process_rank
 
@@ -26,6 +27,7 @@ def run(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would happen; train nothing.")] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
     no_serve: Annotated[bool, typer.Option("--no-serve", help="End when the stages are done.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share each training's steps.")] = 1,
     threads: ThreadsOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -38,6 +40,8 @@ def run(
         return
     if not recipe:
         raise UsageError("no recipe was named", mend="prairie run RECIPE.yaml [key=value ...]")
+    if are_to_be_started(processes):
+        run_in(processes)
     if plan and process_rank():
         return  # one process plans
     if plan:
@@ -139,7 +143,8 @@ def _context(recipe: str | Path, overrides: list[str], home: Path | None, thread
     loaded = load_recipe(find_recipe(recipe), overrides)
     progress = Progress(quiet=quiet or process_rank() > 0)
     runtime = Runtime.detect(seed=loaded.seed, threads=threads, progress=progress)
-    started_by = ["torchrun", "--nproc-per-node", str(runtime.beside), "-m"] if runtime.world_size > 1 else []
+    ours = any(word.startswith("--processes") for word in sys.argv) or runtime.world_size == 1
+    started_by = [] if ours else ["torchrun", "--nproc-per-node", str(runtime.beside), "-m"]
     runtime = replace(runtime, command=shlex.join([*started_by, "prairie", *sys.argv[1:]]))
     return Context(loaded, Home(home), runtime)
 

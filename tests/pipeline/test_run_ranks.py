@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -147,3 +149,23 @@ def test_what_fails_in_the_first_process_is_said_by_both(tmp_path):
     assert [code for code, *_ in told] == [1, 1], told
     assert "error: " in told[0][2] and "rank" not in told[0][2]
     assert told[1][2].startswith("error: rank 1 ends, as rank 0 has failed: got ") and told[1][2].count("\n") == 1, told
+
+
+@pytest.mark.slow
+def test_processes_that_the_command_starts_stop_with_it_and_go_on(tmp_path):
+    recipe, home = recipe_of(tmp_path, steps=40), tmp_path / "home"
+    words = ["run", str(recipe), "--home", str(home), "--threads", "1", "--processes", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "prairie", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not any(path.stat().st_size for path in home.glob("work/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 0, said
+    command = shlex.split(said.rpartition("go on with: ")[2].strip())
+    assert command == ["prairie", *words], said
+    again = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0 and "base: goes on from step" in again.stderr, again.stderr
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b"}] * 5)
+    broken = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=200)
+    assert broken.returncode == 1 and "Traceback" not in broken.stderr, broken.stderr

@@ -138,6 +138,18 @@ def test_logits_that_wait_for_their_gradient_are_counted():
     assert memory_of(replace(frozen, keeps_logits=True)) == memory_of(frozen)
 
 
+def test_sharded_weights_take_less_and_never_less_than_reading_them():
+    config = shape(4000, 512, 8)
+    whole = memory_of(Job(config, 1024, 128))
+    two, four = (memory_of(Job(config, 1024, 128, ranks=ranks, shard=True)) for ranks in (2, 4))
+    assert memory_of(Job(config, 1024, 128, ranks=4)) == whole and four.total < two.total < whole.total
+    assert four.optimizer == whole.optimizer / 4 and four.activations == whole.activations
+    many = memory_of(Job(config, 128, 128, ranks=1000, shard=True))
+    assert many.total >= memory_of(Job(config, 128, 128)).weights + many.process
+    offered = ways_out(Job(config, 1024, 128, ranks=2), two.total + 1)
+    assert offered[0].startswith("shard: true") or offered[1].startswith("shard: true"), offered
+
+
 def test_a_containers_limit_counts(monkeypatch):
     def read(name):
         if name.endswith("memory.max"):

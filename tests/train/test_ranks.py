@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,18 @@ def wait_for(folder: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kind", ["lora_dpo", pytest.param("sft", marks=pytest.mark.slow)])
-def test_two_ranks_train_as_one_does_and_survive_a_kill(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "shard"),
+    [
+        ("lora_dpo", False),
+        pytest.param("sft", False, marks=pytest.mark.slow),
+        pytest.param("sft", True, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_as_one_does_and_survive_a_kill(kind, shard, tmp_path):
     """Also with dropout: what a micro-batch draws is its own. The first rank alone writes."""
-    config = tiny_config(steps=24, log_every=1, save_every=3, micro_batches=3)
-    run_to_the_end(kind, tmp_path / "one", config)
+    config = tiny_config(steps=24, log_every=1, save_every=3, micro_batches=3, shard=shard)
+    run_to_the_end(kind, tmp_path / "one", replace(config, shard=False))
     assert ended(together(kind, tmp_path / "two", config)) == [0, 0]
     one, two = (load_file(tmp_path / name / "final.safetensors") for name in ("one", "two"))
     start = {name: p.detach() for name, p in RUNS[kind](tmp_path / "start", config).parameters.items()}
