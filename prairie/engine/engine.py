@@ -208,14 +208,9 @@ class Engine:
         except BaseException:
             self.scheduler.start_over()
             raise
-        generated = self.generated_tokens
-        computed, sequences = perf_counter() - began, len(step.sequences)
         outputs = self._accept(step, ready, sampled)
         if self.speculation is not None and len(ready) == step.counts.sum():  # prompts would blur what a token costs
-            self.speculation.pace.learn(len(ready), computed)
-            self.speculation.worth.learn(
-                sequences, len(ready) > sequences, self.generated_tokens - generated, perf_counter() - began
-            )
+            self.speculation.learn(len(step.sequences), len(ready), perf_counter() - began)
         return outputs
 
     def generate(

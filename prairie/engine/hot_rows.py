@@ -93,15 +93,22 @@ class HotRows:
         self.held[:] = 0
 
     def _fill(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        """Copies the first `tokens` of each row out of the pool."""
-        _, _, _, size, heads, head_dim = self.cache.store.shape
-        blocks = self.cache.tables[rows, : -(-int(tokens.max()) // size)]
-        length = blocks.shape[1] * size
-        index, where = torch.from_numpy(blocks.ravel()), torch.from_numpy(rows)
-        for layer, sides in enumerate(self.cache.by_block):
+        """Copies what is missing of the first `tokens` of each row out of the pool: all of a row that was not looked at
+        yet, a few tokens of one that had drafts meanwhile."""
+        size, missing = self.cache.block_size, tokens - self.held[rows]
+        of = np.repeat(np.arange(len(rows)), missing)
+        positions = np.arange(len(of)) + (tokens - missing.cumsum())[of]
+        slots = torch.from_numpy(self.cache.tables[rows[of], positions // size] * size + positions % size)
+        places = self.places(rows[of], positions)
+        for layer, sides in enumerate(self.cache.by_slot):
             for side, hot in zip(sides, (self.keys[layer], self.values[layer]), strict=True):
-                found = side.index_select(0, index).view(len(rows), length, heads, head_dim)
-                hot[:, :, :length].index_copy_(0, where, found.transpose(1, 2))
+                hot.view(-1, hot.shape[-1]).index_copy_(0, places, side.index_select(0, slots).flatten(0, 1))
+
+    def places(self, rows: np.ndarray, positions: np.ndarray) -> Tensor:
+        """(M*K,) where tokens go in a layer seen as (rows * K * capacity, D)."""
+        heads, capacity = self.keys.shape[2:4]
+        of_row = rows[:, None] * heads + np.arange(heads)
+        return torch.from_numpy((of_row * capacity + positions[:, None]).ravel())
 
 
 class HotView:
@@ -112,10 +119,8 @@ class HotView:
         R, L = int(rows.max()) + 1, int(context.max())
         self.shape = (R, L)
         self.rows_S = torch.from_numpy(rows)
-        heads, capacity, _ = hot.keys.shape[2:]
-        of_row = rows[:, None] * heads + np.arange(heads)
-        self.places = torch.from_numpy((of_row * capacity + context[:, None] - 1).ravel())
-        """(S*K,) where the new tokens go in a layer seen as (rows * K * capacity, D)."""
+        self.places = hot.places(rows, context - 1)
+        """Of the new tokens."""
         self.full = len(rows) == R and bool((rows == np.arange(R)).all())
         """Every row has a token, in the order of the rows."""
         self.last_R = torch.full((R,), L)

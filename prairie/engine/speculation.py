@@ -6,10 +6,11 @@ it would have drawn it there anyway, greedily or from (seed, place); a draft is 
 answers and their log-probabilities stay what they are.
 
 A draft costs its tokens' time in the step whether it is right or not. Every looked-up token is held against the one
-that comes, drafted or not, so what drafts are worth is known before any is made; how a step's time grows with its
-tokens is measured. A token is drafted if it makes the batch faster by these two figures: an answer that copies nothing
-costs its look-ups, and a large batch, which has no time left over, drafts nothing. Whether that came true is measured,
-too: where steps with drafts bring fewer tokens a second than steps without, hardly any are made.
+that comes, drafted or not, so what drafts are worth is known before any is made; what steps take is measured, of those
+with drafts and of those without apart, since a step with drafts may go another way (`paged_attend`) and cost more from
+its first draft on. A token is drafted if it makes the batch faster by these figures, and none is where all of them
+together do not: an answer that copies nothing costs its look-ups, and a large batch, which has no time left over,
+drafts nothing.
 Not here: which tokens are computed (`scheduler`), what becomes of them (`engine`).
 """
 
@@ -29,16 +30,24 @@ OLD = 8
 MOST_DRAFTED = 15
 NEWS = 0.125
 """What the newest look-up weighs in the share of those that were right."""
-MEMORY = 0.97
-"""What a step weighs after the next one in the line of times."""
+MEMORY = 0.95
+"""What is known of steps loses so much of its weight with each step that is computed, of either way."""
 UNMEASURED = 0.15
 """What a token more is taken to cost, in steps of one token, until steps of different sizes were seen."""
 MARGIN = 1.2
-"""How much better than nothing a draft must be: the figures are noisy."""
+"""How much better than nothing a token more must be: the figures are noisy."""
+WORTH = 1.03
+"""How much faster a step with drafts must be, in tokens a second."""
+KNOWN = 4
+"""Steps after which the time of steps of a way is believed; so many have drafts to begin with."""
+SLOWEST = 3.0
+"""What a step takes in times of what was expected counts no more than this: something else held it up."""
 TRIAL = 32
-"""Every so many steps one goes the other way, with drafts or without, so that both are known."""
-RECENT = 4
-"""Steps that the tokens a second of either way are the mean of, the newest weighing most."""
+"""Steps in a row, at most, that all have drafts; and how many go by before drafts that do not pay are tried again,
+then twice as many, and again."""
+LONGEST_PATIENCE = 1024
+LEAST_TRIED = 4
+"""A trial drafts no more tokens than there are sequences, or this many: a token may turn out to be dear."""
 
 
 class Lookup:
@@ -99,19 +108,28 @@ class Lookup:
 
 
 class Pace:
-    """The time of a step by its tokens: a line through those seen, of which later ones weigh more."""
+    """The time of steps of one way by their tokens: a line through those seen, of which later ones weigh more."""
 
     def __init__(self) -> None:
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
+        self.seen = 0
+        self.since = 0
+        """Steps that went the other way since the last of these."""
+        self.patience = TRIAL
+        """How many of them go by until it is tried again."""
 
     def learn(self, tokens: int, seconds: float) -> None:
-        self._weight = MEMORY * self._weight + 1
+        if self.seen >= KNOWN:
+            base, each = self.line()
+            seconds = min(seconds, SLOWEST * (base + each * tokens))
+        self._weight = MEMORY ** (1 + self.since) * self._weight + 1
         share = 1 / self._weight
         off, late = tokens - self._tokens, seconds - self._seconds
         self._tokens += share * off
         self._seconds += share * late
         self._squares += share * (off * (tokens - self._tokens) - self._squares)
         self._products += share * (off * (seconds - self._seconds) - self._products)
+        self.seen, self.since = self.seen + 1, 0
 
     def line(self) -> tuple[float, float]:
         """Seconds of a step without tokens, and of each of its tokens; 0 before anything was seen."""
@@ -121,36 +139,27 @@ class Pace:
         return self._seconds - each * self._tokens, each
 
 
-class Worth:
-    """What steps with drafts brought, and those without: tokens a second for each of their sequences. Batches of unlike
-    sizes are told apart, by powers of two."""
-
-    def __init__(self) -> None:
-        self._rates: dict[tuple[int, bool], tuple[float, int]] = {}
-        self._steps: dict[int, int] = {}
-
-    def learn(self, sequences: int, drafted: bool, tokens: int, seconds: float) -> None:
-        rate, seen = self._rates.get((sequences.bit_length(), drafted), (0.0, 0))
-        seen = min(seen + 1, RECENT)
-        rate += (tokens / sequences / seconds - rate) / seen
-        self._rates[sequences.bit_length(), drafted] = rate, seen
-
-    def allows(self, sequences: int) -> bool:
-        """Whether the next step of so many sequences may have drafts."""
-        size = sequences.bit_length()
-        self._steps[size] = self._steps.get(size, 0) + 1
-        with_drafts, without = (self._rates.get((size, drafted)) for drafted in (True, False))
-        pays = with_drafts is None or (without is not None and with_drafts[0] >= without[0])
-        return pays != (self._steps[size] % TRIAL == 0)
-
-
 class Speculation:
     """Decides what is drafted in a step."""
 
     def __init__(self) -> None:
-        self.pace, self.worth = Pace(), Worth()
+        self._paces: dict[int, tuple[Pace, Pace]] = {}
+        """Of steps without drafts and of those with some; of batches of unlike sizes, by powers of two."""
         self.drafted_tokens = 0
         self.accepted_tokens = 0
+
+    def learn(self, sequences: int, tokens: int, seconds: float) -> None:
+        """A step of so many sequences that generate computed so many tokens, drafts included."""
+        plain, drafting = self._ways(sequences)
+        if tokens == sequences:
+            plain.learn(tokens, seconds)
+            drafting.since += 1
+        else:
+            drafting.learn(tokens, seconds)
+            plain.since += 1
+
+    def _ways(self, sequences: int) -> tuple[Pace, Pace]:
+        return self._paces.setdefault(sequences.bit_length(), (Pace(), Pace()))
 
     @staticmethod
     def may(sequence: Sequence) -> bool:
@@ -161,21 +170,45 @@ class Speculation:
     def draft(self, sequences: Iterable[Sequence], room: int) -> None:
         """Sets `draft` of sequences that generate; in all at most `room` tokens."""
         sequences = list(sequences)
-        base, each = self.pace.line()
-        tokens = float(len(sequences))
-        seconds = base + each * tokens
-        allowed = self.worth.allows(len(sequences))
         for sequence in sequences:
-            lookup = sequence.lookup
-            if lookup is None:
-                continue
-            lookup.read(sequence.ids, sequence.prompt_tokens)
-            most = min(MOST_DRAFTED if allowed else 0, room, sequence.max_length - len(sequence.ids) - 1)
-            gain, count, share = 1.0, 0, lookup.share
-            while count < most:
-                gain *= share
-                if gain * seconds <= MARGIN * each * tokens:  # no more tokens a second with it than without
-                    break
-                tokens, seconds, count = tokens + gain, seconds + each, count + 1
-            sequence.draft = lookup.draft(sequence.ids, count) if count else []
-            room -= count
+            sequence.draft = []
+            if sequence.lookup is not None:
+                sequence.lookup.read(sequence.ids, sequence.prompt_tokens)
+        plain, drafting = self._ways(len(sequences))
+        if not plain.seen or plain.since >= TRIAL:
+            return  # such a step is due
+        tried = drafting.seen < KNOWN or drafting.since >= drafting.patience
+        if tried:
+            room = min(room, max(len(sequences), LEAST_TRIED))
+        counts, tokens, seconds = _worth_drafting(sequences, room, plain if tried else drafting)
+        if not any(counts):
+            return
+        base, each = plain.line()
+        if not tried:
+            if tokens * (base + each * len(sequences)) <= WORTH * len(sequences) * seconds:
+                return
+            drafting.patience = TRIAL
+        elif drafting.seen >= KNOWN:
+            drafting.patience = min(2 * drafting.patience, LONGEST_PATIENCE)
+        for sequence, count in zip(sequences, counts, strict=True):
+            if count and sequence.lookup is not None:
+                sequence.draft = sequence.lookup.draft(sequence.ids, count)
+
+
+def _worth_drafting(sequences: Seq[Sequence], room: int, pace: Pace) -> tuple[list[int], float, float]:
+    """How many tokens to draft of each sequence, how many tokens a step with them is likely to bring, and the seconds
+    that it takes at this pace."""
+    base, each = pace.line()
+    tokens, counts = float(len(sequences)), []
+    seconds = base + each * tokens
+    for sequence in sequences:
+        most = min(MOST_DRAFTED, room, sequence.max_length - len(sequence.ids) - 1)
+        gain, count, share = 1.0, 0, sequence.lookup.share if sequence.lookup is not None else 0.0
+        while count < most:
+            gain *= share
+            if gain * seconds <= MARGIN * each * tokens:  # no more tokens a second with it than without
+                break
+            tokens, seconds, count = tokens + gain, seconds + each, count + 1
+        counts.append(count)
+        room -= count
+    return counts, tokens, seconds
