@@ -847,10 +847,11 @@ def _place(p, layer, low, high, start, some):
                 kv[layer, side, slots[n], own] = part
 
 
-def _mixture(rows: int, kind: int = FLOAT32) -> Any:
+def _mixture(rows: int, kind: int = FLOAT32, rows_a_line: int = 1) -> Any:
     """An intrinsic: mixture(to, shares, v, v_step, v_next, size, ahead): to_E gains the sum of `rows` vectors v_E of
-    FLOAT32 or BFLOAT16, each times its share; asks for what lies `ahead` bytes behind them. In bytes, `v_step` leads
-    from one to the next and `v_next` from their first 8 numbers to the next 8."""
+    FLOAT32 or BFLOAT16, each times its share; asks for what lies `ahead` bytes behind them, once for so many rows that
+    share a line of memory. In bytes, `v_step` leads from one to the next and `v_next` from their first 8 numbers to
+    the next 8."""
     i64, i32, f32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
     vector, words, halves = (ir.VectorType(kind_of, LANES) for kind_of in (f32, i32, ir.IntType(16)))
 
@@ -874,8 +875,9 @@ def _mixture(rows: int, kind: int = FLOAT32) -> Any:
         with cgutils.for_range_slice(b, number(0), b.mul(size, number(4)), number(4 * LANES), i64) as (offset, eights):
             total = b.load(at(to, offset, vector), align=4)
             place = b.mul(eights, v_next)
-            for start, weight in zip(starts, weights, strict=True):
-                _ask_for(b, b.add(b.add(start, place), ahead))
+            for row, (start, weight) in enumerate(zip(starts, weights, strict=True)):
+                if row % rows_a_line == 0:
+                    _ask_for(b, b.add(b.add(start, place), ahead))
                 values = values_at(start, place)
                 total = b.fadd(total, b.fmul(values, weight, flags=("contract",)), flags=("contract",))
             b.store(total, at(to, offset, vector), align=4)
@@ -888,7 +890,8 @@ def _mixture(rows: int, kind: int = FLOAT32) -> Any:
     return mixture
 
 
-_mix_one, _mix_four, _mix_lanes, _mix_lanes_bf16 = _mixture(1), _mixture(4), _mixture(LANES), _mixture(LANES, BFLOAT16)
+_mix_one, _mix_four = _mixture(1), _mixture(4)
+_mix_lanes, _mix_lanes_bf16 = _mixture(LANES, FLOAT32, 2), _mixture(LANES, BFLOAT16, 4)
 
 
 @njit(nogil=True, error_model="numpy")
