@@ -112,7 +112,7 @@ def test_each_core_takes_passes_of_its_own_and_what_is_left_goes_on_all(monkeypa
     parts = []
     for seed in range(3):
         adapter, dataset = LoRA.create(model, LoRAConfig(rank=4), seed=seed), tiny_dataset(8, seed=seed)
-        parts.append(Part(CausalLM(), adapter, [batch_of(dataset, range(8 - 2 * seed))]))
+        parts.append(Part(CausalLM(), adapter, [batch_of(dataset, range((8, 6, 1)[seed]))]))
     seen: list[tuple[bool, int]] = []
     losses = together._losses
 
@@ -141,8 +141,7 @@ def test_each_core_takes_passes_of_its_own_and_what_is_left_goes_on_all(monkeypa
         torch.set_num_threads(before)
     assert seen[1:] == 2 * [(False, 1), (False, 1), (True, 2)]
     assert all(torch.equal(a, b) for a, b in zip(two, again, strict=True))
-    for mine, theirs in zip(two, one, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(two, one, strict=True)) < 1e-5
 
 
 def test_a_frozen_base_keeps_nothing_below_the_first_adapter():
