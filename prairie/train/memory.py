@@ -18,12 +18,15 @@ from prairie.models.weight_table import fused_parts
 from prairie.ops.attention import MATRIX_LENGTH, is_worth_compiling
 from prairie.ops.loss import KEPT_NUMBERS, chunk_of
 from prairie.ops.packed import Bits, bytes_a_number
+from prairie.runtime import give_back
 
 MB = 2**20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Names of settings in glibc's malloc.h."""
 KEPT_BYTES = 2**31 - 1
 """The most that these settings can say."""
+RETURNED_BYTES = 2**18
+"""Blocks from this size on lie apart where what is freed is returned."""
 PROCESS_MB = 330.0
 """Python, torch, numpy and their threads, before a model is there."""
 LEAST_BATCH = 256
@@ -246,6 +249,19 @@ def keep_freed_memory() -> bool:
         return False
     kept = mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     return bool(kept and mallopt(M_ARENA_MAX, 1))
+
+
+def return_freed_memory() -> bool:
+    """The opposite, for a process that is short of memory: what it frees goes back to the machine at once. Sharded
+    weights are fetched and given away layer by layer, and holes in the heap would keep what they took. False where the
+    C library cannot be told so."""
+    try:
+        library = ctypes.CDLL(None)
+        told = library.mallopt(M_MMAP_THRESHOLD, RETURNED_BYTES) and library.mallopt(M_TRIM_THRESHOLD, RETURNED_BYTES)
+    except (OSError, AttributeError):
+        return False
+    give_back()
+    return bool(told)
 
 
 def machine_memory_mb(read: Callable[[str], str] | None = None) -> int:

@@ -47,7 +47,7 @@ from prairie.train.checkpoint import (
     writing,
 )
 from prairie.train.config import TrainConfig
-from prairie.train.memory import keep_freed_memory
+from prairie.train.memory import keep_freed_memory, return_freed_memory
 from prairie.train.objective import Learner, Objective, computing_in, for_step, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
@@ -157,7 +157,6 @@ class Trainer:
         self.runtime, self.folder, self.adapter, self.evaluate, self.title = runtime, folder, adapter, evaluate, title
         _check_settings(model, objective, loader, config, runtime)
         _check_ranks(adapter, config, runtime)
-        keep_freed_memory()
         self.ranks = Ranks.join(runtime, alone=config.shard)
         if not self.ranks.leads:
             self.runtime = replace(runtime, progress=Progress(quiet=True))
@@ -180,6 +179,7 @@ class Trainer:
         self.keeping: Keeping = Replicas(trained, self.ranks)
         if config.shard:
             self.keeping = Shards(model, self.ranks, runtime.device)
+        (return_freed_memory if config.shard else keep_freed_memory)()
         self.parameters = self.keeping.own
         """What this process moves of what is trained: all of it, or its shard."""
         self.optimizer = _optimizer(self.parameters, config)

@@ -52,7 +52,7 @@ def whole_runs(folder: Path, rank: int, ranks: int, port: int) -> None:
         (folder / f"kept-{ranks}" / "sums.json").write_text(json.dumps([found, seen]))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_is_unsharded(ranks, tmp_path):
     """Losses, gradient norms (clipped), weights; three micro-batches for two ranks; a checkpoint of either way is one
     of the other; each rank holds its part only, of weights and moments."""
@@ -70,9 +70,9 @@ def test_sharded_is_unsharded(ranks, tmp_path):
     kept, seen = json.loads((tmp_path / f"kept-{ranks}" / "sums.json").read_text())
     assert len(seen) == 6 and kept == seen[1] and len(set(seen)) == 6, "the weights of the second evaluation"
     whole = sum(p.numel() for p in tiny_model().parameters())
-    for rank in range(ranks):
-        held = json.loads((tmp_path / f"held-{ranks}-{rank}.json").read_text())
-        assert held == [whole / ranks, 2 * whole / ranks, whole]
+    told = [json.loads((tmp_path / f"held-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
+    assert sum(held for held, _, _ in told) == whole and max(held for held, _, _ in told) < 1.05 * whole / ranks
+    assert all((moments, trained) == (2 * held, whole) for held, moments, trained in told)
 
 
 def same_run(one: Path, other: Path) -> None:
