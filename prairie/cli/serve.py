@@ -9,38 +9,15 @@ import os
 import socket
 import sys
 from dataclasses import replace
-from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from prairie.cli.options import HomeOption, JsonOption, ThreadsOption, emit, open_home, say
+from prairie.serve.options import Dtype, Quantize, Speculate
 
 COMPILE_AFTER_S = 5.0
 """After the start, the compiled form of the models is made ready: the first questions have the cores to themselves."""
-
-
-class Quantize(StrEnum):
-    """How weights are kept."""
-
-    int8 = "int8"
-    int4 = "int4"
-    nf4 = "nf4"
-    bf16 = "bf16"
-
-
-class Dtype(StrEnum):
-    """In what the weights are kept."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Speculate(StrEnum):
-    """Where drafts of answers come from."""
-
-    ngram = "ngram"
 
 
 def serve(

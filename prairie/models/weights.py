@@ -74,7 +74,8 @@ def _each_named(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 def hash_of(model: Transformer) -> str:
     """The hash that names this model's weights: the file's own while they are as loaded (in whatever dtype), else
     theirs. Computed once for a frozen base that many adapters ask for, else always anew: what trains a model may change
-    weights without counting it in their versions, as fused optimisers do."""
+    weights without counting it in their versions, as fused optimisers do. Writing to a frozen weight's `.data` is not
+    counted either, so whoever does that must not ask before and after."""
     if model.loaded_hashes is not None and model.packed is not None:
         return model.loaded_hashes[0]  # the model that was packed; packed weights do not change
     if model.hashed is None or not model.hashed.still(model):

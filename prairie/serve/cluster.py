@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prairie.errors import UsageError
+from prairie.serve.options import Dtype, Quantize, Speculate
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,9 +29,7 @@ OPTIONS = {
     "speculate": "ngram",
     "max_pending": "answers under way or queued, of each (512)",
 }
-CHOICES = {
-    "quantize": ("bf16", "int8", "int4", "nf4"), "dtype": ("auto", "float32", "bfloat16"), "speculate": ("ngram",)
-}  # fmt: skip
+CHOICES = {"quantize": Quantize, "dtype": Dtype, "speculate": Speculate}
 
 
 def app(args: Mapping[str, str]) -> Any:
@@ -82,7 +81,7 @@ def app(args: Mapping[str, str]) -> Any:
 def settings_of(args: Mapping[str, str]) -> dict[str, str]:
     """What the arguments say of the engines. Raises UsageError for a value that there is not, or two that disagree."""
     for name, known in CHOICES.items():
-        if args.get(name, known[0]) not in known:
+        if name in args and args[name] not in list(known):
             raise UsageError(f"{name} has no such value", got=args[name], wanted=" | ".join(known))
     if args.get("dtype", "auto") != "auto" and "quantize" in args:
         raise UsageError("dtype and quantize both say how weights are kept", mend="leave out one of them")
