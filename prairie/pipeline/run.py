@@ -18,7 +18,7 @@ from prairie.errors import RecipeError, TrainingError
 from prairie.pipeline.context import Context, Handler, Made, Work, code_revision
 from prairie.recipe import AnyStage
 from prairie.store.artifacts import Artifact
-from prairie.train.ranks import Ranks
+from prairie.train.ranks import ALONE, Ranks
 
 
 def run(context: Context, handlers: Mapping[str, Handler]) -> dict[str, Made]:
@@ -102,7 +102,7 @@ def _heard(context: Context, name: str, told: dict[str, Any]) -> Made:
     return Made(name, kind, told["figures"], artifact, told["seconds"], told["reused"])
 
 
-def carry_out(context: Context, handler: Handler, name: str, config: AnyStage, ranks: Ranks = Ranks()) -> Made:
+def carry_out(context: Context, handler: Handler, name: str, config: AnyStage, ranks: Ranks = ALONE) -> Made:
     """One stage: found, or made and sealed; by several `ranks` together if its handler says that it is shared."""
     inputs = {read: context.made[read] for read in config.reads()}
     began = time.monotonic()
@@ -114,7 +114,7 @@ def carry_out(context: Context, handler: Handler, name: str, config: AnyStage, r
 
 
 def make_artifact(
-    context: Context, handler: Handler, name: str, config: Any, inputs: Mapping[str, Made], ranks: Ranks = Ranks()
+    context: Context, handler: Handler, name: str, config: Any, inputs: Mapping[str, Made], ranks: Ranks = ALONE
 ) -> Made:
     """The artifact of a stage: the existing one, or a new one."""
     began = time.monotonic()

@@ -152,6 +152,10 @@ class Ranks:
         return found
 
 
+ALONE = Ranks()
+"""One process that shares with nobody."""
+
+
 class Share(NamedTuple):
     """What one rank computes of a step."""
 

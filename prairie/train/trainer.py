@@ -51,11 +51,10 @@ from prairie.train.memory import keep_freed_memory, return_freed_memory
 from prairie.train.objective import Learner, Objective, computing_in, for_step, judging
 from prairie.train.optim import MUON_MOST, AdamW, Muon, Optimizer, rates_for
 from prairie.train.progress import MetricsFile, RunState, Step, places_of
-from prairie.train.ranks import Ranks, share_of_step
+from prairie.train.ranks import ALONE, Ranks, share_of_step
 from prairie.train.sharding import Keeping, Replicas, Shards
 from prairie.train.tracking import Tracker
 
-ALONE = Ranks()
 SAVING_SHARE = 0.05
 """Time given to checkpoints at most: a slow disk makes them rarer, not the training slower."""
 

@@ -24,8 +24,8 @@ from prairie.train.objectives.kto import KTO, KTOConfig
 from prairie.train.objectives.masked_lm import MaskedLM
 from prairie.train.objectives.replay import Replay
 from prairie.train.objectives.reward import LABELS, Reward
-from prairie.train.ranks import Ranks
-from prairie.train.trainer import ALONE, TrainConfig, Trainer, accumulate_gradients
+from prairie.train.ranks import ALONE, Ranks
+from prairie.train.trainer import TrainConfig, Trainer, accumulate_gradients
 
 VOCAB = 64
 
