@@ -160,12 +160,14 @@ class Runtime:
 
     @classmethod
     def detect(cls, *, seed: int = 0, threads: int | None = None, progress: Progress | None = None) -> Runtime:
-        """Looks at the machine: CUDA if torch sees one, else the CPU with all cores this process may use, shared among
-        the processes that torchrun started beside it."""
+        """Looks at the machine: CUDA if torch sees one, else the CPU with `threads`, the environment's
+        `OMP_NUM_THREADS`, or all cores this process may use, shared among the processes that torchrun started beside
+        it (it sets that variable to 1 for each of them, so there it says nothing)."""
         import torch
 
         rank, ranks, beside, here = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
-        count = threads or max(1, usable_cores() // beside)
+        wished = os.environ.get("OMP_NUM_THREADS", "") if beside == 1 else ""
+        count = threads or (int(wished) if wished.isdecimal() else 0) or max(1, usable_cores() // beside)
         torch.set_num_threads(count)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and beside > 1:

@@ -1,15 +1,59 @@
-"""What tests of several rooms need: a home whose line people have voted on, made once and copied for each test."""
+"""What tests of several rooms need: a home whose line people have voted on, made once and copied for each test; and
+a process that is the same before every test, whatever ran in it before."""
 
 import importlib.util
 import itertools
 import os
 import pwd
+import random
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+WATCHED = (signal.SIGINT, signal.SIGTERM)
+
+
+def _as_at_first():
+    """What a test may draw from or compute with, put back. One thread: several of them would wait for each other at
+    every one of the tiny operators here, most of all beside the other processes of a run."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None and hasattr(torch, "set_num_threads"):  # it is whole by now
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        torch.set_default_dtype(torch.float32)
+        if torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(False)
+        torch.set_grad_enabled(True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Signals, environment and folder are put back behind each test with its fixtures, those of its module included."""
+    kept, folder, handlers = dict(os.environ), Path.cwd(), {number: signal.getsignal(number) for number in WATCHED}
+    _as_at_first()
+    try:
+        return (yield)
+    finally:
+        os.environ.update(kept)
+        for name in os.environ.keys() - kept.keys():
+            del os.environ[name]
+        os.chdir(folder)
+        for number, handler in handlers.items():
+            if handler is not None:  # one that C set cannot be set from here
+                signal.signal(number, handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    """Once more behind the fixtures: which of them were made for this test depends on those that ran before."""
+    _as_at_first()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,9 @@ HomeOption = Annotated[
     typer.Option("--home", metavar="DIR", help="Where everything is kept; else $PRAIRIE_HOME, else ~/.prairie."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads to compute with; default: all cores.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads to compute with; default: OMP_NUM_THREADS, else all cores.")
+]
 
 GoldOption = Annotated[
     Path | None,

@@ -175,7 +175,7 @@ def test_quiet_ends(call, command, error, code):
 def test_ctrl_c_in_a_real_process(tmp_path):
     code = (
         "import sys, time\nfrom prairie.cli import main\nhere = type(sys)('here')\n"
-        "def wait():\n    print('ready', flush=True)\n    time.sleep(30)\n"
+        "def wait():\n    print('ready', flush=True)\n    time.sleep(200)\n"
         "here.wait = wait\nsys.modules['here'] = here\nmain.COMMANDS['wait'] = ('here:wait', 'Waits.')\n"
         "main.main(['wait'])"
     )
@@ -185,7 +185,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
 
 
@@ -204,7 +204,7 @@ def test_a_reader_that_leaves_is_no_error(filled, root):
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
-    assert (process.wait(20), err) == (141, b"")
+    assert (process.wait(60), err) == (141, b"")
 
 
 def test_a_terminal_that_cannot_show_chinese(filled):

@@ -55,7 +55,7 @@ def test_a_candidate_comes_out_the_same(context, voted, capsys):
     assert found.same and found.same_code and "adapter_model.safetensors" in found.files
     assert sorted(path.name for path in (voted / "artifacts").iterdir()) == before
     assert not list((voted / "tmp").glob("again-*"))
-    threads = str(torch.get_num_threads())  # the same bits want the same threads, and tests before may have set them
+    threads = str(torch.get_num_threads())  # the same bits want the same threads
     with pytest.raises(SystemExit) as end:
         main(["reproduce", "spark", "--home", str(voted), "--threads", threads, "--json"])
     assert end.value.code == 0 and json.loads(capsys.readouterr().out)["same"] is True

@@ -60,10 +60,10 @@ def refused(folder: Path, sentence: str, adapter: bool = False) -> None:
         lambda: LanguageModel.load(folder / "base", adapter=folder / "adapter" if adapter else None),
         lambda: prairie.load(folder / ("adapter" if adapter else "base")),
     ):
-        began = time.monotonic()
+        began = time.process_time()
         with pytest.raises(PrairieError, match=sentence) as caught:
             load()
-        assert time.monotonic() - began < QUICKLY_S
+        assert time.process_time() - began < QUICKLY_S
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, str(caught.value)
 
 

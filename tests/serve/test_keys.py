@@ -1,10 +1,8 @@
 """API keys: as soon as one exists, everything but /healthz wants it. And a false name leads no browser here."""
 
-import time
-
 import httpx
 import pytest
-from tiny_server import Settings, ask, running
+from tiny_server import Settings, ask, running, wait_for
 
 from prairie.serve.gate import loopback_names
 
@@ -13,7 +11,7 @@ def test_every_route_wants_a_key(home):
     with running(home, ["spark"]) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         assert http.get("/v1/models").status_code == 200
         key = home.keys.create("ann")
-        time.sleep(0.5)
+        wait_for(lambda: http.get("/v1/models").status_code == 401)
         with_key = {"Authorization": f"Bearer {key}"}
         walked = set()
         for route in server.app.routes:
@@ -54,8 +52,7 @@ def test_which_keys_are_good(home):
         assert status(f"Bearer {key}") == 200 == status(f"bearer  {key}")
         assert http.get("/", auth=("anyone", key)).status_code == 200, "what a browser asks its user for"
         home.keys.revoke("ann")
-        time.sleep(1.2)
-        assert status(f"Bearer {key}") == 401
+        wait_for(lambda: status(f"Bearer {key}") == 401, 20)
         assert http.get("/healthz").status_code == 200
 
 
@@ -91,5 +88,5 @@ def test_a_false_name_is_refused_until_there_are_keys(home):
         answer = http.get("/v1/models", headers=rebound)
         assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
         key = home.keys.create("ann")
-        time.sleep(0.5)
-        assert http.get("/v1/models", headers=rebound | {"Authorization": f"Bearer {key}"}).status_code == 200
+        with_key = rebound | {"Authorization": f"Bearer {key}"}
+        wait_for(lambda: http.get("/v1/models", headers=with_key).status_code == 200)

@@ -9,23 +9,17 @@ from urllib.parse import urlparse
 
 import httpx
 import pytest
-from tiny_server import Running, ask, running
+from tiny_server import Running, ask, running, wait_for
 
 LONG = {"max_tokens": 120, "ignore_eos": True}
 
 
 @pytest.fixture
 def slow(home):
-    """A server whose steps take 10 ms, so that there is time to leave."""
+    """A server whose steps take time, so that there is some to leave."""
     with running(home, ["spark"]) as server:
-        slow_down(server)
+        server.hurry = server.slowed(0.03)
         yield server
-
-
-def slow_down(server, seconds=0.01):
-    for base in server.service.models._bases.values():
-        step = base.model.engine.step
-        base.model.engine.step = lambda step=step: time.sleep(seconds) or step()
 
 
 def rows(server, status):
@@ -65,7 +59,7 @@ def test_a_storm_of_leavers_harms_nobody(slow):
     stayed = httpx.post(f"{slow.url}/v1/chat/completions", json=ask("spark", "stay"), timeout=30).json()
     for thread in threads:
         thread.join()
-    slow.idle(30)
+    slow.idle()
     assert stayed["choices"][0]["message"]["content"] == alone["choices"][0]["message"]["content"]
     assert slow.kv_blocks_held() == 0
     assert slow.service.desk.pending == 0
@@ -77,19 +71,22 @@ def test_a_storm_of_leavers_harms_nobody(slow):
 
 def test_a_client_that_leaves_while_its_model_is_loaded(home):
     with running(home, ["spark"]) as server:
-        load = server.service.models._load
-        server.service.models._load = lambda source: time.sleep(0.4) or load(source)
-        with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark@2"), timeout=0.15)
+        load, left = server.service.models._load, threading.Event()
+        server.service.models._load = lambda source: left.wait(60) and load(source)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server.url}/v1/chat/completions", json=ask("spark@2"), timeout=httpx.Timeout(60, read=0.15)
+            )  # fmt: skip
+        left.set()
+        wait_for(lambda: "spark@2" in server.service.models._residents)
         server.idle()
-        time.sleep(0.6)
         assert all(r.in_use == 0 for r in server.service.models._residents.values())
         assert httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark@2"), timeout=30).status_code == 200
 
 
 def test_a_stop_lets_answers_end(home):
-    server = Running(home, ["spark"])
-    slow_down(server)
+    server = Running(home, ["spark"], grace_s=60)
+    hurry = server.slowed()
     body = ask("spark", **(LONG | {"max_tokens": 60}))
     answers = []
 
@@ -99,8 +96,8 @@ def test_a_stop_lets_answers_end(home):
     threads = [threading.Thread(target=one) for _ in range(4)]
     for thread in threads:
         thread.start()
-    while len(rows(server, "started")) < 4:
-        time.sleep(0.01)
+    wait_for(lambda: len(rows(server, "started")) == 4)
+    threading.Timer(0.3, hurry.set).start()  # the stop begins while all of them are written
     server.stop()
     for thread in threads:
         thread.join()
@@ -112,7 +109,7 @@ def test_a_stop_lets_answers_end(home):
 
 def test_a_stop_that_waits_no_longer_records_what_was_said(home):
     server = Running(home, ["spark"], grace_s=1)
-    slow_down(server, 0.2)
+    server.slowed(0.2)
     answers = []
 
     def one():
@@ -121,8 +118,7 @@ def test_a_stop_that_waits_no_longer_records_what_was_said(home):
 
     thread = threading.Thread(target=one)
     thread.start()
-    while not rows(server, "started"):
-        time.sleep(0.01)
+    wait_for(lambda: rows(server, "started"))
     server.stop()  # after 1 s; the answer needs 24
     thread.join()
     assert not answers or answers[0].status_code >= 500
@@ -138,10 +134,8 @@ def test_a_client_that_does_not_read_holds_no_place(slow):
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
         raw.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        deadline = time.monotonic() + 30
-        while len(rows(slow, "done")) < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        slow.hurry.set()
+        wait_for(lambda: len(rows(slow, "done")) == 8)
         slow.idle()
         assert slow.kv_blocks_held() == 0
 

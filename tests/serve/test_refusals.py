@@ -6,7 +6,7 @@ import time
 
 import httpx
 import pytest
-from tiny_server import CONTEXT, Settings, ask, running
+from tiny_server import CONTEXT, Settings, ask, running, wait_for
 
 MIB = 2**20
 
@@ -193,8 +193,10 @@ def test_a_body_over_the_limit(home):
 
 
 def test_a_full_queue_says_when_to_come_back(home):
+    """Nothing is computed until nine of twelve have been refused."""
     with running(home, (), Settings(max_pending=3)) as server:
-        answers = []
+        answers, go_on = [], threading.Event()
+        server.service.worker.call(lambda: go_on.wait(120))
 
         def one():
             answers.append(
@@ -204,10 +206,12 @@ def test_a_full_queue_says_when_to_come_back(home):
         threads = [threading.Thread(target=one) for _ in range(12)]
         for thread in threads:
             thread.start()
+        wait_for(lambda: len(answers) == 9)
+        go_on.set()
         for thread in threads:
             thread.join()
         refused = [a for a in answers if a.status_code == 429]
-        assert refused and len(refused) + sum(a.status_code == 200 for a in answers) == 12
+        assert answers[:9] == refused and [a.status_code for a in answers[9:]] == [200] * 3
         error = refusal(refused[0], 429, "overloaded")
         assert error["type"] == "rate_limit_error" and int(refused[0].headers["retry-after"]) >= 1
         server.idle()
@@ -217,9 +221,7 @@ def test_a_full_queue_says_when_to_come_back(home):
 
 def test_a_queue_of_tokens_says_when_to_come_back(home):
     with running(home, (), Settings(max_pending_tokens=200)) as server:
-        for base in server.service.models._bases.values():
-            step = base.model.engine.step
-            base.model.engine.step = lambda step=step: time.sleep(0.01) or step()
+        hurry = server.slowed()
         body = ask("spark", max_tokens=100, ignore_eos=True)
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}) as first:
             assert first.status_code == 200
@@ -227,6 +229,7 @@ def test_a_queue_of_tokens_says_when_to_come_back(home):
             assert "tokens" in refusal(answer, 429, "overloaded")["message"] and answer.headers["retry-after"]
             little = httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark", max_tokens=5), timeout=30)
             assert little.status_code == 200
+        hurry.set()
         server.idle()
         assert server.service.desk.pending_tokens == 0
         # One that is larger than the limit is served when nothing else runs.

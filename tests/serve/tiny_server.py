@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,14 @@ def make_home(root: Path) -> Home:
     return home
 
 
+def wait_for(condition: Callable[[], object], limit_s: float = 60.0) -> None:
+    """Until it holds. The limit is for what will never hold: on a busy machine all else may take long."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
 class Running:
     """A server in a thread."""
 
@@ -133,15 +141,22 @@ class Running:
 
     def stop(self) -> None:
         self.service.on_failure()
-        self.thread.join(30)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
-    def idle(self, limit_s: float = 10.0) -> None:
+    def idle(self, limit_s: float = 60.0) -> None:
         """Waits until nothing is under way."""
-        deadline = time.monotonic() + limit_s
-        while self.service.desk.pending or self.service.worker.busy or self.service.desk._tasks:
-            assert time.monotonic() < deadline, "the server does not come to rest"
-            time.sleep(0.01)
+        desk, worker = self.service.desk, self.service.worker
+        wait_for(lambda: not (desk.pending or worker.busy or desk._tasks), limit_s)
+
+    def slowed(self, seconds: float = 0.05) -> threading.Event:
+        """From now on a step takes so much longer, until the event is set: time to do something in the meantime, also
+        where this machine has little."""
+        hurry = threading.Event()
+        for base in self.service.models._bases.values():
+            step = base.model.engine.step
+            base.model.engine.step = lambda step=step: (hurry.wait(seconds), step())[1]
+        return hurry
 
     def kv_blocks_held(self) -> int:
         """Blocks that are neither free nor only cached."""

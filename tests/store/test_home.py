@@ -66,17 +66,19 @@ def test_another_process_is_named_and_its_death_frees_the_lock(home):
 
 
 def test_waiting_for_a_lock(home):
-    reading, writing = os.pipe()
+    (reading, writing), (told, telling) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         with home.lock("run"):
             os.write(writing, b"!")
-            time.sleep(0.5)
+            os.read(told, 1)
+            time.sleep(0.3)
         os._exit(0)
     os.read(reading, 1)
     with pytest.raises(BusyError), home.lock("run"):
         pass
-    with home.lock("run", wait_s=10):
+    os.write(telling, b"!")
+    with home.lock("run", wait_s=60):
         pass
     os.waitpid(child, 0)
 
