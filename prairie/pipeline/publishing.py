@@ -71,14 +71,12 @@ def register(registry: Registry, line: str, artifact: Artifact, context: Context
 
 
 def serve(work: Work) -> dict[str, Any]:
-    """Starts the server and waits until it is ready, its models compiled, in float32: neither who asks when nor a probe
-    of this machine must change what people are told, and so what they teach. BusyError when the port is taken."""
+    """Starts the server and waits until it is ready. BusyError when the port is taken."""
     config: Serve = work.config
     port = config.port or free_port(config.host)
     check_port(config.host, port)
     log = work.scratch / "server.log"
-    command = [sys.executable, "-m", "prairie", "serve", "--home", str(work.context.home.root)]
-    command += ["--host", config.host, "--port", str(port), "--compile", "--dtype", "float32"]
+    command = [sys.executable, "-m", "prairie", *serve_command(work.context.home.root, config.host, port)]
     with log.open("ab") as stream:
         process = subprocess.Popen(
             command, stdout=stream, stderr=stream, env=_environment(work.context), start_new_session=True
@@ -87,6 +85,12 @@ def serve(work: Work) -> dict[str, Any]:
     work.context.services.append(server)
     wait_until_ready(server)
     return {"url": server.url}
+
+
+def serve_command(home: Path, host: str, port: int) -> list[str]:
+    """Of the wheel's server: its models are compiled before it is ready, and in float32, as neither who asks when nor a
+    probe of this machine must change what people are told, and so what they teach."""
+    return ["serve", "--home", str(home), "--host", host, "--port", str(port), "--compile", "--dtype", "float32"]
 
 
 def wait_until_ready(server: Server) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prairie.data.tokenizer import Tokenizer
+    from prairie.serve.scoring import Score
 
 DONE = b"data: [DONE]\n\n"
 Top = Sequence[tuple[int, float]]
@@ -105,6 +106,22 @@ def text_logprobs(
         ] if tops else None,
         "text_offset": offsets,
     }  # fmt: skip
+
+
+def prompt_logprobs(names: TokenText, token_ids: Sequence[int], score: Score, top: int) -> list[Any]:
+    """vLLM's `prompt_logprobs`: null for the first token, then a map from token ids to what is known of them, of the
+    token that stands there and of the `top` likeliest."""
+    out: list[Any] = [None]
+    best = score.best(top) or [[]] * len(token_ids)
+    for token_id, logprob, rank, likely in zip(
+        token_ids[1:], score.logprobs[1:], score.ranks[1:], best[1:], strict=True
+    ):
+        told = {token_id: (logprob, rank)} | {t: (p, place) for place, (t, p) in enumerate(likely or (), 1)}
+        out.append({
+            str(t): {"logprob": _finite(p or 0.0), "rank": place, "decoded_token": names.of(t)[0]}
+            for t, (p, place) in told.items()
+        })  # fmt: skip
+    return out
 
 
 def _finite(logprob: float) -> float:

@@ -84,7 +84,9 @@ class Order:
     """Alternatives shown beside each token; None: no log-probabilities."""
     stops: tuple[str, ...] = ()
     scored: bool = False
-    """The prompts' own tokens get log-probabilities too."""
+    """The prompts' own tokens get log-probabilities too, where they are echoed."""
+    prompt_top: int | None = None
+    """The same beside the answer, with so many alternatives; None: not there."""
     tools: Tools = ()
     """What a chat's model may call."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -217,7 +219,7 @@ class Desk:
         order = Order(
             [body.to_messages()], body.n or 1, limit=DEFAULT_MAX_TOKENS if limit is None else limit, top=body.top(),
             stops=body.stops(), tools=body.to_tools(), options=body.chat_template_kwargs or {}, form=body.form(),
-            demand=body.demanded(), one_call=body.parallel_tool_calls is False,
+            demand=body.demanded(), one_call=body.parallel_tool_calls is False, prompt_top=body.prompt_top(),
         )  # fmt: skip
         return await self._open(body, caller, order, "chatcmpl")
 
@@ -225,13 +227,14 @@ class Desk:
         """The same for a text completion."""
         body.refuse_unsupported()
         limit = DEFAULT_TEXT_TOKENS if body.max_tokens is None else body.max_tokens
-        if limit == 0 and not body.echo:
-            raise RequestError("max_tokens is 0", wanted="1 or more, or echo", param="max_tokens")
+        prompt_top = body.prompt_top()
+        if limit == 0 and not body.echo and prompt_top is None:
+            raise RequestError("max_tokens is 0", wanted="1 or more, or echo, or prompt_logprobs", param="max_tokens")
         scored = bool(body.echo) and body.logprobs is not None
         n, drawn = body.n or 1, body.drawn()
         order = Order(
             body.prompts(), drawn, best=n if n < drawn else None, limit=limit, top=body.logprobs, stops=body.stops(),
-            scored=scored, form=body.form(), special=body.add_special_tokens is not False,
+            scored=scored, form=body.form(), special=body.add_special_tokens is not False, prompt_top=prompt_top,
         )  # fmt: skip
         return await self._open(body, caller, order, "cmpl")
 
@@ -305,8 +308,9 @@ class Desk:
         choices = await self.do(_choices, resident, body, order, id, caller)
         if caller.purpose != "shadow":
             self.limits.charge(caller.tenant, sum(len(choice.prompt_ids) for choice in choices[:: order.n]))
-        if order.scored:
-            await self._score(resident, choices, order.top or 0)
+        if order.scored or order.prompt_top is not None:
+            shown = order.top or 0 if order.scored else 0
+            await self._score(resident, choices, max(shown, order.prompt_top or 0))
         head = Head(id, int(time.time()), body.model, resident.fingerprint, resident.identity())
         answer = Answer(self, resident, head, choices, order, caller, arrived)
         self._admit_tokens(answer.tokens)
@@ -323,7 +327,7 @@ class Desk:
             return
         self.pending += count
         try:
-            order, caller = replace(order, scored=False), replace(caller, purpose="shadow", trace=None)
+            order, caller = replace(order, scored=False, prompt_top=None), replace(caller, purpose="shadow", trace=None)
             answer = await self._answer(resident, body, caller, order, "shadow", arrived)
         except Exception as error:
             self.pending -= count
@@ -702,7 +706,7 @@ def _prompt_ids(resident: Resident, prompt: Prompt, order: Order) -> tuple[list[
     if isinstance(prompt, str):
         ids = resident.engine.prompt_ids(prompt) if order.special else resident.tokenizer.encode(prompt)
         return ids, prompt
-    vocab_size = resident.engine.model.config.vocab_size
+    vocab_size = resident.tokenizer.vocab_size
     wrong = next((t for t in prompt if not 0 <= t < vocab_size), None)
     if wrong is not None:
         raise RequestError(

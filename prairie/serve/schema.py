@@ -128,6 +128,7 @@ class Sampling(Request):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = None
     user: str | None = Field(None, max_length=200)
     metadata: dict[str, str] | None = Field(None, max_length=16)
     response_format: dict[str, Any] | None = None
@@ -164,12 +165,27 @@ class Sampling(Request):
             out[int(key)] = bias
         return out
 
+    def prompt_top(self) -> int | None:
+        """With how many alternatives the prompt's own tokens are to be shown (vLLM's `prompt_logprobs`); None: not at
+        all. Raises RequestError for a number out of range, and in a stream, which has no place for them."""
+        top = self.prompt_logprobs
+        if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise RequestError(
+                "`prompt_logprobs` is out of range", got=top, wanted=f"0 to {MAX_TOP_LOGPROBS}", param="prompt_logprobs"
+            )
+        if top is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs come with a whole answer", got="a stream", mend="leave stream or prompt_logprobs out",
+                param="prompt_logprobs",
+            )  # fmt: skip
+        return top
+
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
     UNSUPPORTED: ClassVar[Sequence[str]] = (
         "tools", "functions", "tool_choice", "function_call", "audio", "web_search_options", "guided_grammar",
-        "repetition_penalty", "best_of", "suffix", "parallel_tool_calls", "prompt_logprobs", "echo", "min_tokens",
+        "repetition_penalty", "best_of", "suffix", "parallel_tool_calls", "echo", "min_tokens",
         "length_penalty", "use_beam_search", "bad_words", "allowed_token_ids", "truncate_prompt_tokens", "typical_p",
         "grammar", "json_schema", "skip_special_tokens", "include_stop_str_in_output", "add_special_tokens",
         "add_generation_prompt", "continue_final_message", "chat_template", "logits_processors",

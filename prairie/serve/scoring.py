@@ -1,4 +1,5 @@
-"""Log-probabilities of a prompt's own tokens (`echo` with `logprobs`), as evaluation programs ask for them.
+"""Log-probabilities of a prompt's own tokens (`echo` with `logprobs`, `prompt_logprobs`), as evaluation programs ask
+for them.
 
 One forward pass beside the engine, run by the worker between two steps. Legend: N tokens, V vocabulary, D width.
 """
@@ -21,11 +22,18 @@ class Score:
     """One entry a token; None for the first, which nothing stands before."""
 
     logprobs: list[float | None]
+    ranks: list[int | None]
+    """1: it was the likeliest of the vocabulary."""
     tops: list[list[tuple[int, float]] | None]
+
+    def best(self, count: int) -> list[list[tuple[int, float]] | None]:
+        """`count` alternatives to each token, best first; nothing at all for 0."""
+        return [top and top[:count] for top in self.tops] if count else []
 
 
 def score(resident: Resident, token_ids: Sequence[int], top: int) -> Score:
-    """log p of each token given those before it, with the `top` best alternatives. For the engine's thread."""
+    """log p of each token given those before it, with the `top` best alternatives that the tokenizer has. For the
+    engine's thread."""
     import torch
 
     from prairie.models.lora import AdapterRows
@@ -34,7 +42,9 @@ def score(resident: Resident, token_ids: Sequence[int], top: int) -> Score:
     model = resident.engine.model
     adapters = resident.engine.adapters
     rows = [AdapterRows(adapters[resident.adapter_hash])] if resident.adapter_hash is not None else []
+    named = resident.engine.runner.sampler.vocab_size  # a model may have more rows than its tokenizer has tokens
     logprobs: list[float | None] = [None]
+    ranks: list[int | None] = [None]
     tops: list[list[tuple[int, float]] | None] = [None]
     with torch.inference_mode():
         tokens_N = torch.tensor(token_ids, dtype=torch.long, device=model.head_weight.device)
@@ -43,9 +53,11 @@ def score(resident: Resident, token_ids: Sequence[int], top: int) -> Score:
             part = slice(start, min(start + ROWS, len(token_ids) - 1))
             logprobs_NV = torch.log_softmax(model.logits(hidden_ND[part], rows).float(), dim=-1)
             chosen_N1 = tokens_N[part.start + 1 : part.stop + 1, None]
-            logprobs += logprobs_NV.gather(1, chosen_N1)[:, 0].tolist()
+            of_chosen_N1 = logprobs_NV.gather(1, chosen_N1)
+            logprobs += of_chosen_N1[:, 0].tolist()
+            ranks += (1 + (logprobs_NV > of_chosen_N1).sum(-1)).tolist()
             if top:
-                best = logprobs_NV.topk(min(top, logprobs_NV.shape[1]), dim=-1)
+                best = logprobs_NV[:, :named].topk(min(top, named), dim=-1)
                 for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                     tops.append(list(zip(ids, values, strict=True)))
-    return Score(logprobs, tops if top else [])
+    return Score(logprobs, ranks, tops if top else [])

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from prairie.data.tokenizer import Detokenizer
 from prairie.data.tool_calls import CallFormat, Said
-from prairie.serve.answers import DONE, Top, chat_logprobs, event, text_logprobs, to_json, usage
+from prairie.serve.answers import DONE, Top, chat_logprobs, event, prompt_logprobs, text_logprobs, to_json, usage
 from prairie.serve.choices import Answer, Choice, Part
 from prairie.serve.errors import body_of
 
@@ -82,6 +82,10 @@ class Chat:
             "response_id": choice.id,
         }
 
+    def beside(self) -> dict[str, Any]:
+        """What stands beside the choices: all of them have one prompt."""
+        return _of_prompt(self.answer, self.answer.choices[0])
+
     def _said(self, choice: Choice) -> Said:
         """Its text and its calls; without tools all is text."""
         return self._calls[choice.index].said if self._calls else Said(choice.text, ())
@@ -141,7 +145,11 @@ class Text:
             text, logprobs = opening["text"], opening["logprobs"]
         # A stop token too: it is no text, and programs that score count one entry for each token that was drawn.
         said = self._logprobs(choice, choice.token_ids, choice.logprobs, choice.tops, choice.text)
-        return self._piece(choice, text + choice.text, _joined(logprobs, said), choice.finish_reason)
+        piece = self._piece(choice, text + choice.text, _joined(logprobs, said), choice.finish_reason)
+        return piece | _of_prompt(self.answer, choice)
+
+    def beside(self) -> dict[str, Any]:
+        return {}
 
     def opening(self, choice: Choice) -> Iterator[dict[str, Any]]:
         """With echo: the prompt."""
@@ -149,7 +157,8 @@ class Text:
             return
         text, logprobs = self._prompt_text(choice), None
         if choice.score is not None:
-            logprobs = self._logprobs(choice, choice.prompt_ids, choice.score.logprobs, choice.score.tops, text)
+            tops = choice.score.best(self.answer.top or 0)
+            logprobs = self._logprobs(choice, choice.prompt_ids, choice.score.logprobs, tops, text)
         else:
             self._offsets[choice.index] += len(text)
         yield self._piece(choice, text, logprobs)
@@ -190,6 +199,14 @@ class Text:
         if self.answer.top is None:
             return None
         return text_logprobs(self.answer.names, tokens, logprobs, tops, start)
+
+
+def _of_prompt(answer: Answer, choice: Choice) -> dict[str, Any]:
+    """vLLM's `prompt_logprobs`, where they were asked for."""
+    top = answer.order.prompt_top
+    if top is None or choice.score is None:
+        return {}
+    return {"prompt_logprobs": prompt_logprobs(answer.names, choice.prompt_ids, choice.score, top)}
 
 
 def _joined(first: dict[str, Any] | None, second: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -240,7 +257,7 @@ class Whole(Answering):
     async def write(self, send: Send) -> None:
         await self.answer.finished()
         choices = [self.form.choice(one) | {"index": place} for place, one in enumerate(self.answer.given())]
-        body = to_json(self.answer.head.wrap(self.form.whole, choices, self.usage()))
+        body = to_json(self.answer.head.wrap(self.form.whole, choices, self.usage()) | self.form.beside())
         headers = [*self.raw_headers, (b"content-length", str(len(body)).encode())]
         # What is sent from here on is a whole answer: it counts as delivered.
         await send({"type": "http.response.start", "status": 200, "headers": headers})

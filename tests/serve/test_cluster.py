@@ -7,6 +7,7 @@ import time
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 from tiny_server import Home, ask, events
 
 from prairie.errors import UsageError
@@ -29,6 +30,21 @@ def test_what_cannot_be_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match="the extra `cluster`, which is not installed"):
         cluster.app({})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_replica_is_asked_for_what_the_deployment_says(home, dtype):
+    """The server that Ray runs, without Ray."""
+    server = cluster._server(["spark"], str(home.root), 1, cluster.settings_of({"dtype": dtype}), 8)
+    service = server.state.service
+    with TestClient(server, base_url="http://127.0.0.1") as http:
+        until = time.monotonic() + 60
+        while http.get("/readyz").status_code != 200:
+            assert time.monotonic() < until, service.failure
+            time.sleep(0.05)
+        engines = [base.model.engine for base in service.models._bases.values()]
+        assert [engine.runner.compiled.dtype for engine in engines] == [dtype]
+        assert service.desk.max_pending == 8 and not service.settings.admin_without_key
 
 
 @pytest.mark.slow

@@ -40,11 +40,12 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train_bpe(TEXTS * 4, 320)
 
 
-def make_model(folder: Path, seed: int) -> Path:
-    """A complete model folder with random weights, large enough that its greedy choices are clear."""
+def make_model(folder: Path, seed: int, unnamed: int = 0) -> Path:
+    """A complete model folder with random weights, large enough that its greedy choices are clear; `unnamed` rows of
+    its vocabulary are no tokens."""
     words = tokenizer()
     config = ModelConfig(
-        vocab_size=words.vocab_size, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, max_context=CONTEXT,
+        vocab_size=words.vocab_size + unnamed, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, max_context=CONTEXT,
         eos_id=words.eos_id,
     )  # fmt: skip
     model = Transformer(config).init_weights(seed)
