@@ -1,6 +1,7 @@
 """The rooms of the house: a room imports only what stands behind it here, lazy and type-checking imports included."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "prairie"
@@ -30,6 +31,11 @@ MAY = {
     "__init__": "*",
     "__main__": "cli errors",
 }
+IN_CIRCLES = {
+    *(f"models/{name}" for name in ("lora", "quantized", "transformer", "weights")),
+    *(f"store/{name}" for name in ("artifacts", "feedback", "home", "keys", "registry")),
+}
+"""Files that know each other in a circle, of types only; no other may."""
 
 
 def imported_rooms(path: Path) -> set[tuple[int, str]]:
@@ -56,6 +62,23 @@ def test_arrows_only_go_down():
             if other not in allowed and MAY[room] != "*":
                 wrong.append(f"{path}:{line}: {room} must not import {other}; it may import: {MAY[room] or 'nothing'}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_knows_itself_in_a_circle():
+    files = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        froms = [
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+        ]
+        said = [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
+        places = [one.removeprefix("prairie.").replace(".", "/") for one in said if one.startswith("prairie.")]
+        known = {place if place in files else place.rpartition("/")[0] for place in places} & files.keys() - {name}
+        graph[name] = known - IN_CIRCLES if name in IN_CIRCLES else known
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from None
 
 
 def test_one_objective_does_not_import_another():

@@ -23,11 +23,12 @@ from prairie.data.tokenizer import Tokenizer
 from prairie.engine.compiled import CompiledDecoder, Dtype, covers
 from prairie.engine.constraint import Grammars
 from prairie.engine.kv_cache import KVCache, root_hash
+from prairie.engine.lookup import Lookup
 from prairie.engine.request import Completion, FinishReason, Output, Request, SamplingParams, Sequence, TextStream
 from prairie.engine.runner import Runner
 from prairie.engine.sampler import Sampled, Sampler
 from prairie.engine.scheduler import Scheduler, Step
-from prairie.engine.speculation import Lookup, Speculation
+from prairie.engine.speculation import Speculation
 from prairie.errors import AdapterError, ContextLengthError, ModelError, RequestError
 from prairie.models.rope import alike, depends_on_length
 from prairie.models.transformer import Transformer

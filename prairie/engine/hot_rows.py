@@ -11,8 +11,7 @@ Shapes: R rows of the view, S of them with a token in this step; L keys; H heads
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +19,6 @@ from torch import Tensor
 
 from prairie.ops.attention import CAUSAL, Sight
 from prairie.ops.elementwise import softcap
-
-if TYPE_CHECKING:
-    from prairie.engine.kv_cache import KVCache
 
 HOT_BYTES = 256 << 20
 """Memory for all layers and rows; longer contexts than fit are read from the pool."""
@@ -34,16 +30,18 @@ GATHERING = 2.5
 class HotRows:
     """Rows x capacity keys and values of every layer, float32 on a CPU; elsewhere nothing is hot."""
 
-    def __init__(self, cache: KVCache, max_batch: int) -> None:
-        self.cache: KVCache = weakref.proxy(cache)
-        """Which holds these rows: a reference back would be a cycle, and hundreds of megabytes of keys and values would
-        outlive their engine until Python looks for cycles."""
+    def __init__(self, pool: Sequence[tuple[Tensor, Tensor]], tables: np.ndarray, block_size: int) -> None:
+        """`pool`: of each layer the keys and the values, (slots, K, D); `tables` (rows, blocks): where in it the tokens
+        of a row are. Not the cache that has them: each holding the other, hundreds of megabytes would outlive their
+        engine until Python looks for cycles."""
+        self.pool, self.tables, self.block_size = pool, tables, block_size
+        max_batch, keys = len(tables), pool[0][0]
         self.held = np.zeros(max_batch, dtype=np.int64)
         """How many tokens of each row are here, JUST_SEATED until the first step of a sequence is over."""
-        layers, _, _, size, heads, head_dim = cache.store.shape
-        fits = HOT_BYTES // (2 * layers * max_batch * heads * head_dim * 4)
-        usable = cache.store.dtype == torch.float32 and cache.device.type == "cpu"
-        self.most = min(fits, cache.tokens) // size * size if usable else 0
+        slots, heads, head_dim = keys.shape
+        fits = HOT_BYTES // (2 * len(pool) * max_batch * heads * head_dim * 4)
+        usable = keys.dtype == torch.float32 and keys.device.type == "cpu"
+        self.most = min(fits, slots) // block_size * block_size if usable else 0
         """The longest context that may be hot."""
         self.capacity = 0
         self.keys = self.values = torch.empty(0)
@@ -85,22 +83,22 @@ class HotRows:
 
     def _grow(self, longest: int) -> None:
         """More room, at least twice as much; everything is filled anew from the pool."""
-        layers, _, _, size, heads, head_dim = self.cache.store.shape
+        size, (_, heads, head_dim) = self.block_size, self.pool[0][0].shape
         wanted = max(longest, 2 * self.capacity, 64)
         self.capacity = min(-(-wanted // size) * size, self.most)
-        shape = (layers, len(self.held), heads, self.capacity, head_dim)
+        shape = (len(self.pool), len(self.held), heads, self.capacity, head_dim)
         self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
         self.held[:] = 0
 
     def _fill(self, rows: np.ndarray, tokens: np.ndarray) -> None:
         """Copies what is missing of the first `tokens` of each row out of the pool: all of a row that was not looked at
         yet, a few tokens of one that had drafts meanwhile."""
-        size, missing = self.cache.block_size, tokens - self.held[rows]
+        size, missing = self.block_size, tokens - self.held[rows]
         of = np.repeat(np.arange(len(rows)), missing)
         positions = np.arange(len(of)) + (tokens - missing.cumsum())[of]
-        slots = torch.from_numpy(self.cache.tables[rows[of], positions // size] * size + positions % size)
+        slots = torch.from_numpy(self.tables[rows[of], positions // size] * size + positions % size)
         places = self.places(rows[of], positions)
-        for layer, sides in enumerate(self.cache.by_slot):
+        for layer, sides in enumerate(self.pool):
             for side, hot in zip(sides, (self.keys[layer], self.values[layer]), strict=True):
                 hot.view(-1, hot.shape[-1]).index_copy_(0, places, side.index_select(0, slots).flatten(0, 1))
 

@@ -129,7 +129,7 @@ class KVCache:
         self.store = lazy_zeros((layers, 2, blocks, block_size, kv_heads, head_dim), dtype, self.device)
         self.by_block = [(layer[0], layer[1]) for layer in self.store]
         self.by_slot = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self.by_block]
-        self.hot = HotRows(self, max_batch)
+        self.hot = HotRows(self.by_slot, self.tables, block_size)
 
     @staticmethod
     def bytes_per_token(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

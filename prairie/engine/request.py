@@ -19,7 +19,7 @@ from prairie.errors import RequestError
 if TYPE_CHECKING:
     from prairie.data.tokenizer import Tokenizer
     from prairie.engine.constraint import Constraint, Matcher
-    from prairie.engine.speculation import Lookup
+    from prairie.engine.lookup import Lookup
     from prairie.models.lora import LoRA
 
 FinishReason = Literal["stop", "length", "cancelled", "error", "constraint"]

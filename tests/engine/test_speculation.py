@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from naive import engine, expected, prompts, request
 
 from prairie.engine.constraint import Constraint
-from prairie.engine.speculation import KNOWN, MOST_DRAFTED, TRIAL, Lookup, Pace, Speculation
+from prairie.engine.lookup import Lookup
+from prairie.engine.speculation import KNOWN, MOST_DRAFTED, TRIAL, Pace, Speculation
 
 
 class Forced(Speculation):
