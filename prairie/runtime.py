@@ -5,7 +5,9 @@ torch is imported inside the functions, so that commands that do not compute ans
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
 import random
 import sys
@@ -102,6 +104,13 @@ def give_back() -> None:
     """What this process has freed goes back to the machine; the allocator keeps it otherwise."""
     with suppress(OSError, AttributeError):  # a C library without it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def end_soon() -> None:
+    """When this process ends nobody looks for cycles among its objects any more: of torch's and numba's that takes half
+    a second to a whole one, and the memory goes back all the same. What is registered for the end runs before, streams
+    are flushed; only objects in cycles are not finalised, which Python does not promise either."""
+    atexit.register(gc.freeze)
 
 
 def usable_cores() -> int:

@@ -21,6 +21,7 @@ import typer.core
 import typer.main
 
 from prairie.errors import PrairieError
+from prairie.runtime import end_soon
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("prairie.cli.run:demo", "Make, serve and improve a small assistant in minutes."),
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character must not stop the command
             stream.reconfigure(errors="backslashreplace")
+    end_soon()
     sys.exit(_ending(lambda: _run(given), given))
 
 

@@ -74,6 +74,22 @@ def test_version(call):
     assert code == 0 and re.match(r"prairie \d+\.\d+", out)
 
 
+def test_the_end_looks_for_no_cycles_and_loses_nothing(tmp_path):
+    """What was registered runs before, what was said is heard, and the exit code is that of the command."""
+    code = f"""
+import atexit, gc, sys, tempfile
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 0))  # registered before the command: runs behind it
+kept = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})
+kept.cycle = kept
+from prairie.cli.main import main
+print("said", end=" ")
+main(["models", "--nothing-of-that-name"])
+"""
+    done = python(code)
+    assert (done.returncode, done.stdout.strip()) == (2, "said frozen True"), done.stderr
+    assert not list(tmp_path.iterdir()), "a folder that was to go at the end stayed"
+
+
 def test_python_m_prairie():
     done = subprocess.run([sys.executable, "-m", "prairie", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout[:8]) == (0, "prairie ")
