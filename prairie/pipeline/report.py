@@ -25,7 +25,7 @@ body{font:15px/1.55 system-ui,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"
 background:var(--paper);max-width:62rem;margin:2rem auto;padding:0 1rem}
 h1{font-weight:650}h2{margin-top:2.4rem;border-bottom:2px solid var(--fire);padding-bottom:.2rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}td,th{border-bottom:1px solid var(--line);
-padding:.3rem .5rem;text-align:left;vertical-align:top;overflow-wrap:anywhere}
+padding:.3rem .5rem;text-align:left;vertical-align:top;overflow-wrap:break-word}
 th{font-weight:600}small,.quiet{opacity:.7}
 pre{background:var(--soft);padding:.8rem;overflow:auto;border-radius:6px;white-space:pre-wrap}
 .wide{overflow-x:auto}figure{margin:1rem 0;background:#fff;border-radius:6px;padding:.4rem}
