@@ -31,10 +31,10 @@ from prairie.engine.probe import Choice, numbers_to_try, of_dtype, probe
 from prairie.models.rope import depends_on_length, rope_frequencies, rope_magnitudes
 from prairie.models.transformer import Transformer
 from prairie.models.weights import hash_of
+from prairie.ops import decoder_plan
 from prairie.ops.attention import rotary_turns
 from prairie.ops.packed import (
     IN_PANELS,
-    PANEL,
     Bits,
     PackedWeight,
     in_narrow_panels,
@@ -43,6 +43,7 @@ from prairie.ops.packed import (
     is_bfloat16,
     lay_in_panels,
 )  # fmt: skip
+from prairie.ops.weight_forms import BFLOAT16, FLOAT32, LANES, PANEL, PANELS
 from prairie.runtime import give_back
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("prairie.engine")
 GROUPS = ("qkv", "o", "gate_up", "down")
-LANES = 8
-"""As in `ops.decoder`, which is imported late."""
 MOST_LAYERS = 400
 """The phases of a step have numbers of 12 bits."""
 MOST_THREADS = 64
@@ -214,8 +213,8 @@ class Helpers:
 
     def __init__(self, plan: np.ndarray, decoder: ModuleType) -> None:
         self.plan, self.decoder = plan, decoder
-        self.gate = np.zeros(decoder.GATE_BYTES + 64, dtype=np.uint8)
-        self.doors = np.zeros((MOST_THREADS, decoder.DOOR_BYTES), dtype=np.uint8)
+        self.gate = np.zeros(decoder_plan.GATE_BYTES + 64, dtype=np.uint8)
+        self.doors = np.zeros((MOST_THREADS, decoder_plan.DOOR_BYTES), dtype=np.uint8)
         self.libc = ctypes.CDLL(None)
         self.started = 1
         record = plan[0]
@@ -242,7 +241,7 @@ class Helpers:
         self.decoder.decoder_step(self.plan, helper)
 
     def _door(self, helper: int) -> int:
-        return address(self.doors) + helper * int(self.decoder.DOOR_BYTES)
+        return address(self.doors) + helper * int(decoder_plan.DOOR_BYTES)
 
 
 class CompiledDecoder:
@@ -289,12 +288,12 @@ class CompiledDecoder:
             if decoder is None:
                 return False
             try:
-                self.plan = np.zeros(1, decoder.PLAN)
+                self.plan = np.zeros(1, decoder_plan.PLAN)
                 self.plan[0]["stop"] = 1
                 decoder.decoder_step(self.plan, 0)  # compiles, and computes nothing
                 self._describe_model(decoder)
                 self.step = decoder.decoder_step
-                self._choose(decoder, known)
+                self._choose(known)
             except Exception:
                 log.exception("steps are computed by torch: the compiled form cannot be made here")
                 return False
@@ -304,6 +303,8 @@ class CompiledDecoder:
 
     def _describe_model(self, decoder: ModuleType) -> None:
         """What the plan says of every step."""
+        from prairie.ops.products import products
+
         model, cache, c, record = self.model, self.cache, self.config, self.plan[0]
         for name in ("layers", "dim", "heads", "kv_heads", "head_dim"):
             record[name] = getattr(c, name)
@@ -336,13 +337,13 @@ class CompiledDecoder:
         self._keep("kv", cache.store.numpy())
         self._keep("tables", cache.tables)
         record["slots"], record["blocks"], record["block_size"] = cache.tokens, cache.tables.shape[1], cache.block_size
-        record["products"] = decoder.products.address
+        record["products"] = products.address
         helpers = Helpers(self.plan, decoder)
         weakref.finalize(self, helpers.dismiss).atexit = False  # at the end of the process they sleep on
         self.helpers = helpers
         record["stop"] = 0
 
-    def _choose(self, decoder: ModuleType, known: Choice | None) -> None:
+    def _choose(self, known: Choice | None) -> None:
         """How the matrices are kept and how many threads compute a step, by trying where it was not said."""
         asked, own = self.asked_threads, Matrices.of(self.model)
         numbers = [asked] if asked is not None else numbers_to_try(most_threads())
@@ -352,16 +353,16 @@ class CompiledDecoder:
             known = None  # of another question
         if known is not None and narrow is not None and known.dtype == "bfloat16":
             own = narrow
-        self._describe_weights(decoder, own)
+        self._describe_weights(own)
         chosen = Choice(numbers[0], numbers[0])
         if known is not None:
             chosen = known
         elif narrow is not None:
             wide = self._probed(numbers)
-            self._describe_weights(decoder, narrow)
+            self._describe_weights(narrow)
             chosen = of_dtype(self._probed(numbers), wide)
             if chosen.dtype == "float32":
-                self._describe_weights(decoder, own)
+                self._describe_weights(own)
             else:
                 own = narrow
         elif len(numbers) > 1:
@@ -392,28 +393,27 @@ class CompiledDecoder:
         self.newer = None
         threading.Thread(target=give_back, name="prairie-give-back").start()
 
-    def _describe_weights(self, decoder: ModuleType, matrices: Matrices) -> None:
+    def _describe_weights(self, matrices: Matrices) -> None:
         """The matrices, each as it is multiplied."""
         c, record, self.laid = self.config, self.plan[0], []
-        kinds = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}
         blocks, embed, head = matrices.blocks, matrices.embed, matrices.head
         plain = [weight.detach() for weight in (*blocks, head) if isinstance(weight, Tensor)]
-        kind = kinds[blocks[0].bits] if isinstance(blocks[0], PackedWeight) else decoder.FLOAT32
-        head_kind = kinds[head.bits] if isinstance(head, PackedWeight) else decoder.FLOAT32
+        kind = IN_PANELS[blocks[0].bits] if isinstance(blocks[0], PackedWeight) else FLOAT32
+        head_kind = IN_PANELS[head.bits] if isinstance(head, PackedWeight) else FLOAT32
         copied = len(plain) > len(blocks) and c.ffn_dim % PANEL == 0
         if copied and sum(weight.nbytes for weight in plain) <= COPIED_BYTES:
             laid = in_one_piece([in_panels(weight) for weight in plain])
             blocks, head = [*laid[:-1]], laid[-1]
-            kind = head_kind = decoder.PANELS
+            kind = head_kind = PANELS
         record["kind"], record["head_kind"] = kind, head_kind
-        record["rows_at_once"] = decoder.TILE_ROWS if kind == decoder.FLOAT32 else PANEL
-        record["heads_at_once"] = 1 if kind == decoder.FLOAT32 else PANEL // math.gcd(PANEL, c.head_dim)
-        record["adapter_kind"] = decoder.PANELS if self.model.quantization is None else decoder.BFLOAT16
+        record["rows_at_once"] = decoder_plan.TILE_ROWS if kind == FLOAT32 else PANEL
+        record["heads_at_once"] = 1 if kind == FLOAT32 else PANEL // math.gcd(PANEL, c.head_dim)
+        record["adapter_kind"] = PANELS if self.model.quantization is None else BFLOAT16
         addresses = np.array([self._addresses(weight) for weight in blocks]).reshape(c.layers, len(GROUPS), 2)
         self._keep("weights", addresses[:, :, 0])
         self._keep("scales", addresses[:, :, 1])
         record["head"], record["head_scales"] = self._addresses(head)
-        record["embed_kind"] = kinds[embed.bits] if isinstance(embed, PackedWeight) else decoder.FLOAT32
+        record["embed_kind"] = IN_PANELS[embed.bits] if isinstance(embed, PackedWeight) else FLOAT32
         record["embeddings"], record["embed_scales"] = self._addresses(embed)
 
     def _keep(self, name: str, values: np.ndarray) -> None:
@@ -441,10 +441,8 @@ class CompiledDecoder:
     def _laid_out(self, lora: LoRA) -> Adapter | None:
         if lora.touches(self.model.linear(None, "embed")) or lora.touches(self.model.linear(None, "head")):
             return None
-        decoder = _kernels()
-        assert decoder is not None
-        dtype = torch.bfloat16 if self.plan[0]["adapter_kind"] == decoder.BFLOAT16 else torch.float32
-        pairs = np.zeros((self.config.layers, len(GROUPS), decoder.PAIRS), dtype=np.int64)
+        dtype = torch.bfloat16 if self.plan[0]["adapter_kind"] == BFLOAT16 else torch.float32
+        pairs = np.zeros((self.config.layers, len(GROUPS), decoder_plan.PAIRS), dtype=np.int64)
         tensors: list[Tensor] = []
         places: list[tuple[int, int, int]] = []
         for layer in range(self.config.layers):
@@ -457,24 +455,27 @@ class CompiledDecoder:
                 read: list[Tensor] = []
                 written: list[Tensor] = []
                 for number, (_, rows) in enumerate(at.rows()):
-                    place = decoder.PART + 5 * number
-                    pair[place + decoder.FIRST], pair[place + decoder.LAST] = rows.start, rows.stop
+                    place = decoder_plan.PART + 5 * number
+                    pair[place + decoder_plan.FIRST], pair[place + decoder_plan.LAST] = rows.start, rows.stop
                     a_RI, b_OR = _used(changes, rows)
                     if len(a_RI):
-                        pair[place + decoder.AT], pair[place + decoder.RANK] = sum(len(a) for a in read), len(a_RI)
+                        pair[place + decoder_plan.AT], pair[place + decoder_plan.RANK] = (
+                            sum(len(a) for a in read),
+                            len(a_RI),
+                        )
                         read.append(a_RI)
                         written.append(b_OR.to(dtype).unflatten(0, (-1, LANES)).mT)
-                        places.append((layer, group, place + decoder.B))
+                        places.append((layer, group, place + decoder_plan.B))
                 if read:
-                    places.insert(len(places) - len(written), (layer, group, decoder.A))
-                    pair[decoder.INNER] = sum(map(len, read))
+                    places.insert(len(places) - len(written), (layer, group, decoder_plan.A))
+                    pair[decoder_plan.INNER] = sum(map(len, read))
                     a_PIR = in_narrow_panels(torch.cat(read).to(dtype))
                     tensors += [a_PIR, *written]  # in the order in which they are wanted
         lora.forget_changes()
         tensors = in_one_piece(tensors)
-        for place, tensor in zip(places, tensors, strict=True):
-            pairs[place] = tensor.data_ptr()
-        return Adapter(pairs, int(pairs[:, :, decoder.INNER].max()), tensors)
+        for where, tensor in zip(places, tensors, strict=True):
+            pairs[where] = tensor.data_ptr()
+        return Adapter(pairs, int(pairs[:, :, decoder_plan.INNER].max()), tensors)
 
     # ---- a step
 

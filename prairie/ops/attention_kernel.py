@@ -8,8 +8,8 @@ A task is a key head of one row and of the rows that go on from it, so no two ta
 does not depend on how many threads there are.
 Not here: which rows there are and who calls this (`ops.attention`), the plain form (`attention_reference` there).
 
-`_exp`, `_floats` and what they are made of stand in `ops.decoder` and `ops.elementwise_kernel` too, and not in a file
-for all: numba's cache on disk knows that a kernel is stale by the date of its own file alone.
+`_exp`, `_floats` and what they are made of stand in `ops.addresses` and `ops.elementwise_kernel` too: numba's cache on
+disk knows that a kernel is stale by the date of its own file alone, unless it closes over more (`ops.kernel_cache`).
 
 Legend: N tokens, H query heads, K key heads, D size of a head, R rows, T keys of a row, Q queries of a block.
 """

@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prairie.ops.threads import share_out
+from prairie.ops.weight_forms import BFLOAT16, INT4, INT8, PANEL
 
 Bits = Literal["bf16", "int8", "int4", "nf4"]
 GROUPS = {"int4": 32, "nf4": 64}
 """Columns that share a scale in the 4-bit forms."""
-PANEL = 16
-"""As in `ops.decoder`, which is imported late."""
-IN_PANELS = ("bf16", "int8", "int4")
-"""Forms that `ops.decoder` computes with."""
+IN_PANELS = {"bf16": BFLOAT16, "int8": INT8, "int4": INT4}
+"""Forms that `ops.products` multiplies with."""
 KERNEL_BLOCK = 32
 LINE = 64
 """Bytes that memory is read by."""
@@ -125,14 +124,13 @@ class PackedWeight(nn.Module):
         return out
 
     def _product_of_panels(self, x_NI: Tensor, numbers: Tensor) -> Tensor:
-        from prairie.ops import decoder  # compiled by now: panels are laid for it
+        from prairie.ops.products import PRODUCT, products, shared_product  # compiled by now: panels are laid for them
 
         x_NI = x_NI.contiguous()
         rows, columns = self.shape
         y_NO = x_NI.new_empty(len(x_NI), rows)
-        kind = {"bf16": decoder.BFLOAT16, "int8": decoder.INT8, "int4": decoder.INT4}[self.bits]
-        share_out(decoder.shared_product, decoder.PRODUCT, -(-rows // ROWS_EACH), {
-            "products": int(decoder.products.address or 0), "kind": kind, "w": numbers.data_ptr(),
+        share_out(shared_product, PRODUCT, -(-rows // ROWS_EACH), {
+            "products": int(products.address or 0), "kind": IN_PANELS[self.bits], "w": numbers.data_ptr(),
             "scales": self.scales.data_ptr(), "x": x_NI.data_ptr(), "y": y_NO.data_ptr(), "columns": columns,
             "rows": rows, "tokens": len(x_NI), "each": ROWS_EACH,
         })  # fmt: skip
@@ -162,7 +160,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def in_panels(numbers_OI: Tensor) -> Tensor:
-    """(P, I, 16) the same numbers as `ops.decoder` reads them: panels of 16 rows, column by column, the last one filled
+    """(P, I, 16) the same numbers as `ops.products` reads them: panels of 16 rows, column by column, the last filled
     up with zeros. Of numbers of two bytes, rows r and r + 8 of a panel are the halves of a word."""
     numbers_PRI = F.pad(numbers_OI, (0, 0, 0, -len(numbers_OI) % PANEL)).unflatten(0, (-1, PANEL))
     if numbers_OI.itemsize == 2:
@@ -184,7 +182,7 @@ def from_panels(numbers_PIR: Tensor, rows: int) -> Tensor:
 
 
 def in_panels_of_nibbles(weight: PackedWeight) -> Tensor:
-    """(P, S, 80) int32: an int4 weight as `ops.decoder` reads it, in panels of 16 rows, group by group. A group is a
+    """(P, S, 80) int32: an int4 weight as `ops.products` reads it, in panels of 16 rows, group by group. A group is a
     word for each row, its scale in the lower half and its least value in the upper, and eight words for each of rows
     0..8: byte k of word 8 q + r has column 4 q + k, of row r in the lower four bits and of row r + 8 in the upper."""
     empty = -weight.shape[0] % PANEL

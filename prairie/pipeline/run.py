@@ -79,7 +79,7 @@ def _made_by_the_first(context: Context, handler: Handler, names: Sequence[str],
     """One stage, or several at once, by rank 0; the others take what it made from the store."""
     here: dict[str, Made] = {}
 
-    def make() -> dict[str, Any]:
+    def make() -> dict[str, str]:
         if len(names) > 1:
             here.update(make_together(context, handler, names))
         else:
@@ -90,13 +90,13 @@ def _made_by_the_first(context: Context, handler: Handler, names: Sequence[str],
     return here or {name: _heard(context, name, facts) for name, facts in told.items()}
 
 
-def _told(made: Made) -> dict[str, Any]:
+def _told(made: Made) -> str:
     facts = {"figures": made.figures, "id": made.identity, "seconds": made.seconds, "reused": made.reused}
-    plain: dict[str, Any] = json.loads(json.dumps({**facts, "leaves": made.artifact is not None}, default=str))
-    return plain
+    return json.dumps({**facts, "leaves": made.artifact is not None}, default=str)
 
 
-def _heard(context: Context, name: str, told: dict[str, Any]) -> Made:
+def _heard(context: Context, name: str, facts: str) -> Made:
+    told = json.loads(facts)
     artifact = context.home.artifacts.get(told["id"]) if told["leaves"] else None
     kind = context.recipe.stages[name].kind
     return Made(name, kind, told["figures"], artifact, told["seconds"], told["reused"])

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from prairie.ops import decoder
+from prairie.ops import weight_forms
+from prairie.ops.addresses import exp_f32
 from prairie.ops.packed import IN_PANELS, PackedWeight, in_panels, lay_in_panels
+from prairie.ops.products import products
 
 FORMS = {
-    "rows": decoder.FLOAT32, "bf16": decoder.BFLOAT16, "int8": decoder.INT8, "panels": decoder.PANELS,
-    "int4": decoder.INT4,
+    "rows": weight_forms.FLOAT32, "bf16": weight_forms.BFLOAT16, "int8": weight_forms.INT8,
+    "panels": weight_forms.PANELS, "int4": weight_forms.INT4,
 }  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def test_products(form, outputs, inputs, adds):
     for tokens in (*range(1, 10), 53):
         x_NI = torch.randn(tokens, inputs, generator=generator)
         y_NO = torch.full((tokens + 1, outputs), 3.0)
-        call = decoder.products.ctypes
+        call = products.ctypes
         for low, high in ((0, middle), (middle, outputs)):
             call(
                 FORMS[form], numbers.data_ptr(), inputs, scales.data_ptr(), x_NI.data_ptr(), inputs, y_NO.data_ptr(),
@@ -52,12 +54,10 @@ def test_compiling_leaves_the_streams_of_the_program_alone():
 def test_exp():
     from numba import njit
 
-    exp = decoder._exp
-
     @njit
     def all_of(x, out):
         for i in range(len(x)):
-            out[i] = exp(x[i])
+            out[i] = exp_f32(x[i])
 
     x = np.concatenate([np.linspace(-86, 87, 20001), [0.0]]).astype(np.float32)
     out = np.empty_like(x)
