@@ -469,6 +469,8 @@ class GoPlay(_Strict):
     """Of the others."""
     full_share: float = Field(0.3, gt=0, le=1)
     """Share of the moves that become rows (playout-cap randomisation, arXiv 1902.10565)."""
+    gumbel: int = Field(0, ge=0)
+    """Moves that a search's root considers, halved in turn: for few visits (Danihelka et al., ICLR 2022); 0: PUCT."""
     slots: int = Field(64, gt=0)
     """Games at the same time, which is the net's batch."""
     komi_spread: float = Field(3.0, ge=0)

@@ -52,6 +52,16 @@ MATCH_PAIRS = 24
 """Pairs of games of a match that one thread plays, between two looks at the test."""
 
 
+def self_play_of(keys: GoPlay, size: int) -> SelfPlay:
+    """A recipe's `play` on boards of `size` lines."""
+    return SelfPlay(
+        size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
+        komi_spread=keys.komi_spread, temperature=keys.temperature, opening_moves=keys.opening_moves,
+        play_out=keys.play_out, decided=keys.decided,
+        search=SearchSettings(gumbel=keys.gumbel, score_weight=keys.score_weight, score_reach=keys.score_reach),
+    )  # fmt: skip
+
+
 @dataclass
 class GoActor:
     """The champion plays itself."""
@@ -90,13 +100,7 @@ class GoActor:
 
     def _play(self, parent: Artifact, config: Mapping[str, Any], folder: Path, work: Path) -> dict[str, Any]:
         began, tower = time.process_time(), load_tower(parent.path)
-        keys, size = self.keys, board_of(tower)
-        settings = SelfPlay(
-            size, visits=keys.visits, fast_visits=keys.fast_visits, full_share=keys.full_share, slots=keys.slots,
-            komi_spread=keys.komi_spread, temperature=keys.temperature, opening_moves=keys.opening_moves,
-            play_out=keys.play_out, decided=keys.decided,
-            search=SearchSettings(score_weight=keys.score_weight, score_reach=keys.score_reach),
-        )  # fmt: skip
+        settings = self_play_of(self.keys, board_of(tower))
         lock = threading.Lock()
 
         def part(number: int, games: int) -> Callable[[Watch], Played]:
@@ -118,12 +122,12 @@ class GoActor:
 
             return played
 
-        with self.context.runtime.progress.bar("self-play", keys.games, "game") as bar:
-            jobs = [part(number, games) for number, games in enumerate(parts_of(keys.games))]
+        with self.context.runtime.progress.bar("self-play", self.keys.games, "game") as bar:
+            jobs = [part(number, games) for number, games in enumerate(parts_of(self.keys.games))]
             parts = list(side_by_side(jobs, self.context.runtime.threads))
         played = joined(parts)
         health = Health.of(played)
-        health.check(size)
+        health.check(settings.size)
         assert played.rows is not None
         played.rows.save(folder)
         (folder / "games.sgf").write_text("".join(write_sgf(game) for game in played.games), encoding="utf-8")

@@ -21,7 +21,7 @@ from prairie.models.tower import load_tower
 from prairie.pipeline.context import Context
 from prairie.pipeline.handlers import HANDLERS
 from prairie.pipeline.run import run
-from prairie.recipe import GoLearning, GoMatch, resolve_recipe
+from prairie.recipe import GoLearning, GoMatch, GoPlay, resolve_recipe
 from prairie.runtime import Progress, Runtime
 from prairie.store.home import Home
 
@@ -94,6 +94,14 @@ def test_a_turn_leaves_games_a_candidate_and_a_verdict(whole):
         assert set(second.inputs) == {turns[1]["champion"], turns[0]["dataset"], turns[1]["dataset"]}, "the window"
     assert figures["turns"][0]["health"]["games"] == 12
     assert [point["cpu_minutes"] for point in figures["curve"]] == sorted(p["cpu_minutes"] for p in figures["curve"])
+
+
+def test_every_key_of_play_reaches_the_self_play():
+    usual = GoPlay()
+    for name in GoPlay.model_fields.keys() - {"games"}:
+        value = getattr(usual, name)
+        other = usual.model_copy(update={name: not value if isinstance(value, bool) else value + 0.25})
+        assert go.self_play_of(other, 5) != go.self_play_of(usual, 5), name
 
 
 SLOW = pytest.mark.slow
