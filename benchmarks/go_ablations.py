@@ -141,7 +141,8 @@ def against_whole(name: str, training: Training, whole: Training) -> dict[str, A
     return {
         "case": name, "share": round(share, 3), "elo": round(elo_of(share)), "elo_low": round(elo_of(interval.low)),
         "elo_high": round(elo_of(interval.high)), "match_games": games, "cpu_s": round(training.cpu_s, 1),
-        "games": training.games, "rows": training.rows, "whole_games": whole.games, "whole_rows": whole.rows,
+        "games": training.games, "rows": training.rows, "whole_cpu_s": round(whole.cpu_s, 1),
+        "whole_games": whole.games, "whole_rows": whole.rows,
     }  # fmt: skip
 
 
