@@ -178,7 +178,7 @@ def _exp(x):
     return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23)) + x * np.float32(0.0)
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, fastmath=True, error_model="numpy", forceinline=True)
 def _largest(x, most):
     for j in range(x.shape[0]):
         if x[j] > most:
@@ -186,7 +186,7 @@ def _largest(x, most):
     return most
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", forceinline=True)
 def _raise(x, most):
     """x becomes e^(x - most); their sum."""
     total = np.float32(0.0)
@@ -197,7 +197,7 @@ def _raise(x, most):
     return total
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _gradient(scores, pulls, log_sum, mean):
     """Scores become weights, what pulls at the weights becomes what pulls at the scores."""
     for j in range(scores.shape[0]):
@@ -206,7 +206,7 @@ def _gradient(scores, pulls, log_sum, mean):
         pulls[j] = weight * (pulls[j] - mean)
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", forceinline=True)
 def _dot(x, y):
     total = np.float32(0.0)
     for j in range(x.shape[0]):

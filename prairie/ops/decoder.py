@@ -79,7 +79,7 @@ def _of_group(p, layer, group):
     return wholes_at(p.weights, shape)[layer, group], wholes_at(p.scales, shape)[layer, group]
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, fastmath=True, error_model="numpy", forceinline=True)
 def _norm(row, weight, eps, out):
     """RMS norm."""
     size = row.shape[0]
@@ -110,7 +110,7 @@ def _add_bias(y, bias, low, high, start, count):
             row[j] += bias[j]
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, fastmath=True, error_model="numpy", forceinline=True)
 def _turn(part, turns, pairs):
     """Rotates neighbours; `turns`: cosines, then sines."""
     for j in range(pairs):
@@ -119,7 +119,7 @@ def _turn(part, turns, pairs):
         part[2 * j + 1] = a * sine + b * cosine
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, fastmath=True, error_model="numpy", forceinline=True)
 def _place(p, layer, low, high, start, some):
     """Bias, norm and rotation of the heads low..high of (queries, keys, values) in place, of `some` tokens from `start`
     on; keys and values go into the cache."""
@@ -146,7 +146,7 @@ def _place(p, layer, low, high, start, some):
                 kv[layer, side, slots[n], own] = part
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy", forceinline=True)
 def _gate(gate_up, act, low, high, start, count):
     """Columns low..high of act = silu(gate) * up, for `count` tokens from `start` on."""
     size = act.shape[1]
@@ -192,7 +192,7 @@ def _change(p, layer, group, y, width, low, high, start, count):
                     ranks, b = ranks + LANES * 4, b + LANES * step
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", forceinline=True)
 def _look_through(logits, low, high, sampled, best, found):
     """Of each row's logits low..high: best (R,) and found (R, 3) so far, as the plan describes them."""
     for r in range(logits.shape[0]):

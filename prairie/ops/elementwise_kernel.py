@@ -82,7 +82,7 @@ def _exp(x):
     return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23)) + x * np.float32(0.0)
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", forceinline=True)
 def _dot(x, y):
     total = np.float32(0.0)
     for j in range(x.shape[0]):
@@ -108,14 +108,14 @@ def _sigmoid(x):
     return (np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e)
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _gate(x, out):
     size = out.shape[0]
     for f in range(size):
         out[f] = x[f] * _sigmoid(x[f]) * x[size + f]
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _gate_back(x, grad, gain):
     size = grad.shape[0]
     for f in range(size):
@@ -124,13 +124,13 @@ def _gate_back(x, grad, gain):
         gain[f] = grad[f] * x[size + f] * sigmoid * (np.float32(1.0) + x[f] * (np.float32(1.0) - sigmoid))
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _norm(x, weight, inverse, out):
     for d in range(x.shape[0]):
         out[d] = x[d] * inverse * weight[d]
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, error_model="numpy", forceinline=True)
 def _pull(x, weight, grad):
     total = np.float32(0.0)
     for d in range(x.shape[0]):
@@ -138,19 +138,19 @@ def _pull(x, weight, grad):
     return total
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _norm_back(x, weight, grad, inverse, pull, gain):
     for d in range(x.shape[0]):
         gain[d] = (grad[d] * weight[d] - x[d] * pull) * inverse
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _add_scaled(x, grad, inverse, sums):
     for d in range(x.shape[0]):
         sums[d] += grad[d] * x[d] * inverse
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz"}, error_model="numpy", forceinline=True)
 def _turn(x, turn, way, out):
     for d in range(0, x.shape[0], 2):
         cosine, sine = turn[d], turn[d + 1] * way

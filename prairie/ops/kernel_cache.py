@@ -2,6 +2,10 @@
 
 A kernel that calls into other files therefore closes over their `revision`: what a function closes over is part of the
 key under which it is kept.
+
+What a kernel calls is compiled twice: by itself, and as a copy inside the kernel. The process that compiles has both
+under one name and may run the first, later processes have the second. Where sums may be regrouped (fastmath) the two
+differ in their last bits, so such functions have `forceinline`: then nothing is called by that name.
 """
 
 from pathlib import Path

@@ -40,7 +40,7 @@ def _score_keys(p, at, count, low, high, queries, q_step, tokens, scores, keys):
                 score_one(k, size, queries + (place + g) * size * 4, size, to, keys, size, 0, 2 * step * 4)
 
 
-@njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy")
+@njit(nogil=True, fastmath={"contract", "nsz", "reassoc", "arcp", "afn"}, error_model="numpy", forceinline=True)
 def _soften(row):
     """Softmax, in place."""
     most = row[0]

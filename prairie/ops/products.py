@@ -175,7 +175,7 @@ def _nibble_panel(w, totals, groups, x, x_step, y, y_step, length, count):
         token += own
 
 
-@njit(nogil=True, fastmath=True, error_model="numpy")
+@njit(nogil=True, fastmath=True, error_model="numpy", forceinline=True)
 def _products_int4(w, scales, x, x_step, y, y_step, length, low, high, tokens, adds):
     """As those of `_panel_products`; scales lie with the numbers."""
     groups = (length + COLUMNS - 1) // COLUMNS
