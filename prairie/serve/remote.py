@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,7 @@ class RemoteAnswering(Response):
         self.choices = [Said(id, prompts[index // n]) for index, id in enumerate(ids)]
         self.identity: dict[str, Any] = {}
         self.started = False
+        self._recording: asyncio.Task[None] | None = None
         self.began: float | None = None
         """When the other server began to answer."""
         self.background = None
@@ -185,8 +186,16 @@ class RemoteAnswering(Response):
                 "prairie": said.get("prairie")}  # fmt: skip
         remote = {key: value for key, value in told.items() if value is not None}
         self.identity = {"line": self.remote.name, "version": None, "artifact_id": None, "remote": remote}
-        await self.desk.do(self.desk.feedback.start_responses, [self._row(choice, remote) for choice in self.choices])
+        await self._record(self._write_rows([self._row(choice, remote) for choice in self.choices]))
+
+    async def _write_rows(self, rows: Sequence[Row]) -> None:
+        await self.desk.do(self.desk.feedback.start_responses, rows)
         self.started = True
+
+    async def _record(self, writing: Coroutine[Any, Any, None]) -> None:
+        """What is being written is written to its end, whoever leaves meanwhile; `_close` waits for it."""
+        self._recording = self.desk.keep(writing)
+        await asyncio.shield(self._recording)
 
     def _row(self, choice: Said, remote: Mapping[str, Any]) -> Row:
         from prairie.store.feedback import Response as Row
@@ -205,10 +214,10 @@ class RemoteAnswering(Response):
         for choice in self.choices:
             if choice.finish_reason is not None and not choice.done:
                 choice.done = True
-                await self.desk.do(
+                await self._record(self.desk.do(
                     self.desk.feedback.finish_response, choice.id, (), None, "".join(choice.text),
                     choice.finish_reason, self._latency_ms(),
-                )  # fmt: skip
+                ))  # fmt: skip
                 self.desk.metrics.choices.labels(self.remote.name, choice.finish_reason).inc()
                 self._trace(choice, choice.finish_reason)
 
@@ -220,6 +229,8 @@ class RemoteAnswering(Response):
     async def _close(self) -> None:
         """Gives back the places; what had not ended is recorded as aborted."""
         try:
+            if self._recording is not None:
+                await asyncio.gather(self._recording, return_exceptions=True)
             for choice in self.choices if self.started else ():
                 if not choice.done:
                     choice.done = True

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from prairie.errors import NotFoundError, RequestError, StoreError
 from prairie.recipe import canonical
 from prairie.store.disk import disk_errors, sync_file, sync_tree
-from prairie.store.locks import take
+from prairie.store.locks import guards, take
 
 if TYPE_CHECKING:
     from prairie.store.home import Home
@@ -206,8 +206,9 @@ class ArtifactStore:
         while True:
             folder = self._tmp / f"{id}.{os.getpid()}.{secrets.token_hex(4)}"
             descriptor = take(_lock_of(folder))
-            # A collector may have unlinked the file between its making and its locking: then the lock guards nothing.
-            if descriptor is not None and _lock_of(folder).exists():
+            # A collector may have unlinked the file between its making and its locking: then the lock guards nothing,
+            # even if a second collector has made such a file again.
+            if descriptor is not None and guards(descriptor, _lock_of(folder)):
                 folder.mkdir()
                 return folder, descriptor
             if descriptor is not None:

@@ -32,6 +32,15 @@ def take(path: Path) -> int | None:
     return descriptor
 
 
+def guards(descriptor: int, path: Path) -> bool:
+    """Whether what `take` locked is still the file at `path`: another one may have removed it, and a third made it
+    anew, before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked(path: Path, what: str, wait_s: float = 0.0) -> Iterator[None]:
     """Holds the lock file `path` while the block runs; `what` names the locked thing in the error.

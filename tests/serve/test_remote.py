@@ -1,6 +1,7 @@
 """A model of another server: the same answers, with our ids, records and votes."""
 
 import json
+import threading
 
 import httpx
 import openai
@@ -64,6 +65,24 @@ def test_who_leaves_is_recorded_and_ends_it_there_too(front, server):
     wait_for(lambda: front.home.feedback.get_response(id).status != "started")  # closed behind the answer's last act
     assert front.home.feedback.get_response(id).status in ("aborted", "done")
     assert server.kv_blocks_held() == 0 and front.service.desk.pending == 0
+
+
+def test_who_leaves_while_the_end_is_written_leaves_a_written_end(front, server):
+    """No thread is free to write when the answer is over, and the client goes before one is."""
+    desk, free = front.service.desk, threading.Event()
+    with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=ask("far", stream=True)) as answer:
+        lines = answer.iter_lines()
+        id = json.loads(next(lines).removeprefix("data: "))["id"]
+        kept = [desk.threads.submit(free.wait, 60) for _ in range(desk.threads._max_workers)]
+        server.idle()
+        wait_for(lambda: desk.threads._work_queue.qsize())
+    try:
+        wait_for(lambda: len(desk._tasks) > 1)  # the writing, and the closing that waits for it
+    finally:
+        free.set()
+    assert all(one.result() for one in kept)
+    front.idle()
+    assert front.home.feedback.get_response(id).status == "done" and desk.pending == 0
 
 
 def test_how_remotes_are_told():

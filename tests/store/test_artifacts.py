@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from prairie.errors import NotFoundError, RequestError, StorageFullError, StoreError
-from prairie.store import disk
+from prairie.store import artifacts, disk
 from prairie.store.home import Home
 
 
@@ -215,6 +215,23 @@ def test_many_make_the_same_at_once(home):
     assert len({(r.path / "model.safetensors").read_text() for r in results}) == 1
     home.artifacts.verify(results[0].id)
     assert rubbish(home) == []
+
+
+def test_a_lock_file_that_collectors_have_replaced_guards_nothing(home, monkeypatch):
+    real, taken = artifacts.take, []
+
+    def replaced_once(path):
+        descriptor = real(path)
+        if not taken:
+            path.unlink()
+            path.touch()
+        taken.append(path)
+        return descriptor
+
+    monkeypatch.setattr(artifacts, "take", replaced_once)
+    folder, descriptor = home.artifacts._new_folder("0" * 16)
+    os.close(descriptor)
+    assert len(taken) == 2 and folder.with_name(folder.name + ".lock") == taken[1]
 
 
 def test_made_from_follows_the_inputs(home):
