@@ -69,12 +69,12 @@ def test_who_leaves_is_recorded_and_ends_it_there_too(front, server):
 
 def test_who_leaves_while_the_end_is_written_leaves_a_written_end(front, server):
     """No thread is free to write when the answer is over, and the client goes before one is."""
-    desk, free = front.service.desk, threading.Event()
+    desk, free, hurry = front.service.desk, threading.Event(), server.slowed(0.5)
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=ask("far", stream=True)) as answer:
         lines = answer.iter_lines()
         id = json.loads(next(lines).removeprefix("data: "))["id"]
         kept = [desk.threads.submit(free.wait, 60) for _ in range(desk.threads._max_workers)]
-        server.idle()
+        hurry.set()
         wait_for(lambda: desk.threads._work_queue.qsize())
     try:
         wait_for(lambda: len(desk._tasks) > 1)  # the writing, and the closing that waits for it
