@@ -47,7 +47,7 @@ PLAY, OWNER = SelfPlay(SIZE, slots=96), PolicyValueConfig().owner
 
 @dataclass(frozen=True)
 class Variant:
-    """go5's recipe with one thing changed."""
+    """PUCT with a playout cap, as go5 was before it took the best of these, with one thing changed."""
 
     play: SelfPlay = PLAY
     owner: float = OWNER

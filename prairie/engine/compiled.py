@@ -459,10 +459,8 @@ class CompiledDecoder:
                     pair[place + decoder_plan.FIRST], pair[place + decoder_plan.LAST] = rows.start, rows.stop
                     a_RI, b_OR = _used(changes, rows)
                     if len(a_RI):
-                        pair[place + decoder_plan.AT], pair[place + decoder_plan.RANK] = (
-                            sum(len(a) for a in read),
-                            len(a_RI),
-                        )
+                        pair[place + decoder_plan.AT] = sum(map(len, read))
+                        pair[place + decoder_plan.RANK] = len(a_RI)
                         read.append(a_RI)
                         written.append(b_OR.to(dtype).unflatten(0, (-1, LANES)).mT)
                         places.append((layer, group, place + decoder_plan.B))
